@@ -1,0 +1,98 @@
+-- create.lua -- Enter new tasks, all of them or none.
+--
+-- State    - -> pending, or blocked while a dependency is not completed
+-- Args     op digest actor epoch policy lanes
+-- Each     task mission title description priority lane dependencies metadata delay maxRuntime
+-- Returns  taskId, status, rev, createdAt of each
+-- Rejects  SCHEMA INVALID TOO_LARGE EXISTS NOT_FOUND CYCLE OP_REUSED
+-- Emits    create, for each
+--
+-- `dependencies` are ids between spaces and may name tasks of the same call, in any order.
+-- `delay` counts in seconds.  `policy` and `lanes` are what the first create of a
+-- project stores.
+
+meta = project(true)
+local policy = meta.policy and {} or require_policy()
+
+local order = clock[1] * 1000000 + clock[2]
+local batch, by_id = {}, {}
+for new in each_task() do
+  require_id(new.task, 'taskId')
+  require_id(new.mission, 'mission')
+  require_text(new.title, 'title', 500)
+  require_text(new.description, 'description', 65536)
+  require_text(new.metadata, 'metadata', 65536)
+  require_priority(new.priority)
+  require_lane(new.lane)
+  if new.delay ~= '' then require_integer(new.delay, 'delay', 0, WEEK) end
+  if new.maxRuntime ~= '' then require_integer(new.maxRuntime, 'maxRuntime', 1, WEEK) end
+  if by_id[new.task] then reject('EXISTS', 'the call names task ' .. new.task .. ' twice') end
+  local task = fields(new.task, 'rev', 'order')
+  if task and not repeated(task) then
+    reject('EXISTS', 'there is a task ' .. root:match('{(.*)}') .. '/' .. new.task ..
+           ' already; it is ' .. task.status)
+  end
+  new.known = task
+  new.order = decimal(order + #batch)
+  batch[#batch + 1], by_id[new.task] = new, new
+end
+if #batch == 0 or #batch > 200 then
+  reject('TOO_LARGE', 'the call has ' .. #batch .. ' tasks; accepted: 1 to 200')
+end
+for _, new in ipairs(batch) do
+  new.edges, new.needs = require_dependencies(new.task, new.dependencies, by_id)
+end
+
+-- Dependencies first; what is left when no task follows any more is a cycle.
+local sorted, entered = {}, {}
+while #sorted < #batch do
+  local before = #sorted
+  for _, new in ipairs(batch) do
+    local follows = not entered[new.task]
+    for _, id in ipairs(new.edges) do
+      follows = follows and (not by_id[id] or entered[id])
+    end
+    if follows then sorted[#sorted + 1], entered[new.task] = new, true end
+  end
+  if #sorted == before then
+    local cycle = {}
+    for _, new in ipairs(batch) do
+      if not entered[new.task] then cycle[#cycle + 1] = new.task end
+    end
+    reject('CYCLE', 'these tasks depend on each other: ' .. table.concat(cycle, ', ', 1, math.min(#cycle, 10)))
+  end
+end
+
+if not meta.schema then write('HSET', root, 'schema', SCHEMA, 'epoch', arg.epoch) end
+if #policy > 0 then write('HSET', root, 'policy', now, unpack(policy)) end
+local reply = {'OK'}
+for _, new in ipairs(sorted) do
+  local task = new.known
+  if not task then
+    task = {id = new.task, status = '', fence = '', lane = new.lane, priority = new.priority,
+            order = new.order, notBefore = ''}
+    if new.delay ~= '' and new.delay ~= '0' then task.notBefore = now + new.delay * 1000 end
+    local status = next(new.needs) and 'blocked' or 'pending'
+    emit(task, 'create', status)
+    write('SET', key('text', task.id), cmsgpack.pack({title = new.title,
+          description = given(new.description), metadata = given(new.metadata),
+          dependencies = given(table.concat(new.edges, ' '))}))
+    if #new.edges > 0 then write_edges(task, new.edges, new.needs) end
+    write('ZADD', key('mission', new.mission), task.order, task.id)
+    place(task, status)
+    local rare = {}
+    for name, value in pairs({notBefore = task.notBefore, maxRuntime = new.maxRuntime,
+                              edges = #new.edges > 0 and #new.edges or ''}) do
+      if value ~= '' then
+        rare[#rare + 1] = name
+        rare[#rare + 1] = value
+      end
+    end
+    change(task, 'status', status, 'priority', new.priority, 'lane', new.lane,
+           'mission', new.mission, 'order', task.order, unpack(rare))
+    task.status = status
+  end
+  reply[#reply + 1] = {'taskId', task.id, 'status', task.status, 'rev', task.rev,
+                       'order', task.order}
+end
+return reply

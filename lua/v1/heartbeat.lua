@@ -1,0 +1,33 @@
+-- heartbeat.lua -- Extend the lease on a task you hold; leave progress and a checkpoint.
+--
+-- State    claimed | in-progress -> (unchanged)
+-- Args     op digest actor task agent session fence force ttl progress checkpoint
+-- Returns  status, fence, leaseExpiresAt
+-- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
+--          STALE_FENCE
+-- Emits    progress, when progress or checkpoint came with it
+
+meta = project()
+local ttl = arg.ttl ~= '' and require_integer(arg.ttl, 'ttl', 1, WEEK)
+require_text(arg.progress, 'progress', 4096)
+require_text(arg.checkpoint, 'checkpoint', 65536)
+local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'claimTTL', 'maxRuntime', 'rev')
+local done = repeated(task)
+if done then return replay(done) end
+require_status(task, 'claimed', 'in-progress')
+require_owner(task)
+
+-- A late heartbeat still counts: nobody else can hold the task before it is reaped, and
+-- refusing here would only throw away live work.
+if arg.progress ~= '' or arg.checkpoint ~= '' then
+  emit(task, 'progress', task.status, arg.progress)
+  local work = {}
+  if arg.progress ~= '' then work.progress = arg.progress end
+  if arg.checkpoint ~= '' then work.checkpoint = arg.checkpoint end
+  write_work(task, work)
+  change(task)
+end
+if ttl and tostring(ttl) ~= task.claimTTL then write('HSET', key('task', task.id), 'claimTTL', ttl) end
+lease(task, ttl or task.claimTTL)
+return {'OK', 'taskId', task.id, 'status', task.status, 'rev', task.rev, 'fence', task.fence,
+        'leaseExpiresAt', task.leaseExpiresAt}

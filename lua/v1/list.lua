@@ -1,0 +1,130 @@
+-- list.lua -- List tasks by mission, status, lane, agent and priority.
+--
+-- State    any -> (unchanged)
+-- Args     mission status lane agent priority limit cursor full
+-- Returns  total where an index knows it, cursor when there is more, the tasks
+-- Rejects  SCHEMA INVALID NOT_FOUND
+-- Emits    nothing
+-- Flags    no-writes
+--
+-- Reads the smallest index that has all the tasks asked for, looks at LOOK of them at most, and
+-- goes on at the cursor: `<index>,<score>,<id>` of the last one it looked at.
+
+meta = project()
+local limit = require_integer(arg.limit, 'limit', 1, LOOK)
+if arg.mission ~= '' then require_id(arg.mission, 'mission') end
+if arg.agent ~= '' then require_id(arg.agent, 'agent') end
+if arg.lane ~= '' then require_lane(arg.lane) end
+if arg.priority ~= '' then require_priority(arg.priority) end
+
+-- Which indexes have the tasks of a status, in the order in which people want to see them.
+local indexes = {}
+local function add(kind, by_lane)
+  for lane in by_lane and each_lane() or ('any'):gmatch('any') do
+    if not by_lane then
+      indexes[#indexes + 1] = kind
+    elseif arg.lane == '' or arg.lane == lane then
+      indexes[#indexes + 1] = kind .. ':' .. lane
+    end
+  end
+end
+local wanted = arg.status
+local mine = wanted == '' and arg.agent ~= ''
+local any = wanted == '' and not mine
+if any or mine or wanted == 'claimed' or wanted == 'in-progress' then add('running', true) end
+if any or wanted == 'pending' then
+  add('ready', true)
+  add('delayed')
+end
+for _, status in ipairs({'blocked', 'failed', 'completed'}) do
+  if any or wanted == status then add(status) end
+end
+if #indexes == 0 then
+  reject('INVALID', 'status is ' .. wanted:sub(1, 40) ..
+         '; accepted: pending, claimed, in-progress, completed, failed, blocked')
+end
+
+local total = 0
+for _, index in ipairs(indexes) do total = total + read('ZCARD', root .. ':' .. index) end
+if arg.mission ~= '' then
+  local size = read('ZCARD', key('mission', arg.mission))
+  if arg.cursor:find('^mission:') or arg.cursor == '' and (any or size < total) then
+    indexes, total = {'mission:' .. arg.mission}, size
+  end
+end
+local known = arg.lane == '' and arg.agent == '' and arg.priority == '' and
+              (arg.mission == '' and wanted ~= 'claimed' and wanted ~= 'in-progress' or
+               any and arg.mission ~= '')
+
+-- Latest first, where the score is the time of an end.
+local function latest_first(index)
+  return index == 'failed' or index == 'completed'
+end
+
+local at, start = 1, 0
+if arg.cursor ~= '' then
+  local index, score, id = arg.cursor:match('^([^,]+),(%d+),([^,]+)$')
+  at = 0
+  for i, name in ipairs(indexes) do
+    if name == index then at = i end
+  end
+  if at == 0 then
+    reject('INVALID', 'cursor is ' .. arg.cursor:sub(1, 80):gsub('[%c]', '?') ..
+           '; accepted: the cursor of the last answer to the same question')
+  end
+  local place = root .. ':' .. index
+  if read('ZSCORE', place, id) == score then
+    start = read(latest_first(index) and 'ZREVRANK' or 'ZRANK', place, id) + 1
+  elseif latest_first(index) then
+    start = read('ZCOUNT', place, '(' .. score, '+inf')
+  else
+    start = read('ZCOUNT', place, '-inf', '(' .. score)
+  end
+end
+
+local function matches(task)
+  return task and (arg.mission == '' or task.mission == arg.mission) and
+         (wanted == '' or task.status == wanted) and (not mine or held(task)) and
+         (arg.lane == '' or task.lane == arg.lane) and
+         (arg.agent == '' or task.claimedBy == arg.agent and task.status ~= 'pending' and
+          task.status ~= 'blocked') and
+         (arg.priority == '' or task.priority == arg.priority)
+end
+
+local function row(task, ends)
+  if arg.full == '1' then return whole(task) end
+  return {'OK', 'taskId', task.id, 'status', task.status, 'lane', task.lane,
+          'mission', task.mission, 'priority', task.priority, 'claimedBy', task.claimedBy,
+          'claimedAt', task.claimedAt, 'order', task.order, 'rev', task.rev,
+          'updatedAt', task.updatedAt, 'retryCount', task.retryCount,
+          'notBefore', task.notBefore, 'leaseExpiresAt', ends,
+          'title', unpacked(read('GET', key('text', task.id))).title or ''}
+end
+
+local rows, looked, cursor, last = {}, 0, '', ''
+while at <= #indexes and cursor == '' do
+  local index = indexes[at]
+  local found = read(latest_first(index) and 'ZREVRANGE' or 'ZRANGE', root .. ':' .. index,
+                     start, start + limit, 'WITHSCORES')
+  for i = 1, #found, 2 do
+    if looked == LOOK then
+      cursor = last
+      break
+    end
+    local task = fields(found[i], 'mission', 'priority', 'claimedBy', 'claimedAt', 'order',
+                        'rev', 'updatedAt', 'retryCount', 'notBefore')
+    if matches(task) then
+      if #rows == limit then
+        cursor = last
+        break
+      end
+      rows[#rows + 1] = row(task, index:find('^running') and found[i + 1] or '')
+    end
+    looked = looked + 1
+    last = index .. ',' .. found[i + 1] .. ',' .. found[i]
+  end
+  start = start + #found / 2
+  if #found == 0 then at, start = at + 1, 0 end
+end
+if not known then total = arg.cursor == '' and cursor == '' and #rows or '' end
+return {'OK', total, cursor, rows}

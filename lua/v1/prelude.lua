@@ -1,0 +1,565 @@
+-- prelude.lua -- What every script starts with: plumbing, guards, effects, replies.
+--
+-- A script is guards, a blank line, effects.  Guards read and may `reject`; effects write and
+-- cannot refuse.  Valkey has no rollback, so effects come in an order that makes every prefix
+-- harmless: the change number and the event first (a follower re-reads the task), the task's
+-- hash after what points at it, and the mark that makes `reap` look at the task again - its
+-- lease, or its place in `unsettled` - goes last.
+--
+-- Every key of a project starts with the root, which is KEYS[1]:
+--   <root>                  hash    schema epoch rev fence paused, and the policy
+--   <root>:task:<id>        hash    the task, but for its long texts; every value is short, so
+--                                   that the hash stays a listpack
+--   <root>:text:<id>        string  msgpack map: title description metadata dependencies
+--   <root>:work:<id>        string  msgpack map: summary progress checkpoint failureReason
+--                                   blockedReason
+--   <root>:waits:<id>       set     the dependencies of a task that are not completed
+--   <root>:dependents:<id>  zset    tasks that depend on it and are not completed; score 0:
+--                                   waiting for it, 1: freed
+--   <root>:ready:<lane>     zset    pending and due, by priority, then age
+--   <root>:delayed          zset    pending and not due, by notBefore (ms)
+--   <root>:running:<lane>   zset    claimed and in-progress, by the end of the lease (ms)
+--   <root>:blocked          zset    blocked, by age
+--   <root>:failed           zset    dead letters, by failedAt (ms)
+--   <root>:completed        zset    completed, by completedAt (ms)
+--   <root>:mission:<name>   zset    all tasks of a mission, by age
+--   <root>:unsettled        zset    tasks that nobody holds and whose transition is not finished,
+--                                   by when it began (ms)
+--   <root>:lock:<id>        string  the holder, PX = the lease; information for other programs
+--   <root>:bell:<lane>      list    at most one token: something became ready
+--   <root>:op:<op>          string  receipt: digest task fence rev, PX = 15 minutes
+--   <root>:events           stream  <rev>-0 -> one field; the channel of the same name carries
+--                                   the same string
+
+-- Plumbing ------------------------------------------------------------------------------------
+
+local SCHEMA = 1
+local BATCH = 100              -- the most tasks that one call reaps or frees
+local LOOK = 1000              -- the most tasks that one call looks at
+local GRACE = 60               -- s after a start of the server in which no lease is reaped
+local RECEIPT = 900000         -- ms
+local EVENTS = 10000
+local WEEK = 604800
+local RANK = {critical = 0, high = 2251799813685248, medium = 4503599627370496,
+              low = 6755399441055744}    -- 0..3 * 2^51; below it the age in microseconds
+local POLICY = {claimTTL = 3600, maxRetries = 3, deadLetterAfter = 3, retryDelay = 0}
+local LANES = 'any coding planning'
+
+local read, write = redis.call, redis.call
+local root = KEYS[1]
+local clock = read('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+local function key(kind, name)
+  return root .. ':' .. kind .. ':' .. name
+end
+
+-- Times in ms, revs and fences have 13 digits; `..` prints 14 and no more, so microseconds
+-- go through here.
+local function decimal(number)
+  return string.format('%.0f', number)
+end
+
+-- The refusal of a call: CODE, a sentence, and how many tasks `reap` would move on first.
+-- @<ms>@ in the sentence is a time, for the client to print.
+local function reject(code, sentence, due)
+  error({refusal = {code, sentence, due or 0}}, 0)
+end
+
+-- What project meta says; numbers of the policy with their defaults.
+local function project(may_be_new)
+  local values = read('HMGET', root, 'schema', 'rev', 'fence', 'paused', 'lanes',
+                      'claimTTL', 'maxRetries', 'deadLetterAfter', 'retryDelay', 'policy')
+  if values[1] and tonumber(values[1]) > SCHEMA then
+    reject('SCHEMA', 'the project has data of schema ' .. values[1] ..
+           '; this program knows schema ' .. SCHEMA .. ' and older')
+  elseif not values[1] and not may_be_new then
+    reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}'))
+  end
+  return {schema = values[1], rev = tonumber(values[2] or 0), fence = tonumber(values[3] or 0),
+          paused = values[4], lanes = values[5] or LANES,
+          claimTTL = tonumber(values[6] or POLICY.claimTTL),
+          maxRetries = tonumber(values[7] or POLICY.maxRetries),
+          deadLetterAfter = tonumber(values[8] or POLICY.deadLetterAfter),
+          retryDelay = tonumber(values[9] or POLICY.retryDelay), policy = values[10]}
+end
+
+-- A project's first write makes its meta.
+local meta
+
+-- The lane's cap on held tasks, or nil.  Lanes stand in meta as `any coding=4 planning=2`.
+local function cap(lane)
+  local escaped = lane:gsub('%p', '%%%0')
+  return tonumber((' ' .. meta.lanes .. ' '):match(' ' .. escaped .. '=(%d+) '))
+end
+
+local function each_lane()
+  return meta.lanes:gmatch('([^ =]+)[^ ]*')
+end
+
+-- The fields that are asked for, and those that every script needs; '' where there is none.
+local function fields(id, ...)
+  local names = {'status', 'lane', 'fence', 'op', ...}
+  local values = read('HMGET', key('task', id), unpack(names))
+  if not values[1] then return nil end
+  local task = {id = id}
+  for i, name in ipairs(names) do task[name] = values[i] or '' end
+  return task
+end
+
+local function held(task)
+  return task.status == 'claimed' or task.status == 'in-progress'
+end
+
+local function given(value)
+  return value ~= '' and value or nil
+end
+
+local function unpacked(text)
+  return text and cmsgpack.unpack(text) or {}
+end
+
+-- How many tasks `reap` would move on now, in one lane or in all.
+local function due(lane)
+  local count = read('ZCARD', root .. ':unsettled')
+  for name in each_lane() do
+    if not lane or name == lane then
+      count = count + read('ZCOUNT', key('running', name), '-inf', now)
+    end
+  end
+  return count
+end
+
+-- Guards --------------------------------------------------------------------------------------
+
+local function require_id(value, what)
+  if #value > 128 or not value:find('^[%w][%w._@-]*$') then
+    reject('INVALID', what .. ' is not an id: ' .. value:sub(1, 40):gsub('[%c]', '?') ..
+           ' (accepted: a letter or digit, then up to 127 of letters, digits and ._@-)')
+  end
+end
+
+-- By pattern, since tonumber also takes nan, inf, 0x10, 1e3 and ' 7 '.
+local function require_integer(value, what, low, high)
+  local number = #value <= 15 and value:find('^%d+$') and tonumber(value)
+  if not number or number < low or number > high then
+    reject('INVALID', what .. ' is ' .. (value == '' and 'missing' or value:sub(1, 40)) ..
+           '; accepted: a whole number from ' .. low .. ' to ' .. high)
+  end
+  return number
+end
+
+local function require_text(value, what, limit)
+  if #value > limit then
+    reject('TOO_LARGE', what .. ' is ' .. #value .. ' bytes long; accepted: up to ' .. limit)
+  elseif value:find('%z') then
+    reject('INVALID', what .. ' contains a NUL byte')
+  end
+end
+
+local function require_lane(lane)
+  if not (' ' .. meta.lanes:gsub('=%d+', '') .. ' '):find(' ' .. lane .. ' ', 1, true) then
+    reject('INVALID', 'there is no lane ' .. lane .. '; accepted: ' ..
+           meta.lanes:gsub('=%d+', ''):gsub(' ', ', '))
+  end
+end
+
+local function require_priority(priority)
+  if not RANK[priority] then
+    reject('INVALID', 'priority is ' .. priority:sub(1, 40) ..
+           '; accepted: critical, high, medium, low')
+  end
+end
+
+local function name_of(task)
+  return 'task ' .. root:match('{(.*)}') .. '/' .. task.id
+end
+
+-- Who holds a task, for a person.  Reads the end of the lease.
+local function held_by(task)
+  local ends = read('ZSCORE', key('running', task.lane), task.id)
+  return name_of(task) .. ' is held by ' .. task.claimedBy .. ' since @' .. task.claimedAt ..
+         '@, lease until @' .. (ends or task.claimedAt) .. '@'
+end
+
+local function load(id, ...)
+  require_id(id, 'taskId')
+  local task = fields(id, ...)
+  if not task then
+    reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. id)
+  end
+  return task
+end
+
+local function require_status(task, ...)
+  for _, status in ipairs({...}) do
+    if task.status == status then return end
+  end
+  reject('WRONG_STATUS', name_of(task) .. ' is ' .. task.status .. '; ' .. SCRIPT ..
+         ' takes: ' .. table.concat({...}, ', '))
+end
+
+-- Each of agent, session and fence that the call names must be the holder's.
+local function require_owner(task)
+  if arg.force == '1' then return end
+  if arg.agent ~= '' and arg.agent ~= task.claimedBy then
+    reject('NOT_OWNER', held_by(task) .. ', not by ' .. arg.agent)
+  elseif arg.session ~= '' and task.session ~= '' and arg.session ~= task.session then
+    reject('STALE_SESSION', name_of(task) .. ' was claimed by another session of ' ..
+           task.claimedBy .. ' at @' .. task.claimedAt .. '@')
+  elseif arg.fence ~= '' and arg.fence ~= task.fence then
+    reject('STALE_FENCE', name_of(task) .. ' has fence ' .. task.fence .. ', not ' ..
+           arg.fence:sub(1, 40) .. ': it was claimed again')
+  end
+end
+
+-- The held tasks of a lane are counted, never remembered; a task's own stale entry is no other.
+local function require_lane_room(task)
+  local most = cap(task.lane)
+  if most and read('ZCARD', key('running', task.lane)) >= most and
+     not read('ZSCORE', key('running', task.lane), task.id) then
+    reject('LANE_FULL', 'lane ' .. task.lane .. ' has its ' .. most .. ' held tasks: ' ..
+           table.concat(read('ZRANGE', key('running', task.lane), 0, 9), ', '), due(task.lane))
+  end
+end
+
+-- True when this very call was carried out on this task before and the task is as it left it.
+local function repeated(task)
+  if arg.op == '' then return false end
+  local op, digest, fence, rev = task.op:match('^(%S+) (%S+) (%S+) (%S+)$')
+  if op ~= arg.op then return false end
+  if digest ~= arg.digest then
+    reject('OP_REUSED', 'op id was used before with other arguments, on ' .. name_of(task))
+  end
+  return {task = task.id, fence = fence, rev = rev}
+end
+
+-- The same for a call that leaves a receipt of its own: one that chooses its task, or one that
+-- names no holder, whose repeat would end the claim of whoever holds the task by then.
+local function receipt()
+  local value = arg.op ~= '' and read('GET', key('op', arg.op))
+  if not value then return nil end
+  local digest, id, fence, rev = value:match('^(%S+) (%S+) (%S+) (%S+)$')
+  if digest ~= arg.digest then
+    reject('OP_REUSED', 'op id was used before with other arguments, on task ' .. id)
+  end
+  return {task = id, fence = fence, rev = rev}
+end
+
+local anonymous = arg.session == '' and arg.fence == ''
+
+local function carried_out(task)
+  return repeated(task) or anonymous and receipt()
+end
+
+local function require_claimable(task)
+  if meta.paused then
+    reject('PAUSED', 'project ' .. root:match('{(.*)}') .. ' is paused since @' .. meta.paused .. '@')
+  elseif held(task) then
+    reject('HELD', held_by(task), due(task.lane))
+  elseif task.status == 'blocked' then
+    local waits = read('SRANDMEMBER', key('waits', task.id), 10)
+    local reason = unpacked(read('GET', key('work', task.id))).blockedReason
+    reject('BLOCKED', name_of(task) .. (#waits > 0 and ' waits for ' .. table.concat(waits, ', ')
+           or ' is blocked') .. (reason and ': ' .. reason or ''), due(task.lane))
+  elseif task.status ~= 'pending' then
+    require_status(task, 'pending')
+  elseif task.notBefore ~= '' and tonumber(task.notBefore) > now then
+    reject('NOT_DUE', name_of(task) .. ' is not due before @' .. task.notBefore .. '@')
+  end
+end
+
+-- True when the caller is the holder whose lease was the last to end, by reap.
+local function was_holder(task)
+  local fence, session, agent = task.reaped:match('^(%S+) (%S*) (%S+)$')
+  return fence and arg.agent == agent and (arg.session == '' or arg.session == session) and
+         (arg.fence == '' or arg.fence == fence)
+end
+
+-- The dependencies of a new task: each once, and those that are not completed, as a set.
+-- `batch` has the tasks that the same call creates.
+local function require_dependencies(id, dependencies, batch)
+  local edges, needs, seen = {}, {}, {}
+  for other in dependencies:gmatch('%S+') do
+    require_id(other, 'dependency')
+    if other == id then reject('CYCLE', 'task ' .. id .. ' depends on itself') end
+    local known = batch[other] or seen[other] or fields(other)
+    if not known then
+      reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. other ..
+             ', which ' .. id .. ' depends on')
+    end
+    if known.status ~= 'completed' then needs[other] = true end
+    if not seen[other] then edges[#edges + 1] = other end
+    seen[other] = known
+  end
+  if #edges > 200 then
+    reject('TOO_LARGE', 'task ' .. id .. ' has ' .. #edges .. ' dependencies; accepted: up to 200')
+  end
+  return edges, needs
+end
+
+-- The policy that a call brings, as fields of project meta.  Lanes are never taken away.
+local function require_policy()
+  local policy = {}
+  for name, value in arg.policy:gmatch('(%S+) (%S+)') do
+    if not POLICY[name] then reject('INVALID', 'the policy has no ' .. name) end
+    local lowest = (name == 'claimTTL' or name == 'deadLetterAfter') and 1 or 0
+    policy[#policy + 1] = name
+    policy[#policy + 1] = require_integer(value, name, lowest, WEEK)
+  end
+  if arg.lanes ~= '' then
+    local lanes, count = ' ' .. arg.lanes .. ' ', 0
+    for name in (LANES .. ' ' .. meta.lanes):gmatch('([^ =]+)[^ ]*') do
+      local escaped = name:gsub('%p', '%%%0')
+      if not lanes:find(' ' .. escaped .. '[= ]') then lanes = lanes .. name .. ' ' end
+    end
+    for name, most in lanes:gmatch('([^ =]+)=?([^ ]*)') do
+      require_id(name, 'lane')
+      if most ~= '' then require_integer(most, name .. '.maxConcurrent', 1, 1000000) end
+      count = count + 1
+    end
+    if count > 32 then reject('TOO_LARGE', 'there are ' .. count .. ' lanes; accepted: up to 32') end
+    meta.lanes = lanes:match('^ (.*) $')
+    policy[#policy + 1] = 'lanes'
+    policy[#policy + 1] = meta.lanes
+  end
+  return policy
+end
+
+-- Effects -------------------------------------------------------------------------------------
+
+-- Gives the change its number and tells it.  One packed field, tab-separated:
+-- task op from to rev fence agent at text.
+local function emit(task, op, to, text)
+  meta.rev = meta.rev + 1
+  task.rev = meta.rev
+  write('HSET', root, 'rev', meta.rev, 'fence', meta.fence)
+  local event = table.concat({task.id, op, task.status, to, task.rev, task.fence, arg.actor, now,
+                              text or ''}, '\t')
+  write('XADD', root .. ':events', 'MAXLEN', '~', EVENTS, task.rev .. '-0', 'e', event)
+  write('PUBLISH', root .. ':events', event)
+end
+
+local function ring(lane)
+  if read('LLEN', key('bell', lane)) == 0 then write('LPUSH', key('bell', lane), '1') end
+end
+
+-- What the task's hash remembers of the call: op digest fence rev.
+local function stamp(task)
+  return arg.op == '' and '' or
+         table.concat({arg.op, arg.digest, task.fence == '' and '0' or task.fence, task.rev}, ' ')
+end
+
+local function keep_receipt(task)
+  if arg.op ~= '' then
+    write('SET', key('op', arg.op), table.concat({arg.digest, task.id, task.fence == '' and '0'
+          or task.fence, task.rev}, ' '), 'PX', RECEIPT)
+  end
+end
+
+-- Sets fields of the task, with the number, time and receipt of this change.
+local function change(task, ...)
+  write('HSET', key('task', task.id), 'rev', task.rev, 'updatedAt', now,
+        'op', stamp(task), ...)
+end
+
+-- The long texts of the run.  Each name has a new value, or '' to take it away.
+local function write_work(task, changes)
+  local work = unpacked(read('GET', key('work', task.id)))
+  for name, value in pairs(changes) do work[name] = given(value) end
+  if next(work) then
+    write('SET', key('work', task.id), cmsgpack.pack(work))
+  else
+    write('DEL', key('work', task.id))
+  end
+end
+
+-- Where a task belongs that nobody holds and that is neither completed nor failed.
+local function settled(task)
+  local waits = task.blocked ~= '' or read('SCARD', key('waits', task.id)) > 0
+  return waits and 'blocked' or 'pending'
+end
+
+local function make_ready(task)
+  write('ZADD', key('ready', task.lane), RANK[task.priority] + task.order, task.id)
+  ring(task.lane)
+end
+
+-- Enters a task that nobody holds into the index of its status.
+local function place(task, status)
+  if status == 'blocked' then
+    write('ZADD', root .. ':blocked', task.order, task.id)
+  elseif status ~= 'pending' then
+    write('ZADD', root .. ':' .. status, task[status .. 'At'] or now, task.id)
+  elseif task.notBefore ~= '' and tonumber(task.notBefore) > now then
+    write('ZADD', root .. ':delayed', task.notBefore, task.id)
+  else
+    make_ready(task)
+  end
+end
+
+-- The opposite; the index of held tasks is `finish`'s.
+local function displace(task)
+  if task.status == 'pending' then
+    write('ZREM', key('ready', task.lane), task.id)
+    if task.notBefore ~= '' then write('ZREM', root .. ':delayed', task.id) end
+  elseif not held(task) then
+    write('ZREM', root .. ':' .. task.status, task.id)
+  end
+end
+
+-- A transition of a task that nobody holds leaves a mark, so that reap finishes it if need be.
+local function begin(task)
+  if not held(task) then write('ZADD', root .. ':unsettled', now, task.id) end
+end
+
+-- Between begin and finish: the new status, its index, other fields as names and values.
+local function move(task, status, notBefore, ...)
+  change(task, 'status', status, 'notBefore', notBefore, ...)
+  displace(task)
+  task.notBefore = notBefore
+  place(task, status)
+end
+
+-- Takes the mark away: the last write to a task.  Room in a capped lane rings its bell.  With
+-- `more`, dependents are left to free, and reap goes on with them.
+local function finish(task, more)
+  if anonymous then keep_receipt(task) end
+  if more then write('ZADD', root .. ':unsettled', now, task.id) end
+  if held(task) then
+    write('DEL', key('lock', task.id))
+    write('ZREM', key('running', task.lane), task.id)
+    if cap(task.lane) and read('ZCARD', key('ready', task.lane)) > 0 then ring(task.lane) end
+  elseif not more then
+    write('ZREM', root .. ':unsettled', task.id)
+  end
+end
+
+-- Grants or extends the lease; never past claimedAt + maxRuntime.
+local function lease(task, ttl)
+  local ends = now + ttl * 1000
+  if task.maxRuntime ~= '' then
+    ends = math.min(ends, task.claimedAt + task.maxRuntime * 1000)
+  end
+  write('ZADD', key('running', task.lane), ends, task.id)
+  write('SET', key('lock', task.id), task.claimedBy, 'PX', math.max(ends - now, 1))
+  task.leaseExpiresAt = ends
+end
+
+-- A claim.  The lease comes first, so that reap finds whatever is left half done; the receipt
+-- counts only once the task carries its fence.
+local function take(task, op, agent, ttl)
+  meta.fence = math.max(meta.fence + 1, now)
+  task.fence = meta.fence
+  emit(task, op, 'claimed')
+  task.claimedBy, task.claimedAt = agent, now
+  lease(task, ttl)
+  keep_receipt(task)
+  change(task, 'status', 'claimed', 'claimedBy', agent, 'claimedAt', now, 'claimTTL', ttl,
+         'session', arg.session, 'fence', task.fence,
+         unpack((task.reaped ~= '' or task.notBefore ~= '') and
+                {'reaped', '', 'notBefore', ''} or {}))
+  displace(task)
+  task.status = 'claimed'
+end
+
+-- Edges of the dependency graph: what the task depends on, and what of it is not completed.
+local function write_edges(task, edges, needs)
+  write('DEL', key('waits', task.id))
+  for _, id in ipairs(edges) do write('ZADD', key('dependents', id), needs[id] and 0 or 1, task.id) end
+  for id in pairs(needs) do write('SADD', key('waits', task.id), id) end
+end
+
+local function remove_edges(task)
+  local text = unpacked(read('GET', key('text', task.id)))
+  for id in (text.dependencies or ''):gmatch('%S+') do
+    write('ZREM', key('dependents', id), task.id)
+  end
+end
+
+-- The dependents that wait for a task: at most one more than a call frees.
+local function waiting_for(task)
+  return read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, BATCH + 1)
+end
+
+-- Tells the tasks that wait for this one that it is completed; frees those that wait for no
+-- other.  Returns the freed, and whether some of a long list are left for reap.
+local function free_dependents(task, waiting)
+  local freed = {}
+  for i, id in ipairs(waiting) do
+    if i > BATCH then return freed, true end
+    local dependent = fields(id, 'priority', 'order', 'notBefore', 'blocked')
+    write('SREM', key('waits', id), task.id)
+    if dependent and dependent.status == 'blocked' and settled(dependent) == 'pending' then
+      emit(dependent, 'free', 'pending', task.id)
+      place(dependent, 'pending')
+      displace(dependent)
+      write('HSET', key('task', id), 'status', 'pending', 'rev', dependent.rev, 'updatedAt', now)
+      freed[#freed + 1] = id
+    end
+    write('ZADD', key('dependents', task.id), 1, id)
+  end
+  return freed, false
+end
+
+-- Finishes the transition that left a task as its hash says: the indexes follow from the hash.
+-- Returns whether dependents are left to free.
+local function heal(task)
+  if held(task) then return false end
+  write('ZREM', key('ready', task.lane), task.id)
+  for _, index in ipairs({'delayed', 'blocked', 'failed', 'completed'}) do
+    write('ZREM', root .. ':' .. index, task.id)
+  end
+  write('DEL', key('lock', task.id))
+  if task.status == 'completed' or task.status == 'failed' then
+    place(task, task.status)
+  else
+    local status = settled(task)
+    if status ~= task.status then write('HSET', key('task', task.id), 'status', status) end
+    place(task, status)
+  end
+  if task.status ~= 'completed' then return false end
+  if task.edges ~= '' then remove_edges(task) end
+  local _, more = free_dependents(task, waiting_for(task))
+  return more
+end
+
+-- Replies -------------------------------------------------------------------------------------
+
+-- A reply is OK, REPEATED or SUPERSEDED, then names and values.
+local function show(task, ...)
+  return {'OK', 'taskId', task.id, 'rev', task.rev, 'updatedAt', now, ...}
+end
+
+-- The whole task as names and values.
+local function record(id, reply)
+  for _, value in ipairs(read('HGETALL', key('task', id))) do reply[#reply + 1] = value end
+  for _, text in ipairs(read('MGET', key('text', id), key('work', id))) do
+    for name, value in pairs(unpacked(text)) do
+      reply[#reply + 1] = name
+      reply[#reply + 1] = value
+    end
+  end
+  return reply
+end
+
+local function whole(task)
+  local ends = task.leaseExpiresAt or
+               held(task) and read('ZSCORE', key('running', task.lane), task.id)
+  return record(task.id, {'OK', 'taskId', task.id, 'leaseExpiresAt', ends or ''})
+end
+
+-- The answer to a call that was carried out before: its own fence and rev, the task as it is.
+local function replay(receipt)
+  local task = fields(receipt.task)
+  if not task then
+    return {'SUPERSEDED', 'taskId', receipt.task, 'opFence', receipt.fence, 'opRev', receipt.rev}
+  end
+  local reply = whole(task)
+  local same = task.fence == receipt.fence or task.fence == '' and receipt.fence == '0'
+  reply[1] = same and 'REPEATED' or 'SUPERSEDED'
+  for _, value in ipairs({'opFence', receipt.fence, 'opRev', receipt.rev}) do
+    reply[#reply + 1] = value
+  end
+  return reply
+end

@@ -1,0 +1,60 @@
+-- reap.lua -- End leases that ran out, oldest first; finish transitions that were cut off.
+--
+-- State    claimed | in-progress -> pending, or blocked while a dependency is not completed;
+--          failed when expiryCount reaches deadLetterAfter
+-- Args     actor
+-- Returns  the ids it reaped, how many it settled, seconds of grace left
+-- Rejects  SCHEMA NOT_FOUND
+-- Emits    reap for each ended lease, free for each freed task
+-- Flags    allow-oom
+--
+-- At most BATCH tasks of each kind per call.  After a start of the server holders get GRACE
+-- seconds to renew: while it was down they could not.
+
+meta = project()
+local ended = {}
+for lane in each_lane() do
+  local found = read('ZRANGEBYSCORE', key('running', lane), '-inf', now, 'WITHSCORES',
+                     'LIMIT', 0, BATCH)
+  for i = 1, #found, 2 do
+    ended[#ended + 1] = {id = found[i], lane = lane, ends = tonumber(found[i + 1])}
+  end
+end
+table.sort(ended, function(a, b) return a.ends < b.ends end)
+local unsettled = read('ZRANGE', root .. ':unsettled', 0, BATCH - 1)
+local info = #ended > 0 and redis.pcall('INFO', 'server')
+local uptime = type(info) == 'string' and tonumber(info:match('uptime_in_seconds:(%d+)'))
+local grace = uptime and uptime < GRACE and GRACE - uptime or 0
+
+local reaped, settled_count = {}, 0
+for i = 1, math.min(#ended, BATCH) do
+  local lost = ended[i]
+  local task = fields(lost.id, 'claimedBy', 'claimedAt', 'session', 'priority', 'order',
+                      'blocked', 'notBefore', 'expiryCount', 'edges',
+                      'completedAt', 'failedAt')
+  if not task or not held(task) or task.lane ~= lost.lane then
+    if task then heal(task) end
+    write('ZREM', key('running', lost.lane), lost.id)
+    settled_count = settled_count + 1
+  elseif grace == 0 then
+    local expiries = (tonumber(task.expiryCount) or 0) + 1
+    local dead = expiries >= meta.deadLetterAfter
+    local status = dead and 'failed' or settled(task)
+    local reason = 'the lease of ' .. task.claimedBy .. ' ended without a heartbeat'
+    emit(task, 'reap', status, reason)
+    if dead then write_work(task, {failureReason = reason .. ', ' .. expiries .. ' times'}) end
+    local failed = dead and {'failedAt', now} or {}
+    move(task, status, '', 'expiryCount', expiries,
+         'reaped', task.fence .. ' ' .. task.session .. ' ' .. task.claimedBy, unpack(failed))
+    finish(task)
+    reaped[#reaped + 1] = task.id
+  end
+end
+for _, id in ipairs(unsettled) do
+  local task = fields(id, 'priority', 'order', 'notBefore', 'blocked', 'edges',
+                      'completedAt', 'failedAt')
+  if not (task and heal(task)) then write('ZREM', root .. ':unsettled', id) end
+  settled_count = settled_count + 1
+end
+return {'OK', 'reaped', table.concat(reaped, ' '), 'settled', settled_count, 'grace', grace,
+        'due', math.max(#ended - BATCH, 0)}

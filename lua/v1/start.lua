@@ -1,0 +1,18 @@
+-- start.lua -- Say that work on a claimed task has begun.
+--
+-- State    claimed -> in-progress
+-- Args     op digest actor task agent session fence force
+-- Returns  status, rev, fence
+-- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION STALE_FENCE
+-- Emits    start
+
+meta = project()
+local task = load(arg.task, 'claimedBy', 'claimedAt', 'session')
+local done = repeated(task)
+if done then return replay(done) end
+require_status(task, 'claimed')
+require_owner(task)
+
+emit(task, 'start', 'in-progress')
+change(task, 'status', 'in-progress')
+return show(task, 'status', 'in-progress', 'fence', task.fence)

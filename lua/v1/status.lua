@@ -1,0 +1,54 @@
+-- status.lua -- Count a project's tasks by status and lane; what is old, what is about to expire.
+--
+-- State    any -> (unchanged)
+-- Args     soon
+-- Returns  the counts, one row per lane, leases that end within `soon` seconds, the policy
+-- Rejects  SCHEMA NOT_FOUND
+-- Emits    nothing
+-- Flags    no-writes
+--
+-- Only claimed and in-progress have to be told apart task by task, among the first LOOK.
+
+meta = project()
+local soon = now + require_integer(arg.soon, 'soon', 0, WEEK) * 1000
+local lanes, expiring, claimed, ready, running, looked = {}, {}, 0, 0, 0, 0
+local oldest, oldest_id
+for lane in each_lane() do
+  local waiting, taken = read('ZCARD', key('ready', lane)), read('ZCARD', key('running', lane))
+  lanes[#lanes + 1] = {'lane', lane, 'ready', waiting, 'held', taken,
+                       'maxConcurrent', cap(lane) or ''}
+  ready, running = ready + waiting, running + taken
+  for _, rank in pairs(RANK) do
+    local first = read('ZRANGEBYSCORE', key('ready', lane), decimal(rank),
+                       decimal(rank + RANK.high - 1), 'WITHSCORES', 'LIMIT', 0, 1)
+    if first[1] and (not oldest or first[2] - rank < oldest) then
+      oldest, oldest_id = first[2] - rank, first[1]
+    end
+  end
+  local held_here = read('ZRANGE', key('running', lane), 0, LOOK - looked, 'WITHSCORES')
+  for i = 1, #held_here, 2 do
+    if looked < LOOK then
+      looked = looked + 1
+      local task = fields(held_here[i], 'claimedBy')
+      if task and task.status == 'claimed' then claimed = claimed + 1 end
+      if task and tonumber(held_here[i + 1]) <= soon and #expiring < 10 then
+        expiring[#expiring + 1] = {'taskId', task.id, 'claimedBy', task.claimedBy,
+                                   'leaseExpiresAt', held_here[i + 1]}
+      end
+    end
+  end
+end
+local delayed = read('ZCARD', root .. ':delayed')
+return {'OK',
+        {'pending', ready + delayed, 'claimed', claimed, 'in-progress', looked - claimed,
+         'completed', read('ZCARD', root .. ':completed'),
+         'failed', read('ZCARD', root .. ':failed'),
+         'blocked', read('ZCARD', root .. ':blocked')},
+        {'ready', ready, 'delayed', delayed, 'held', running, 'due', due(), 'rev', meta.rev,
+         'fence', meta.fence, 'pausedAt', meta.paused or '', 'now', now,
+         'oldestReady', oldest_id or '',
+         'oldestReadySince', oldest and math.floor(oldest / 1000) or ''},
+        lanes, expiring,
+        {'claimTTL', meta.claimTTL, 'maxRetries', meta.maxRetries,
+         'deadLetterAfter', meta.deadLetterAfter, 'retryDelay', meta.retryDelay,
+         'lanes', meta.lanes, 'storedAt', meta.policy or ''}}

