@@ -1,0 +1,183 @@
+"""What the tests share: real servers of their own, a queue on an empty one, and the shim.
+
+The shim runs the shipped Lua text with `redis` replaced by a table of the same face, so that a
+test can turn the clock, make the k-th call fail, and hold every script to its promise that no
+refusal follows a write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import mosaic_queue as mq
+
+READS = (
+    "TIME GET HGET HMGET HGETALL EXISTS ZCARD ZSCORE ZRANGE ZREVRANGE ZRANGEBYSCORE ZRANK ZREVRANK "
+    "ZCOUNT SCARD SMEMBERS SRANDMEMBER SISMEMBER LLEN MGET INFO XRANGE XREVRANGE XLEN PTTL TYPE"
+).split()
+
+SHIM = """
+local real, calls, wrote = redis, 0, false
+local reads = {%(reads)s}
+local redis = {pcall = function(command, ...)
+  if command == 'INFO' then return 'uptime_in_seconds:%(uptime)d' end
+  return real.pcall(command, ...)
+end}
+redis.call = function(command, ...)
+  calls = calls + 1
+  if calls == %(fail_at)d then error('SHIM call ' .. calls .. ' ' .. command .. ' fails') end
+  if not reads[command] then wrote = true end
+  local reply = real.call(command, ...)
+  if command == 'TIME' then return {tostring(reply[1] + %(seconds)d), reply[2]} end
+  return reply
+end
+"""
+
+
+class Shim:
+    """Scripts with a clock that can be turned (`seconds`) and a k-th call that fails (`fail_at`,
+    0: none).  `uptime` (s) is what INFO says to `reap`."""
+
+    def __init__(self) -> None:
+        self.seconds, self.fail_at, self.uptime = 0, 0, 100_000
+        self.shipped = mq.script
+
+    def script(self, name: str) -> mq.Script:
+        lua = self.shipped(name)
+        first, _, rest = lua.text.partition("\n")
+        values = {
+            "reads": ", ".join(f"{name} = true" for name in READS),
+            "uptime": self.uptime,
+            "fail_at": self.fail_at,
+            "seconds": self.seconds,
+        }
+        told = "then return reply.refusal end"
+        assert rest.count(told) == 1
+        rest = rest.replace(
+            told, "then if wrote then error('SHIM refusal after a write') end return reply.refusal end"
+        )
+        text = first + SHIM % values + rest
+        sha = hashlib.sha1(text.encode()).hexdigest()
+        return dataclasses.replace(lua, text=text, sha=sha)
+
+
+def redis_server() -> str | None:
+    """A redis-server of 7.0 or newer on PATH."""
+    path = shutil.which("redis-server")
+    if not path:
+        return None
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    return path if int(said.split("v=")[1].split(".")[0]) >= 7 else None
+
+
+BINARIES = {"valkey": mq.server_binary}
+if redis_server():
+    BINARIES["redis"] = redis_server  # type: ignore[assignment]
+
+
+class Server:
+    """A real server without persistence, on a Unix socket in a folder of its own."""
+
+    def __init__(self, binary: str, *options: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mq-test-"))
+        self.socket = self.folder / "s"
+        self.binary, self.options = binary, options
+        self.url = f"unix://{self.socket}"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [self.binary, "--port", "0", "--unixsocket", str(self.socket), "--save", "",
+             "--dir", str(self.folder), "--logfile", str(self.folder / "log"), *self.options],
+        )
+        give_up = time.monotonic() + 20
+        while True:
+            try:
+                self.client().ping()
+                return
+            except (redis.ConnectionError, redis.BusyLoadingError):
+                assert time.monotonic() < give_up, (self.folder / "log").read_text()
+                time.sleep(0.02)
+            except redis.AuthenticationError:
+                return
+
+    def client(self, **options: Any) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), decode_responses=True, **options)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self.folder)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session", params=sorted(BINARIES, reverse=True))
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Valkey, and Redis where one is on PATH: every test that asks for it runs on each."""
+    binary = BINARIES[request.param]()
+    running = Server(str(binary))
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def db(server: Server) -> Iterator[redis.Redis]:
+    """A plain client on the emptied server."""
+    with server.client() as client:
+        client.flushall()
+        yield client
+
+
+@pytest.fixture
+def config(server: Server, db: redis.Redis) -> mq.Config:
+    """The configuration of a queue on the emptied server, with default project `p`."""
+    return mq.Config(environ={}).set("redis.url", server.url, "test").set("project", "p", "test")
+
+
+@pytest.fixture
+async def queue(config: mq.Config) -> AsyncIterator[mq.Queue]:
+    async with mq.Queue(config) as opened:
+        yield opened
+
+
+@pytest.fixture
+def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
+    """From here on every script of this process runs behind the shim."""
+    made = Shim()
+    monkeypatch.setattr(mq, "script", made.script)
+    return made
+
+
+def key_space(server: Server) -> dict[bytes, Any]:
+    """Every key and its value, as bytes."""
+    with redis.Redis(unix_socket_path=str(server.socket)) as raw:
+        readers = {
+            b"string": raw.get,
+            b"hash": raw.hgetall,
+            b"set": raw.smembers,
+            b"zset": lambda key: raw.zrange(key, 0, -1, withscores=True),
+            b"list": lambda key: raw.lrange(key, 0, -1),
+            b"stream": raw.xrange,
+        }
+        return {key: readers[raw.type(key)](key) for key in sorted(raw.scan_iter(count=1000))}
