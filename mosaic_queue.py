@@ -44,7 +44,14 @@ import re
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar, cast
@@ -122,7 +129,7 @@ def invalid(what: str, value: object, accepted: str) -> NoReturn:
 
 
 def printable(text: str) -> str:
-    """Text with control and bidi characters escaped: what a stranger wrote may not steer a terminal."""
+    """Text with control and bidi characters escaped, so that it cannot steer a terminal."""
     return "".join(
         c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
     )
@@ -233,9 +240,7 @@ class Config:
             if "defaults." + name in self.values
         ]
         lanes = [
-            f"{key.split('.')[1]}={self[key]}"
-            for key in self.values
-            if key.startswith("lanes.")
+            f"{key.split('.')[1]}={self[key]}" for key in self.values if key.startswith("lanes.")
         ]
         return " ".join(numbers), " ".join(lanes)
 
@@ -379,9 +384,7 @@ class Argument:
         if "\0" in value:
             invalid(name, value, "text without NUL")
         if size > self.high:
-            raise Refused(
-                "TOO_LARGE", f"{name} is {size} bytes long; accepted: up to {self.high}"
-            )
+            raise Refused("TOO_LARGE", f"{name} is {size} bytes long; accepted: up to {self.high}")
         if size < self.low:
             invalid(name, value, "text that is not empty")
         return value
@@ -424,7 +427,9 @@ class Argument:
             if not level:
                 break
         else:
-            raise Refused("INVALID", f"{name} is nested deeper than 100 levels; accepted: up to 100")
+            raise Refused(
+                "INVALID", f"{name} is nested deeper than 100 levels; accepted: up to 100"
+            )
         try:
             self._text(name, json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
@@ -465,7 +470,9 @@ ARGUMENTS = {
     "reason": Argument("text", "why, up to 4 KiB", 0, SHORT),
     "summary": Argument("text", "what was done, up to 64 KiB", 0, LONG),
     "retry": Argument("bool", "false: straight to the dead letters"),
-    "retry_delay": Argument("int", "seconds before a retry, doubled each time", 0, WEEK, tool=False),
+    "retry_delay": Argument(
+        "int", "seconds before a retry, doubled each time", 0, WEEK, tool=False
+    ),
     "apply": Argument("bool", "store the policy of the configuration"),
 }
 
@@ -606,11 +613,30 @@ class QueueStatus(TypedDict):
 
 
 INTEGERS = frozenset(
-    "claimedAt claimTTL leaseExpiresAt fence rev completedAt failedAt notBefore maxRuntime "
-    "retryCount expiryCount createdAt updatedAt".split()
+    [
+        "claimedAt",
+        "claimTTL",
+        "leaseExpiresAt",
+        "fence",
+        "rev",
+        "completedAt",
+        "failedAt",
+        "notBefore",
+        "maxRuntime",
+        "retryCount",
+        "expiryCount",
+        "createdAt",
+        "updatedAt",
+    ]
 )
 WHILE_HELD = frozenset(("claimTTL", "leaseExpiresAt", "session"))
 OF_A_CLAIM = frozenset(("claimedBy", "claimedAt", "fence"))
+
+
+def paired(values: Sequence[Any]) -> dict[str, Any]:
+    """The names and values of a reply; what is '' has no value."""
+    pairs = zip(values[::2], values[1::2], strict=True)
+    return {name: value for name, value in pairs if value != ""}
 
 
 def task_from(project: str, values: Sequence[Any]) -> Task:
@@ -619,13 +645,12 @@ def task_from(project: str, values: Sequence[Any]) -> Task:
     The hash keeps what is left of earlier states; here a field is shown only in the statuses
     that have it (DESIGN section 3).
     """
-    pairs = dict(zip(values[::2], values[1::2], strict=True))
+    pairs = paired(values)
     task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
     status = pairs.get("status")
     for name, value in pairs.items():
-        if value == "" or name in WHILE_HELD and status not in (None, "claimed", "in-progress"):
-            continue
-        if name in OF_A_CLAIM and status in ("pending", "blocked"):
+        gone = name in WHILE_HELD and status not in (None, "claimed", "in-progress")
+        if gone or (name in OF_A_CLAIM and status in ("pending", "blocked")):
             continue
         if name in INTEGERS:
             task[name] = int(value)
@@ -640,7 +665,7 @@ def task_from(project: str, values: Sequence[Any]) -> Task:
         elif name in Task.__annotations__:
             task[name] = value
     if "title" in task:
-        task.setdefault("retryCount", 0)
+        task = {"dependencies": [], "retryCount": 0} | task
     if "opRev" in pairs:
         task.update(fence=int(pairs["opFence"]), rev=int(pairs["opRev"]))
     return cast(Task, task)
@@ -796,7 +821,8 @@ class PrivateServer:
                     self._start(lock)
                 except BlockingIOError:
                     host, pid = self.owner()
-                    if host != socket.gethostname() and pid != "?" or time.monotonic() > give_up:
+                    elsewhere = pid != "?" and host != socket.gethostname()
+                    if elsewhere or time.monotonic() > give_up:
                         raise Refused(
                             "UNREACHABLE",
                             f"{self.folder} belongs to a server that does not answer here: "
@@ -945,9 +971,9 @@ def connect(url: str) -> Any:
             hosts, _, service = places.partition("/")
             pairs = [host.rpartition(":")[::2] for host in hosts.split(",")]
             user, _, password = login.partition(":")
-            who = {"username": user or None, "password": password or None}
-            sentinel = Sentinel([(host, int(port)) for host, port in pairs], **options)
-            return sentinel.master_for(service or "mymaster", **who, **options)
+            options |= {"username": user or None, "password": password or None}
+            sentinel: Any = cast(Any, Sentinel)([(h, int(port)) for h, port in pairs], **options)
+            return sentinel.master_for(service or "mymaster", **options)
         scheme = {"valkey": "redis", "valkeys": "rediss"}.get(scheme, scheme)
         return redis.asyncio.Redis.from_url(f"{scheme}://{rest}", **options)
     except ValueError as problem:
@@ -1027,19 +1053,23 @@ def user_at_host() -> str:
     return name.lstrip("._@-")[:128] or "somebody"
 
 
+def lasting(seconds: float) -> str:
+    """A length of time in its largest unit: 90 s -> 1 min."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def spelled_out(sentence: str) -> str:
     """A script's sentence with its @<ms>@ as times that a person and a program can read."""
 
     def spell(found: re.Match[str]) -> str:
         at = int(float(found[1])) / 1000
         apart = round(abs(time.time() - at))
-        unit, size = next(
-            ((unit, size) for unit, size in (("d", 86400), ("h", 3600), ("min", 60)) if apart >= size),
-            ("s", 1),
-        )
         past = "ago" if at <= time.time() else "from now"
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-        return f"{stamp} ({apart // size} {unit} {past})"
+        return f"{stamp} ({lasting(apart)} {past})"
 
     return re.sub(r"@(\d+(?:\.\d+)?)@", spell, sentence)
 
@@ -1149,7 +1179,8 @@ class Queue:
                     "check user and password of the URL",
                 ) from None
             except errors.NoPermissionError as problem:
-                raise Refused("UNFIT", f"{self.address}: {problem}", "extend the user's ACL") from None
+                said = f"{self.address}: {problem}"
+                raise Refused("UNFIT", said, "extend the user's ACL") from None
             except fleeting as problem:
                 if left <= 0:
                     said = str(problem) or "no answer in time"
@@ -1224,8 +1255,10 @@ class Queue:
         argv = [as_text(values.get(key)) for key in lua.args]
         argv += [as_text(one.get(key)) for one in each for key in lua.each]
         if "digest" in lua.args:
-            told = [a for key, a in zip(lua.args, argv, strict=False) if key not in ("op", "epoch")]
-            digest = hashlib.blake2b("\0".join([name, *told, *argv[len(lua.args):]]).encode(), digest_size=6)
+            told = [name, *argv]
+            for own in {"op", "epoch"} & {*lua.args}:
+                told[lua.args.index(own) + 1] = ""
+            digest = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("digest")] = digest.hexdigest()
         root = f"mosaic:queue:project:{{{project}}}"
         try:
@@ -1375,7 +1408,7 @@ class Queue:
         projects = await self.projects()
         at, _, cursor = (cursor or "").partition("/")
         if at:
-            projects = projects[projects.index(at):] if at in projects else []
+            projects = projects[projects.index(at) :] if at in projects else []
         answer: TaskList = {"tasks": []}
         total: int | None = 0 if not at else None
         for one in projects:
@@ -1583,8 +1616,8 @@ class Queue:
                 if project or problem.code != "NOT_FOUND":
                     raise
                 continue
-            values = dict(zip(reply[1::2], reply[2::2], strict=True))
-            answer["reaped"] += [f"{one}/{task}" for task in values["reaped"].split()]
+            values = paired(reply[1:])
+            answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
             answer["settled"] += values["settled"]
             answer["grace"] = max(answer["grace"], values["grace"])
         return answer
@@ -1621,12 +1654,9 @@ class Queue:
         return answer
 
     def _project_status(self, project: str, reply: Sequence[Any]) -> ProjectStatus:
-        counts, facts, lanes, expiring, policy = (reply[i] for i in range(1, 6))
-        status: dict[str, Any] = {"project": project, "tasks": dict(zip(counts[::2], counts[1::2], strict=True))}
-        status |= {k: v for k, v in zip(facts[::2], facts[1::2], strict=True) if v != ""}
-        status["lanes"] = [
-            {k: v for k, v in zip(lane[::2], lane[1::2], strict=True) if v != ""} for lane in lanes
-        ]
+        counts, facts, lanes, expiring, policy = reply[1:]
+        status: dict[str, Any] = {"project": project, "tasks": paired(counts), **paired(facts)}
+        status["lanes"] = [paired(lane) for lane in lanes]
         status["expiring"] = [task_from(project, task) for task in expiring]
         status["policy"] = self._policy(project, policy)
         return cast(ProjectStatus, status)
@@ -1644,16 +1674,14 @@ class Queue:
         return self._policy(project, reply[1:])
 
     def _policy(self, project: str, values: Sequence[Any]) -> Policy:
-        stored: dict[str, Any] = dict(zip(values[::2], values[1::2], strict=True))
+        stored = paired(values)
         lanes = [lane.partition("=") for lane in stored["lanes"].split()]
         stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
-        if not stored.pop("storedAt") or values[-1] == "":
-            pass
-        else:
-            stored["storedAt"] = int(values[-1])
+        if "storedAt" in stored:
+            stored["storedAt"] = int(stored["storedAt"])
         numbers, caps = self.config.policy()
-        local = dict(zip(numbers.split()[::2], map(int, numbers.split()[1::2]), strict=True))
-        differs = [name for name, value in local.items() if stored[name] != value]
+        local = paired(numbers.split())
+        differs = [name for name, value in local.items() if stored[name] != int(value)]
         for cap in caps.split():
             name, _, most = cap.partition("=")
             if stored["lanes"].get(name) != int(most):
@@ -1694,3 +1722,646 @@ def new_task_row(task: NewTask, project: str) -> dict[str, Any]:
         row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False, separators=(",", ":"))
     row["maxRuntime"] = row.pop("max_runtime", None)
     return row
+
+
+# ==== MCP ====================================================================================
+#
+# The server is a child of the agent's process and lives as long as that holds its standard input
+# open.  Tools are made from OPERATIONS; agents pay for every byte, so schemas are short and
+# results are one compact text.
+
+INSTRUCTIONS = """\
+A task queue shared with other agents. The loop: queue_list (status pending) shows work;
+queue_claim takes one task, for you alone, and returns it whole; queue_start when you begin;
+do the work; queue_complete with a summary, or queue_fail with the reason. queue_release gives a
+task back. While this server runs your lease is renewed: you need no heartbeats, but
+queue_heartbeat can leave progress or a checkpoint for whoever follows you. A refusal says who
+holds the task and what to do next; never work on a task that you do not hold.
+After a compaction, queue_list with your agent name shows what you hold."""
+
+JSON_TYPES: dict[str, dict[str, Any]] = {
+    "int": {"type": "integer"},
+    "bool": {"type": "boolean"},
+    "json": {"type": "object"},
+    "ids": {"type": "array", "items": {"type": "string"}},
+}
+
+
+def parameters(of: Operation) -> dict[str, Any]:
+    """The parameters of an operation, by name, without `self`."""
+    return {name: p for name, p in of.signature.parameters.items() if name != "self"}
+
+
+def input_schema(of: Operation, config: Config) -> dict[str, Any]:
+    """The JSON Schema of a tool's arguments; a configured project or mission is not required."""
+    properties: dict[str, Any] = {}
+    required = []
+    for name, parameter in parameters(of).items():
+        argument = ARGUMENTS[name]
+        if not argument.tool:
+            continue
+        schema = dict(JSON_TYPES.get(argument.kind, {"type": "string"}))
+        if argument.words:
+            schema["enum"] = list(argument.words)
+        properties[camel(name)] = schema
+        optional = name in ("project", "mission") and config[name]
+        if parameter.default is parameter.empty and not optional:
+            required.append(camel(name))
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The arguments of a tool call as those of the method; refuses unknown and missing ones."""
+    names = {camel(name): name for name in parameters(of) if ARGUMENTS[name].tool}
+    for name in given:
+        if name not in names:
+            invalid(f"argument of queue_{of.name}", name, ", ".join(names))
+    arguments = {names[name]: value for name, value in given.items() if value is not None}
+    for name, parameter in parameters(of).items():
+        if parameter.default is parameter.empty and name not in arguments:
+            fallback = config[name] if name in ("project", "mission") else None
+            if fallback is None:
+                raise Refused("INVALID", f"queue_{of.name} needs {camel(name)}")
+            arguments[name] = fallback
+    return arguments
+
+
+def for_tools(text: str) -> str:
+    """A hint that names commands, as one that names tools."""
+    text = text.replace("mosaic-queue show", "queue_get").replace("mosaic-queue ", "queue_")
+    return text.replace(" --", " ")
+
+
+def as_tool_text(result: Any) -> str:
+    """What an agent reads: lines for a list, compact JSON for the rest."""
+    if not (isinstance(result, dict) and "tasks" in result and isinstance(result["tasks"], list)):
+        return json.dumps(result, ensure_ascii=False, separators=(",", ":"))
+    lines = []
+    for task in result["tasks"]:
+        words = [task["id"], task["status"], task["priority"], task["lane"]]
+        if "claimedBy" in task:
+            words.append("by " + task["claimedBy"])
+        if task["status"] == "blocked":
+            words.append("after " + ",".join(task["dependencies"]))
+        lines.append(" ".join(words) + ": " + task["title"])
+    shown = f"{len(result['tasks'])} of {result['total']}" if "total" in result else len(lines)
+    more = f"; more: cursor {result['cursor']}" if "cursor" in result else ""
+    return "\n".join([*lines, f"{shown} tasks{more}"])
+
+
+def mcp_agent(config: Config) -> str:
+    """Who the agent is that does not say so: configured, its client's session, or minted."""
+    session = os.environ.get("CLAUDE_CODE_SESSION_ID", "")
+    minted = f"{user_at_host()[:120]}-{os.urandom(2).hex()}"
+    return config["agent"] or (session if ID.fullmatch(session) else minted)
+
+
+def mcp_server(queue: Queue) -> Any:
+    """The MCP server of a queue, for any transport."""
+    import mcp_types as types
+    from mcp.server.caching import CacheHint
+    from mcp.server.lowlevel import Server as McpServer
+    from mcp.shared.exceptions import MCPError
+
+    offered = {"queue_" + of.name: of for of in OPERATIONS.values() if of.tool == "default"}
+    tools = [
+        types.Tool(
+            name=name,
+            title=name.replace("_", " ").capitalize(),
+            description=of.summary,
+            input_schema=input_schema(of, queue.config),
+            annotations=types.ToolAnnotations(
+                read_only_hint=of.reads,
+                destructive_hint=of.destroys,
+                idempotent_hint=of.reads or of.name in ("heartbeat", "start"),
+                open_world_hint=False,
+            ),
+            _meta={
+                "anthropic/alwaysLoad": True,
+                "anthropic/searchHint": "task queue: claim, complete and list shared tasks",
+            },
+        )
+        for name, of in offered.items()
+    ]
+
+    async def list_tools(_context: Any, _page: Any) -> types.ListToolsResult:
+        return types.ListToolsResult(tools=tools)
+
+    async def call_tool(_context: Any, call: types.CallToolRequestParams) -> types.CallToolResult:
+        of = offered.get(call.name)
+        if of is None:
+            raise MCPError(-32602, f"there is no tool {call.name}; there are: {', '.join(offered)}")
+        try:
+            arguments = tool_arguments(of, call.arguments or {}, queue.config)
+            text = as_tool_text(await getattr(queue, of.name)(**arguments))
+            return types.CallToolResult(content=[types.TextContent(text=text)])
+        except Refused as refusal:
+            text = f"{refusal.code}: {refusal.message}"
+            if refusal.hint:
+                text += f"\nnext: {for_tools(refusal.hint)}"
+            return types.CallToolResult(content=[types.TextContent(text=text)], is_error=True)
+
+    return McpServer(
+        "mosaic-queue",
+        version=__version__,
+        title="Mosaic queue",
+        instructions=INSTRUCTIONS,
+        cache_hints={"tools/list": CacheHint(ttl_ms=3_600_000, scope="public")},
+        on_list_tools=list_tools,
+        on_call_tool=call_tool,
+    )
+
+
+async def serve_stdio(config: Config, unsafe: bool = False) -> None:
+    """Serve MCP on standard input and output until the input ends or the parent is gone.
+
+    A transport of our own: the SDK's tells nobody when it cannot parse a line, and the caller
+    would wait for ever.  Whatever else prints to standard output goes to standard error.
+    """
+    import threading
+
+    import anyio
+    import mcp_types as types
+    from mcp.shared.message import SessionMessage
+
+    config = Config(dict(config.values), config.environ)
+    config.set("agent", mcp_agent(config), "minted")
+    parent = os.getppid()
+    wire = os.dup(1)
+    os.dup2(2, 1)
+    from_client, to_server = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+    from_server, to_client = anyio.create_memory_object_stream[SessionMessage](0)
+
+    async def write(text: str) -> None:
+        data = text.encode() + b"\n"
+        while data:
+            data = data[await anyio.to_thread.run_sync(os.write, wire, data) :]
+
+    async def take(line: bytes) -> None:
+        try:
+            message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+        except ValueError as problem:
+            reason = str(problem).split("[type=")[0].split("\n", 1)[-1].strip()
+            error = {"code": -32700, "message": f"the message cannot be read: {reason[:200]}"}
+            answer = {"jsonrpc": "2.0", "id": id_of(line), "error": error}
+            await write(json.dumps(answer))
+        else:
+            await from_client.send(SessionMessage(message))
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        while os.getppid() == parent:
+            await anyio.sleep(0.3)
+        scope.cancel()
+
+    async def answer() -> None:
+        async for sent in to_client:
+            await write(sent.message.model_dump_json(by_alias=True, exclude_unset=True))
+
+    def read() -> None:
+        # A thread that nobody waits for: a blocked read cannot be cancelled.
+        rest = b""
+        while chunk := os.read(0, 65536):
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if line.strip():
+                    anyio.from_thread.run(take, line, token=token)
+        anyio.from_thread.run(from_client.aclose, token=token)
+
+    token = anyio.lowlevel.current_token()
+    async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
+        server = mcp_server(queue)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch, tasks.cancel_scope)
+            tasks.start_soon(answer)
+            threading.Thread(target=read, daemon=True).start()
+            await server.run(to_server, from_server, server.create_initialization_options())
+            tasks.cancel_scope.cancel()
+
+
+def id_of(line: bytes) -> str | int | None:
+    """The id of a JSON-RPC message that cannot be read as one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        message = json.loads(line.decode(errors="replace"))
+        if isinstance(message, dict) and isinstance(message.get("id"), (str, int)):
+            return cast("str | int", message["id"])
+    found = re.search(rb'"id"\s*:\s*(\d{1,15}|"[^"\\]{0,100}")', line)
+    return json.loads(found[1]) if found else None
+
+
+# ==== COMMAND LINE ===========================================================================
+#
+# One command per operation, made from its signature: what has no default is given by position,
+# or, where the method takes it by name alone, as a flag that is needed.  stdout is data, stderr
+# is for people.
+
+COMMANDS = {"get": "show"}  # where the command is not called as the method
+FIRST = [
+    "create",
+    "list",
+    "show",
+    "claim",
+    "start",
+    "heartbeat",
+    "note",
+    "release",
+    "complete",
+    "fail",
+    "status",
+]
+
+
+def command_name(of: Operation) -> str:
+    """What the command line calls an operation."""
+    return COMMANDS.get(of.name, of.name)
+
+
+def flag(name: str) -> str:
+    """A parameter as a flag: retry_delay -> --retry-delay, dependencies -> --dependency."""
+    return "--" + ("dependency" if name == "dependencies" else name.replace("_", "-"))
+
+
+def make_parser(prog: str) -> Any:
+    """The argparse parser of all commands."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise Refused("INVALID", message, f"{self.prog} --help")
+
+    everywhere = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared = everywhere.add_argument_group("everywhere")
+    shared.add_argument("--project", help=ARGUMENTS["project"].help)
+    shared.add_argument("--agent", help=ARGUMENTS["agent"].help)
+    shared.add_argument(
+        "--url", help="Valkey or Redis; default: $MOSAIC_VALKEY_URL, config, else a private server"
+    )
+    shared.add_argument("--config", help="YAML file; default: ~/.config/mosaic/queue.yaml")
+    shared.add_argument("--json", action="store_true", help="for programs")
+    shared.add_argument("--unsafe", action="store_true", help="use a server that is UNFIT")
+
+    parser = Parser(prog=prog, allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, text: str, example: str = "") -> Any:
+        example = example.replace("mosaic-queue", prog)
+        return commands.add_parser(
+            name,
+            parents=[everywhere],
+            allow_abbrev=False,
+            description=text,
+            epilog=f"example: {example}" if example else None,
+            argument_default=argparse.SUPPRESS,
+        )
+
+    for of in OPERATIONS.values():
+        sub = command(command_name(of), of.summary, of.doc.partition("Example: ")[2])
+        for name, parameter in parameters(of).items():
+            argument = ARGUMENTS[name]
+            options: dict[str, Any] = {"help": argument.help, "dest": name}
+            metavar = {"task": "taskId", "int": "N", "ids": "ID", "json": "JSON"}
+            if argument.kind == "bool":
+                options["action"] = "store_false" if parameter.default is True else "store_true"
+                off = parameter.default is True
+                sub.add_argument(("--no" + flag(name)[1:]) if off else flag(name), **options)
+                continue
+            if argument.kind == "ids":
+                options["action"] = "append"
+            if (
+                parameter.default is parameter.empty
+                and parameter.kind is not parameter.KEYWORD_ONLY
+            ):
+                del options["dest"]
+                if of.name == "create":
+                    options["nargs"] = "?"
+                sub.add_argument(name, metavar="taskId" if name == "task" else name, **options)
+            elif name not in ("project", "agent"):
+                needed = parameter.default is parameter.empty and of.name != "create"
+                shown = metavar.get(argument.kind, name.upper())
+                sub.add_argument(flag(name), metavar=shown, required=needed, **options)
+        if of.name == "create":
+            sub.add_argument(
+                "--from",
+                dest="source",
+                metavar="FILE",
+                help="JSON lines, one task each; - is standard input",
+            )
+    command(
+        "mcp",
+        "Serve the queue to an MCP client over standard input and output.",
+        "claude mcp add mosaic -- mosaic-queue mcp --project web",
+    )
+    server = command("server", "Show or stop the private Valkey.", "mosaic-queue server status")
+    server.add_argument("action", choices=("status", "stop"))
+    command("config", "Show the configuration in force, and where each value came from.")
+    command("version", "Show the version.")
+    return parser
+
+
+def overview(prog: str) -> str:
+    """The text of --help: what an agent or a person needs first, then the rest."""
+    rows = {
+        command_name(of): of.summary.partition(". ")[0].rstrip(".") for of in OPERATIONS.values()
+    }
+    rows |= {
+        "mcp": "Serve the queue to an MCP client over stdio",
+        "server": "Show or stop the private Valkey",
+        "config": "Show the configuration in force",
+        "version": "Show the version",
+    }
+    first = [name for name in FIRST if name in rows]
+    lines = [f"usage: {prog} COMMAND [...]", "", "A task queue for AI agents, kept in Valkey.", ""]
+    for title, names in (("commands", first), ("operators", [n for n in rows if n not in first])):
+        lines += [f"{title}:", *(f"  {name:<10} {rows[name]}" for name in names), ""]
+    lines += [f"{prog} COMMAND --help shows its arguments and an example."]
+    return "\n".join(lines)
+
+
+def typed(name: str, value: Any) -> Any:
+    """What a command line gives as text, as the value it stands for; ARGUMENTS checks it."""
+    kind = ARGUMENTS[name].kind if name in ARGUMENTS else ""
+    if kind == "int" and isinstance(value, str) and re.fullmatch(r"\d{1,15}", value):
+        return int(value)
+    if kind == "json" and isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
+
+
+async def create_from(queue: Queue, source: str, defaults: NewTask) -> TaskList:
+    """Create the tasks of a file of JSON lines, in groups of one project and 200 tasks at most."""
+    lines = sys.stdin if source == "-" else open_text(source)
+    groups: dict[str, list[NewTask]] = {}
+    with contextlib.ExitStack() as stack:
+        if lines is not sys.stdin:
+            stack.enter_context(lines)
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                task = {**defaults, **json.loads(line)}
+                new_task_row(cast(NewTask, task), task.get("project", ""))
+            except (ValueError, TypeError, RecursionError):
+                raise Refused(
+                    "INVALID", f"line {number} of {source} is not a JSON object"
+                ) from None
+            except Refused as problem:
+                message = f"line {number} of {source}: {problem.message}"
+                raise Refused(problem.code, message) from None
+            if not task.get("project"):
+                raise Refused(
+                    "INVALID", f"line {number} of {source} names no project", "--project P"
+                )
+            ARGUMENTS["project"].check("project", task["project"])
+            groups.setdefault(task["project"], []).append(cast(NewTask, task))
+    answer: TaskList = {"tasks": []}
+    total = sum(map(len, groups.values()))
+    for project, tasks in groups.items():
+        for at in range(0, len(tasks), BATCH):
+            answer["tasks"] += await queue.create_all(tasks[at : at + BATCH], project=project)
+            if total > BATCH:
+                print(f"created {len(answer['tasks'])} of {total}", file=sys.stderr)
+    return answer
+
+
+def open_text(path: str) -> Any:
+    """A text file, or a refusal that names it."""
+    try:
+        return open(path, encoding="utf-8")
+    except OSError as problem:
+        raise Refused("INVALID", f"{path} cannot be read: {problem.strerror}") from None
+
+
+async def run_operation(
+    of: Operation, arguments: dict[str, Any], config: Config, unsafe: bool
+) -> Any:
+    """Call the method that a command stands for."""
+    async with Queue(config, unsafe=unsafe) as queue:
+        if of.name != "create":
+            if "project" in parameters(of):
+                arguments["project"] = arguments.get("project")
+            return await getattr(queue, of.name)(**arguments)
+        source = arguments.pop("source", None)
+        for name in ("project", "mission"):
+            arguments.setdefault(name, config[name])
+        if source:
+            defaults = {k: arguments[k] for k in ("project", "mission") if arguments.get(k)}
+            return await create_from(queue, source, cast(NewTask, defaults))
+        for name in ("project", "mission", "task", "title"):
+            if arguments.get(name) is None:
+                shown = "--title" if name == "title" else "taskId" if name == "task" else name
+                raise Refused("INVALID", f"create needs {shown}", "mosaic-queue create --help")
+        return await queue.create(**arguments)
+
+
+def width(text: str) -> int:
+    """How many columns a terminal gives a text."""
+    import unicodedata
+
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns for a person; the last one is cut to the terminal's width."""
+    import shutil
+
+    cells = [head, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(width(row[i]) for row in cells) for i in range(len(head))]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    lines = []
+    for row in cells:
+        line = "  ".join(
+            c + " " * (w - width(c)) for c, w in zip(row, widths, strict=True)
+        ).rstrip()
+        while width(line) > room:
+            line = line[: room - width(line) - 1] + "…" if len(line) > 1 else ""
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def human(name: str, result: Any) -> str:
+    """The result of a command for a person."""
+    now = time.time() * 1000
+    if name == "list" or (name == "create" and "tasks" in result):
+        rows = [
+            (
+                task["id"],
+                task["status"],
+                task.get("priority", ""),
+                task.get("lane", ""),
+                task.get("claimedBy", ""),
+                lasting((now - task["createdAt"]) / 1000) if "createdAt" in task else "",
+                task.get("title", ""),
+            )
+            for task in result["tasks"]
+        ]
+        shown = (
+            f"{len(rows)} of {result['total']} tasks" if "total" in result else f"{len(rows)} tasks"
+        )
+        if "cursor" in result:
+            shown += f"; more: --cursor {result['cursor']}"
+        if not rows:
+            return shown
+        head = ("ID", "STATUS", "PRIORITY", "LANE", "HOLDER", "AGE", "TITLE")
+        return table(head, rows) + "\n" + shown
+    if name == "status":
+        return human_status(result, now)
+    lines = []
+    for key, value in result.items():
+        if key.endswith("At") or key == "notBefore":
+            value = spelled_out(f"@{value}@")
+        elif isinstance(value, (dict, list)):
+            value = json.dumps(value, ensure_ascii=False)
+        text = "\n".join(printable(line) for line in str(value).split("\n"))
+        lines.append(f"{key + ':':<16} {text}")
+    return "\n".join(lines)
+
+
+def human_status(result: QueueStatus, now: float) -> str:
+    """The answer of `status` for a person."""
+    server = result["server"]
+    lines = [
+        f"{server['version']} ({server['backend']}) at {server['address']}, "
+        f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
+    ]
+    for one in result["projects"]:
+        counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
+        lines += ["", f"project {one['project']}: {counts or 'no tasks'}"]
+        if "pausedAt" in one:
+            lines.append("  paused since " + spelled_out(f"@{one['pausedAt']}@"))
+        for lane in one["lanes"]:
+            if lane["ready"] or lane["held"] or "maxConcurrent" in lane:
+                most = f" of {lane['maxConcurrent']}" if "maxConcurrent" in lane else ""
+                lines.append(
+                    f"  lane {lane['lane']}: {lane['ready']} ready, {lane['held']}{most} held"
+                )
+        if "oldestReady" in one:
+            waits = lasting((one["now"] - one["oldestReadySince"]) / 1000)
+            lines.append(f"  oldest ready: {one['oldestReady']}, {waits}")
+        for task in one["expiring"]:
+            ends = spelled_out(f"@{task['leaseExpiresAt']}@")
+            lines.append(f"  lease about to end: {task['taskId']} of {task['claimedBy']}, {ends}")
+        if one["tasks"]["failed"]:
+            lines.append(f"  dead letters: {one['tasks']['failed']} (list --status failed)")
+        if one["policy"]["differs"]:
+            differs = ", ".join(one["policy"]["differs"])
+            lines.append(f"  policy differs from the local configuration: {differs}")
+    return "\n".join(lines)
+
+
+def as_json(name: str, result: Any) -> str:
+    """The envelope for programs: the same for one task and for many."""
+    of = OPERATIONS.get(name)
+    if of and of.signature.return_annotation == "Task":
+        result = {"tasks": [result]}
+    return json.dumps({"v": 1, **result}, ensure_ascii=False)
+
+
+def run(arguments: dict[str, Any], prog: str) -> int:
+    """Carry out a parsed command line; its exit status."""
+    command = arguments.pop("command")
+    if command == "version":
+        print(f"mosaic-queue {__version__} (Python {sys.version.split()[0]})")
+        return 0
+    in_json, unsafe = arguments.pop("json", False), arguments.pop("unsafe", False)
+    of = {command_name(of): of for of in OPERATIONS.values()}.get(command)
+    flags = {"redis.url": arguments.pop("url", None)}
+    path = arguments.pop("config", None)
+    if of is None or "agent" not in parameters(of):
+        flags["agent"] = arguments.pop("agent", None)
+    if of is None:
+        flags["project"] = arguments.pop("project", None)
+    config = load_config(path, flags)
+    for name in ("project", "agent"):
+        if config[name] is not None:
+            ARGUMENTS[name].check(f"{name} ({config.source(name)})", config[name])
+    if of is not None:
+        import asyncio
+
+        given = {name: typed(name, value) for name, value in arguments.items()}
+        result = asyncio.run(run_operation(of, given, config, unsafe))
+        print(as_json(of.name, result) if in_json else human(of.name, result))
+    elif command == "mcp":
+        import anyio
+
+        anyio.run(functools.partial(serve_stdio, config, unsafe))
+    elif command == "config":
+        shown = config.shown()
+        rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in shown.items()]
+        head = ("KEY", "VALUE", "FROM")
+        print(json.dumps({"v": 1, "config": shown}) if in_json else table(head, rows))
+    elif command == "server":
+        return run_server(arguments["action"], in_json)
+    return 0
+
+
+def run_server(action: str, in_json: bool) -> int:
+    """`server status` and `server stop`; 5 when none is running."""
+    server = PrivateServer()
+    running = server.stop() if action == "stop" else bool(server.answers())
+    _, pid = server.owner()
+    facts = {"folder": str(server.folder), "socket": str(server.socket), "running": running}
+    if action == "stop":
+        facts = {"folder": str(server.folder), "stopped": running}
+    elif running:
+        facts["pid"] = int(pid) if pid.isdigit() else 0
+    print(json.dumps({"v": 1, **facts}) if in_json else human("server", facts))
+    return 0 if running else 5
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
+    """The command `mosaic-queue`; returns the exit status of DESIGN section 7."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(overview(prog))
+            return 0
+        if words[0] == "--version":
+            words = ["version"]
+        arguments = vars(make_parser(prog).parse_args(words))
+        del arguments["help"]
+        status = run(arguments, prog)
+        sys.stdout.flush()
+        return status
+    except Refused as refusal:
+        hint = refusal.hint.replace("mosaic-queue", prog)
+        if "--json" in words:
+            error = {"code": refusal.code, "message": refusal.message, "hint": hint}
+            print(json.dumps({"v": 1, "error": error}), file=sys.stderr)
+        else:
+            print(f"{refusal.code}: {printable(refusal.message)}", file=sys.stderr)
+            if hint:
+                print(f"hint: {hint}", file=sys.stderr)
+        return CODES[refusal.code].exit
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has enough; the interpreter would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+
+
+def mosaic() -> int:
+    """The command `mosaic`: serves `mosaic queue`; any other word is for the next `mosaic` on
+    PATH, where this ecosystem has one."""
+    if sys.argv[1:2] == ["queue"]:
+        return main(sys.argv[2:], "mosaic queue")
+    own = Path(sys.argv[0]).resolve()
+    for folder in os.get_exec_path():
+        other = Path(folder) / "mosaic"
+        if os.access(other, os.X_OK) and other.is_file() and other.resolve() != own:
+            os.execv(other, [str(other), *sys.argv[1:]])
+    print("usage: mosaic queue COMMAND [...]", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

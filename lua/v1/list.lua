@@ -93,12 +93,13 @@ end
 
 local function row(task, ends)
   if arg.full == '1' then return whole(task) end
+  local text = unpacked(read('GET', key('text', task.id)))
   return {'OK', 'taskId', task.id, 'status', task.status, 'lane', task.lane,
           'mission', task.mission, 'priority', task.priority, 'claimedBy', task.claimedBy,
           'claimedAt', task.claimedAt, 'order', task.order, 'rev', task.rev,
           'updatedAt', task.updatedAt, 'retryCount', task.retryCount,
           'notBefore', task.notBefore, 'leaseExpiresAt', ends,
-          'title', unpacked(read('GET', key('text', task.id))).title or ''}
+          'title', text.title or '', 'dependencies', text.dependencies or ''}
 end
 
 local rows, looked, cursor, last = {}, 0, '', ''
