@@ -1,7 +1,7 @@
 -- policy.lua -- Show the project's policy; with apply, store the one that is sent.
 --
 -- State    project
--- Args     op actor epoch apply policy lanes
+-- Args     epoch apply policy lanes
 -- Returns  claimTTL maxRetries deadLetterAfter retryDelay lanes, and since when they are stored
 -- Rejects  SCHEMA INVALID TOO_LARGE
 -- Emits    nothing

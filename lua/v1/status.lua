@@ -3,7 +3,7 @@
 -- State    any -> (unchanged)
 -- Args     soon
 -- Returns  the counts, one row per lane, leases that end within `soon` seconds, the policy
--- Rejects  SCHEMA NOT_FOUND
+-- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
 --

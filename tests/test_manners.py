@@ -1,0 +1,150 @@
+"""The project's promises about itself: headers tell the truth, tables agree with the code.
+
+`python tests/test_manners.py` writes the README's tables anew.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import mosaic_queue as mq
+
+README = ROOT / "README.md"
+SCRIPTS = sorted(p for p in (ROOT / "lua/v1").glob("*.lua") if p.stem != "prelude")
+PRELUDE = (ROOT / "lua/v1/prelude.lua").read_text()
+
+
+def functions() -> dict[str, str]:
+    """The prelude's functions by name, with their text."""
+    found = re.findall(r"^local function (\w+)(.*?)^end$", PRELUDE, re.MULTILINE | re.DOTALL)
+    return {name: re.sub(r"--.*", "", body) for name, body in found}
+
+
+def reached(text: str) -> set[str]:
+    """The names of the prelude's functions that a text calls, by whatever way."""
+    known, names, todo = functions(), set(), [text]
+    while todo:
+        for name in re.findall(r"\b(\w+)\(", todo.pop()):
+            if name in known and name not in names:
+                names.add(name)
+                todo.append(known[name])
+    return names
+
+
+def code(path: Path) -> str:
+    return re.sub(r"--.*", "", path.read_text())
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_header_tells_the_truth(path: Path) -> None:
+    """Name, arguments and refusals of the header are those of the code."""
+    text, body = path.read_text(), code(path)
+    assert text.startswith(f"-- {path.name} -- ")
+    for entry in ("State", "Args", "Returns", "Rejects", "Emits"):
+        assert mq.header(text, entry), f"{path.name} has no {entry}"
+    names = reached(body)
+    whole = body + "".join(functions()[name] for name in names)
+    used = set(re.findall(r"\barg\.(\w+)", whole)) | set(re.findall(r"\bnew\.(\w+)", body))
+    args = {*mq.header(text, "Args"), *mq.header(text, "Each")}
+    assert {arg for arg in args if arg not in used} == set(), "arguments that nobody reads"
+    own = set(re.findall(r"\barg\.(\w+)", body))
+    assert own <= args, "arguments that the header does not have"
+    rejects = set(re.findall(r"reject\('(\w+)'", whole))
+    optional = {"NOT_FOUND"} if path.stem == "policy" else set()
+    assert set(mq.header(text, "Rejects")) == rejects - optional
+    if "no-writes" in mq.header(text, "Flags"):
+        assert "write(" not in re.sub(r"local function.*?\nend", "", body)
+
+
+def test_refusal_codes_are_a_closed_list() -> None:
+    lua = PRELUDE + "".join(path.read_text() for path in SCRIPTS)
+    codes = set(re.findall(r"reject\('(\w+)'", lua))
+    assert codes <= set(mq.CODES)
+    module = Path(mq.__file__).read_text()
+    assert {*codes, *re.findall(r'Refused\(\s*"(\w+)"', module)} <= set(mq.CODES)
+
+
+def test_key_dictionary_is_complete() -> None:
+    """Every key that a script makes stands in the dictionary at the top of the prelude."""
+    lua = PRELUDE + "".join(path.read_text() for path in SCRIPTS)
+    kinds = set(re.findall(r"key\('(\w+)'", lua)) | set(re.findall(r"root \.\. ':(\w+)", lua))
+    listed = set(re.findall(r"^--   <root>:(\w+)", PRELUDE, re.MULTILINE))
+    assert kinds <= listed
+
+
+def test_every_script_is_an_operation() -> None:
+    module = Path(mq.__file__).read_text()
+    for path in SCRIPTS:
+        assert re.search(rf'_(?:call|change)\(\s*"{path.stem}"', module), path.stem
+
+
+def test_import_brings_no_third_party_package() -> None:
+    program = (
+        "import sys; import mosaic_queue; "
+        "print(*{m.split('.')[0] for m in sys.modules} & {'redis','mcp','anyio','yaml','asyncio'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
+
+
+def test_arguments_are_all_in_use() -> None:
+    used = {name for of in mq.OPERATIONS.values() for name in mq.parameters(of)}
+    assert used == set(mq.ARGUMENTS)
+
+
+def test_sections_stand_in_the_order_of_the_docstring() -> None:
+    module = Path(mq.__file__).read_text()
+    banners = re.findall(r"^# ==== ([A-Z ]+?) =+$", module, re.MULTILINE)
+    docstring = mq.__doc__ or ""
+    listed = re.findall(r"^    ([A-Z]+(?: [A-Z]+)?)  +\w", docstring, re.MULTILINE)
+    assert banners == listed
+
+
+def commands_table() -> str:
+    rows = ["| command | what it does | MCP tool |", "|---|---|---|"]
+    for of in mq.OPERATIONS.values():
+        tool = f"`queue_{of.name}`" if of.tool else ""
+        if of.tool == "orchestrator":
+            tool += " (orchestrator)"
+        rows.append(f"| `{mq.command_name(of)}` | {of.summary.replace('|', chr(92) + '|')} | {tool} |")
+    return "\n".join(rows)
+
+
+def refusals_table() -> str:
+    rows = ["| code | exit | HTTP | what to do |", "|---|---|---|---|"]
+    for code, outcome in mq.CODES.items():
+        hint = outcome.hint.replace("{task}", "TASK")
+        rows.append(f"| {code} | {outcome.exit} | {outcome.http} | {hint} |")
+    return "\n".join(rows)
+
+
+TABLES = {"commands": commands_table, "refusals": refusals_table}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_readme_tables_are_made_from_the_code(name: str) -> None:
+    found = re.search(rf"<!-- {name} -->\n(.*?)\n?<!-- /{name} -->", README.read_text(), re.DOTALL)
+    assert found
+    assert found[1] == TABLES[name](), "run python tests/test_manners.py"
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    for name, made in TABLES.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda found, made=made: f"{found[1]}{made()}\n{found[2]}",
+            text,
+            flags=re.DOTALL,
+        )
+    README.write_text(text)
