@@ -24,6 +24,8 @@ Sections, in the order in which they build on each other; each starts with a ban
     SERVER          the private valkey-server
     CONNECTION      URLs, preflight
     QUEUE           the typed operations; the only code that talks to Valkey
+    MONITOR         the one process that watches: expired leases, assignments
+    RUN             a command under a lease
     MCP             the tools of an agent
     COMMAND LINE    the commands of a person or a shell script
 
@@ -36,6 +38,7 @@ VOCABULARY.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import hashlib
 import json
@@ -45,8 +48,10 @@ import socket
 import sys
 import time
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
+    Coroutine,
     Iterable,
     Iterator,
     Mapping,
@@ -67,9 +72,12 @@ KIB = 1024
 DEADLINE = 5.0  # s in which an operation is answered or given up
 LOADING_DEADLINE = 120.0  # s for a server that is reading its data from disk
 BATCH = 200  # tasks that one `create` enters, all or none
+PURGE = 100  # tasks that one `purge` forgets
+IDLE = 4 * 3600  # s without a tool call after which an MCP server renews no more leases
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' and '-'"
 REGISTRY = "mosaic:queue:projects"
+LEADER = "mosaic:queue:leader"
 
 
 # ==== REFUSALS ===============================================================================
@@ -153,6 +161,7 @@ KEYS: dict[str, tuple[type, Any]] = {
     "defaults.maxRetries": (int, 3),
     "defaults.deadLetterAfter": (int, 3),
     "defaults.retryDelay": (int, 0),
+    "defaults.assign": (bool, False),
     "lanes.*.maxConcurrent": (int, None),
     "watchdog.interval": (int, 60),
     "openbrain.url": (str, None),
@@ -171,7 +180,7 @@ ENVIRONMENT = {
     "redis.url": "MOSAIC_VALKEY_URL",
 }
 OF_A_PROJECT_FILE = ("project", "mission", "lane", "files")
-POLICY_KEYS = ("claimTTL", "maxRetries", "deadLetterAfter", "retryDelay")
+POLICY_KEYS = ("claimTTL", "maxRetries", "deadLetterAfter", "retryDelay", "assign")
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
@@ -235,7 +244,7 @@ class Config:
     def policy(self) -> tuple[str, str]:
         """What a file says of the policy, as the scripts take it: numbers, then lanes."""
         numbers = [
-            f"{name} {self['defaults.' + name]}"
+            f"{name} {int(self['defaults.' + name])}"
             for name in POLICY_KEYS
             if "defaults." + name in self.values
         ]
@@ -352,7 +361,7 @@ def load_config(
 class Argument:
     """What an argument of this name may be.  Unit and range stand in `help`."""
 
-    kind: Literal["id", "task", "text", "int", "bool", "word", "ids", "json", "op"]
+    kind: Literal["id", "task", "text", "int", "bool", "word", "words", "ids", "json", "op"]
     help: str
     low: int = 0
     high: int = 0  # of an int: the largest value; of a text: its most bytes
@@ -406,6 +415,11 @@ class Argument:
             invalid(name, value, ", ".join(self.words))
         return cast(str, value)
 
+    def _words(self, name: str, value: Any) -> list[str]:
+        if not isinstance(value, (list, tuple)):
+            invalid(name, value, f"a list of {', '.join(self.words)}")
+        return [self._word(name, one) for one in value]
+
     def _ids(self, name: str, value: Any) -> list[str]:
         if not isinstance(value, (list, tuple)):
             invalid(name, value, "a list of taskIds")
@@ -443,6 +457,7 @@ class Argument:
 
 
 SHORT, LONG = 4 * KIB, 64 * KIB
+CLEARABLE = ("description", "dependencies", "metadata", "delay")
 ARGUMENTS = {
     "task": Argument("task", "taskId, or project/taskId"),
     "project": Argument("id", "project; default: --project, $MOSAIC_PROJECT, config"),
@@ -474,6 +489,13 @@ ARGUMENTS = {
         "int", "seconds before a retry, doubled each time", 0, WEEK, tool=False
     ),
     "apply": Argument("bool", "store the policy of the configuration"),
+    "resume": Argument("bool", "also take what you hold already"),
+    "wait": Argument("int", "seconds to wait for work", 0, 3600),
+    "text": Argument("text", "the finding, up to 4 KiB", 1, SHORT),
+    "if_rev": Argument("int", "refuse if the task has another rev", 0, 10**15 - 1),
+    "clear": Argument("words", "fields to take away", words=CLEARABLE),
+    "older": Argument("int", "seconds since the end", 0, 10 * 365 * 86400),
+    "since": Argument("int", "rev after which to start", 0, 10**15 - 1),
 }
 
 Status = Literal["pending", "claimed", "in-progress", "completed", "failed", "blocked"]
@@ -544,6 +566,68 @@ class TaskList(TypedDict, total=False):
     total: int
 
 
+class Offer(TypedDict, total=False):
+    """What `next` and `assign` found: one task, or none and why."""
+
+    tasks: list[Task]
+    why: str
+
+
+class Event(TypedDict, total=False):
+    """One accepted change.  `text` is the reason, note or summary; `at` in ms."""
+
+    project: str
+    task: str
+    op: str
+    to: str
+    rev: int
+    fence: int
+    agent: str
+    at: int
+    text: str
+
+
+class EventList(TypedDict, total=False):
+    """Events in order; `since` continues after the last, `lost` counts those that were trimmed."""
+
+    events: list[Event]
+    since: int
+    lost: int
+
+
+class Agent(TypedDict, total=False):
+    """An agent that holds tasks; times in ms."""
+
+    agent: str
+    tasks: list[Task]
+    lastHeard: int
+    note: str
+
+
+class AgentList(TypedDict):
+    """All agents that hold tasks."""
+
+    agents: list[Agent]
+
+
+class Explanation(TypedDict, total=False):
+    """Why a task, or a lane, does or does not move, and what to do about it."""
+
+    task: Task
+    lane: str
+    why: list[str]
+    todo: list[str]
+    events: list[Event]
+
+
+class Findings(TypedDict, total=False):
+    """What `doctor` found; `repaired` counts the tasks that `repair` set right."""
+
+    findings: list[str]
+    checked: int
+    repaired: int
+
+
 class Reaped(TypedDict):
     """What `reap` did: ids whose lease it ended, how many cut-off transitions it finished, and
     seconds in which it ends no lease because the server has just started."""
@@ -551,6 +635,21 @@ class Reaped(TypedDict):
     reaped: list[str]
     settled: int
     grace: int
+    soonest: int  # ms until the next lease ends, 0 when none runs
+
+
+class Purged(TypedDict):
+    """How many tasks `purge` forgot, and how many it kept for unfinished tasks."""
+
+    purged: int
+    kept: int
+
+
+class Paused(TypedDict, total=False):
+    """Since when a project is paused (ms); absent when it is not."""
+
+    project: str
+    pausedAt: int
 
 
 class Policy(TypedDict, total=False):
@@ -561,6 +660,7 @@ class Policy(TypedDict, total=False):
     maxRetries: int
     deadLetterAfter: int
     retryDelay: int
+    assign: int
     lanes: dict[str, int | None]
     storedAt: int
     differs: list[str]  # where the local configuration says otherwise
@@ -637,6 +737,70 @@ def paired(values: Sequence[Any]) -> dict[str, Any]:
     """The names and values of a reply; what is '' has no value."""
     pairs = zip(values[::2], values[1::2], strict=True)
     return {name: value for name, value in pairs if value != ""}
+
+
+def event_from(project: str, row: Sequence[Any], task: str | None = None) -> Event | None:
+    """An event of the stream; None where it is another task's."""
+    values = row[1] if isinstance(row[1], (list, tuple)) else next(iter(row[1].items()))
+    name, op, before, to, rev, fence, agent, at, text = values[1].split("\t", 8)
+    if task not in (None, name):
+        return None
+    event = {"project": project, "task": name, "op": op, "from": before, "to": to, "rev": int(rev)}
+    event |= {"fence": int(fence or 0), "agent": agent, "at": int(at), "text": text}
+    return cast(Event, {key: value for key, value in event.items() if value not in ("", 0)})
+
+
+def explained(
+    task: Task,
+    waits: Sequence[Mapping[str, Any]],
+    dependents: Sequence[str],
+    holders: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> tuple[list[str], list[str]]:
+    """What stands between a task and its completion, and what to do about it, as sentences."""
+    name, status = task["id"], task["status"]
+    why, todo = [f"{name} is {status}, priority {task['priority']}, lane {task['lane']}"], []
+    if status == "pending":
+        if "notBefore" in task and task["notBefore"] > facts["now"]:
+            why.append(f"it is not due before @{task['notBefore']}@")
+        elif "place" in facts:
+            why.append(f"it is ready, at place {facts['place'] + 1} of lane {task['lane']}")
+            todo.append(f"mosaic-queue claim {name}")
+        if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
+            who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
+            why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
+            todo.append(f"wait for one of them, or raise the cap of lane {task['lane']}")
+        if "pausedAt" in facts:
+            why.append(f"the project is paused since @{facts['pausedAt']}@")
+            todo.append(f"mosaic-queue unpause --project {task['project']}")
+    if status == "blocked":
+        if "blockedReason" in task:
+            why.append(f"blocked by hand: {task['blockedReason']}")
+            todo.append(f"mosaic-queue unblock {name}")
+        for one in waits:
+            holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
+            why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
+            if one["status"] == "failed":
+                todo.append(f"mosaic-queue redrive {task['project']}/{one['taskId']}")
+    if status in ("claimed", "in-progress"):
+        ended = task["leaseExpiresAt"] <= facts["now"]
+        why.append(
+            f"{task['claimedBy']} holds it since @{task['claimedAt']}@, fence {task['fence']}; "
+            f"the lease {'ended' if ended else 'ends'} at @{task['leaseExpiresAt']}@"
+        )
+        todo += [f"mosaic-queue reap --project {task['project']}"] if ended else []
+    if status == "failed":
+        why.append(
+            f"a dead letter since @{task['failedAt']}@ after {task['retryCount']} retries and "
+            f"{task.get('expiryCount', 0)} lost leases: {task.get('failureReason', 'no reason')}"
+        )
+        todo.append(f"mosaic-queue redrive {name}")
+    elif task["retryCount"]:
+        left = facts["maxRetries"] - task["retryCount"]
+        why.append(f"it failed {task['retryCount']} times; {left} retries are left")
+    if dependents:
+        why.append(f"waiting for it: {', '.join(dependents)}")
+    return [spelled_out(sentence) for sentence in why], todo
 
 
 def task_from(project: str, values: Sequence[Any]) -> Task:
@@ -1074,6 +1238,19 @@ def spelled_out(sentence: str) -> str:
     return re.sub(r"@(\d+(?:\.\d+)?)@", spell, sentence)
 
 
+@dataclass
+class Lease:
+    """A claim of this process: what renews it, and until when it lasts by our own clock (s)."""
+
+    project: str
+    task: str
+    agent: str
+    fence: int
+    ttl: int
+    ends: float
+    due: float
+
+
 class Queue:
     """The task queue: one typed method per operation.
 
@@ -1107,7 +1284,11 @@ class Queue:
         self.unsafe = unsafe
         self.server: PrivateServer | None = None
         self._client: Any = None
+        self.ttl: int | None = None  # of claims that name none; else the project's claimTTL
+        self.leases: dict[str, Lease] = {}
+        self.lost: list[str] = []
         self._fit: dict[str, str] = {}
+        self._came_back: set[tuple[str, str]] = set()
         self._registered: set[str] = set()
 
     async def __aenter__(self) -> Queue:
@@ -1238,6 +1419,7 @@ class Queue:
         project: str,
         arguments: Mapping[str, Any],
         each: Iterable[Mapping[str, Any]] = (),
+        root: str = "",
     ) -> list[Any]:
         """Run a script on a project's root and return its reply; raises the refusal it gives."""
         from redis.exceptions import NoScriptError, ResponseError
@@ -1260,7 +1442,7 @@ class Queue:
                 told[lua.args.index(own) + 1] = ""
             digest = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("digest")] = digest.hexdigest()
-        root = f"mosaic:queue:project:{{{project}}}"
+        root = root or f"mosaic:queue:project:{{{project}}}"
         try:
             try:
                 reply = await self._send("EVALSHA", lua.sha, 1, root, *argv)
@@ -1307,7 +1489,53 @@ class Queue:
             if key in arguments:
                 arguments[key] = int(arguments[key])
         reply = await self._call(name, project, arguments)
+        if name in ("release", "complete", "fail", "block", "delete"):
+            self.leases.pop(f"{project}/{arguments['task']}", None)
         return self._task(project, reply)
+
+    def _hold(self, task: Task, agent: str) -> Task:
+        """Remember a claim, for `renew_leases`."""
+        if not task.get("superseded"):
+            now, ttl = time.monotonic(), task["claimTTL"]
+            held = (task["project"], task["taskId"], agent, task["fence"], ttl)
+            self.leases[task["id"]] = Lease(*held, now + ttl, now + ttl / 3)
+        return task
+
+    async def _undone(self, name: str, project: str, arguments: Mapping[str, Any]) -> None:
+        """Take back a claim whose answer nobody waits for any more: the same op id tells what was
+        claimed, and that is released."""
+        import anyio
+
+        with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
+            reply = await self._call(name, project, arguments)
+            if reply[0] in ("OK", "REPEATED"):
+                task = self._task(project, reply)
+                given = {
+                    "task": task["taskId"],
+                    "agent": arguments["agent"],
+                    "fence": task["fence"],
+                }
+                await self._call("release", project, given | {"session": arguments.get("session")})
+
+    async def _claimed(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
+        """The reply of a script that claims; when leases that ran out are in the way, they are
+        reaped and it is asked again.  A call that is cancelled leaves nothing claimed."""
+        import asyncio
+
+        for again in (True, False):
+            arguments["op"] = (again and arguments.get("op")) or os.urandom(16).hex()
+            try:
+                reply = await self._call(name, project, arguments)
+                if reply[0] != "NOTHING" or not (again and reply[2]):
+                    return reply
+            except asyncio.CancelledError:
+                await self._undone(name, project, arguments)
+                raise
+            except Refused as problem:
+                if not (again and problem.due):
+                    raise
+            await self.reap(project=project)
+        raise AssertionError("unreachable")
 
     @staticmethod
     def _task(project: str, reply: Sequence[Any]) -> Task:
@@ -1315,6 +1543,10 @@ class Queue:
         if reply[0] == "SUPERSEDED":
             task["superseded"] = True
         return task
+
+    def _project(self, project: str | None) -> str:
+        """The project that is meant; refused when none is."""
+        return cast(str, project or self.config["project"] or invalid("project", "", "--project P"))
 
     async def projects(self) -> list[str]:
         """The names of all projects, sorted; those that the server's ACL shows."""
@@ -1460,28 +1692,109 @@ class Queue:
         *,
         project: str | None = None,
         ttl: int | None = None,
+        resume: bool = False,
         session: str | None = None,
         op: str | None = None,
     ) -> Task:
         """Take a pending task: it is yours until the lease ends, and nobody else's.
 
         Refused when somebody holds it (who and since when is said), when it is blocked, not due,
-        its lane is full or the project paused.
+        its lane is full or the project paused. What an earlier session of yours left behind is
+        given to you; what you hold in this one with resume only.
 
         Example: mosaic-queue claim T1 --agent alice --ttl 3600
         """
-        arguments = locals()
-        arguments["op"] = op or os.urandom(16).hex()
-        arguments["agent"] = agent or self.agent or self.actor
+        project, task = await self._locate(task, project)
+        agent = agent or self.agent or self.actor
+        given = {"task": task, "agent": agent, "session": session, "ttl": ttl or self.ttl, "op": op}
+        reply = await self._claimed("claim", project, given | {"resume": int(resume)})
+        return self._hold(self._task(project, reply), agent)
+
+    @operation()
+    async def next(
+        self,
+        agent: str | None = None,
+        *,
+        project: str | None = None,
+        lane: str | None = None,
+        mission: str | None = None,
+        wait: int = 0,
+        ttl: int | None = None,
+        resume: bool = False,
+        session: str | None = None,
+        op: str | None = None,
+    ) -> Offer:
+        """Take the best ready task: by priority, then age; with wait, as soon as there is one.
+
+        A lane gives you its tasks and those of lane any. Says why when there is nothing.
+
+        Example: mosaic-queue next --agent alice --lane coding --wait 60
+        """
+        import asyncio
+
+        project = self._project(project)
+        agent = agent or self.agent or self.actor
+        give_up = time.monotonic() + wait
+        given = {"agent": agent, "session": session, "ttl": ttl or self.ttl, "lane": lane}
+        given |= {"mission": mission, "op": op}
+        while True:
+            left = give_up - time.monotonic()
+            # Once in a session: later on whatever the agent holds is its own.
+            orphans = "" if (project, agent) in self._came_back else "orphans"
+            given |= {"resume": "1" if resume else orphans, "wait": max(0, round(left))}
+            reply = await self._claimed("next", project, given)
+            self._came_back.add((project, agent))
+            if reply[0] != "NOTHING":
+                return {"tasks": [self._hold(self._task(project, reply), agent)]}
+            _, why, _, due, lanes, assign, _blocked = reply
+            left = give_up - time.monotonic()
+            if left <= 0:
+                return {"tasks": [], "why": spelled_out(why)}
+            given["op"] = None
+            if mission:
+                await asyncio.sleep(min(left, 1))
+                continue
+            root = f"mosaic:queue:project:{{{project}}}"
+            bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
+            block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
+            await self._listen([f"{root}:inbox:{agent}", *bells], block)
+
+    async def _listen(self, bells: Sequence[str], seconds: float) -> None:
+        """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
+        import asyncio
+
+        from redis.exceptions import RedisError
+
         try:
-            return await self._change("claim", dict(arguments))
-        except Refused as problem:
-            if not problem.due:
-                raise
-            # A lease that ran out is in the way: whoever comes first ends it.
-            named, _ = await self._locate(task, project)
-            await self.reap(project=named)
-            return await self._change("claim", dict(arguments))
+            async with asyncio.timeout(seconds + 2):
+                await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
+        except (RedisError, OSError):
+            await asyncio.sleep(min(0.2, seconds))
+
+    @operation(tool="orchestrator", group="operators")
+    async def assign(
+        self,
+        task: str | None = None,
+        *,
+        agent: str,
+        lane: str | None = None,
+        project: str | None = None,
+        op: str | None = None,
+    ) -> Offer:
+        """Claim a task, or the best ready one, for an agent, which has 60 s to pick it up.
+
+        Example: mosaic-queue assign T1 --agent alice
+        """
+        if task is None:
+            project = self._project(project)
+        else:
+            project, task = await self._locate(task, project)
+        # The claim is the agent's, and no session's.
+        given = {"task": task, "agent": agent, "lane": lane, "op": op}
+        reply = await self._claimed("assign", project, given)
+        if reply[0] == "NOTHING":
+            return {"tasks": [], "why": spelled_out(reply[1])}
+        return {"tasks": [self._task(project, reply)]}
 
     @operation()
     async def start(
@@ -1583,6 +1896,123 @@ class Queue:
         """
         return await self._change("fail", locals())
 
+    @operation()
+    async def note(
+        self,
+        task: str,
+        text: str,
+        *,
+        project: str | None = None,
+        agent: str | None = None,
+        op: str | None = None,
+    ) -> Task:
+        """Leave a finding on a task, for the people and agents who come after you.
+
+        Example: mosaic-queue note T1 "the API needs a key"
+        """
+        return await self._change("note", locals())
+
+    @operation(tool="orchestrator", group="operators")
+    async def update(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        title: str | None = None,
+        description: str | None = None,
+        priority: Priority | None = None,
+        lane: str | None = None,
+        mission: str | None = None,
+        dependencies: Sequence[str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        delay: int | None = None,
+        clear: Sequence[str] = (),
+        if_rev: int | None = None,
+        op: str | None = None,
+    ) -> Task:
+        """Change what a task says of itself, unless it is completed.
+
+        Example: mosaic-queue update T1 --priority critical --clear description
+        """
+        arguments = locals()
+        fields = ["title", "description", "priority", "lane", "mission"]
+        fields += ["dependencies", "metadata", "delay"]
+        given = {name for name in fields if arguments[name] is not None} | set(clear)
+        if not given:
+            raise Refused("INVALID", f"nothing to change; accepted: {', '.join(fields)}")
+        for name in clear:
+            arguments[name] = None
+        arguments["given"] = " ".join(sorted(given))
+        if arguments["dependencies"] is not None:
+            arguments["dependencies"] = " ".join(arguments["dependencies"])
+        if arguments["metadata"] is not None:
+            arguments["metadata"] = compact(arguments["metadata"])
+        return await self._change("update", arguments)
+
+    @operation(tool="orchestrator", group="operators")
+    async def block(
+        self,
+        task: str,
+        *,
+        project: str | None = None,
+        reason: str,
+        agent: str | None = None,
+        session: str | None = None,
+        fence: int | None = None,
+        force: bool = False,
+        op: str | None = None,
+    ) -> Task:
+        """Keep a task from being claimed until somebody unblocks it; ends your claim of it.
+
+        Example: mosaic-queue block T1 --reason "waits for the customer"
+        """
+        return await self._change("block", locals())
+
+    @operation(tool="orchestrator", group="operators")
+    async def unblock(
+        self, task: str, *, project: str | None = None, op: str | None = None
+    ) -> Task:
+        """Let a task be claimed again; its dependencies still count.
+
+        Example: mosaic-queue unblock T1
+        """
+        return await self._change("unblock", locals())
+
+    @operation(tool="orchestrator", group="operators")
+    async def redrive(
+        self,
+        task: str | None = None,
+        *,
+        project: str | None = None,
+        mission: str | None = None,
+        delay: int | None = None,
+        limit: int = 100,
+        op: str | None = None,
+    ) -> TaskList:
+        """Give a dead letter another life, with its counters at zero; without a task, all of them.
+
+        Example: mosaic-queue redrive --project web --mission launch
+        """
+        if task is not None:
+            given = {"self": self, "task": task, "project": project, "delay": delay, "op": op}
+            return {"tasks": [await self._change("redrive", given)]}
+        page = await self.list(project=project, mission=mission, status="failed", limit=limit)
+        answer: TaskList = {"tasks": []}
+        for one in page["tasks"]:
+            given = {"self": self, "task": one["id"], "project": None, "delay": delay}
+            answer["tasks"].append(await self._change("redrive", given))
+        return answer
+
+    @operation(tool="orchestrator", group="operators")
+    async def reopen(
+        self, task: str, *, project: str | None = None, reason: str, op: str | None = None
+    ) -> Task:
+        """Take a completion back. Tasks that it freed stay as they are.
+
+        Example: mosaic-queue reopen T1 --reason "the page is blank"
+        """
+        return await self._change("reopen", locals())
+
     @operation(tool="orchestrator", destroys=True, group="operators")
     async def delete(
         self,
@@ -1608,7 +2038,7 @@ class Queue:
         Example: mosaic-queue reap
         """
         project = project or self.config["project"]
-        answer: Reaped = {"reaped": [], "settled": 0, "grace": 0}
+        answer: Reaped = {"reaped": [], "settled": 0, "grace": 0, "soonest": 0}
         for one in [project] if project else await self.projects():
             try:
                 reply = await self._call("reap", one, {})
@@ -1620,7 +2050,50 @@ class Queue:
             answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
             answer["settled"] += values["settled"]
             answer["grace"] = max(answer["grace"], values["grace"])
+            if "soonest" in values:
+                left = max(1, values["soonest"] - values["now"])
+                answer["soonest"] = min(answer["soonest"] or left, left)
         return answer
+
+    @operation(tool="", destroys=True, group="operators")
+    async def purge(
+        self, *, project: str | None = None, status: Status = "completed", older: int = 30 * 86400
+    ) -> Purged:
+        """Forget completed tasks, or dead letters, of more than `older` seconds ago.
+
+        What unfinished tasks depend on is kept, and so is the record in Postgres.
+
+        Example: mosaic-queue purge --project web --status completed --older 2592000
+        """
+        project = self._project(project)
+        answer: Purged = {"purged": 0, "kept": 0}
+        while True:
+            reply = await self._call("purge", project, {"status": status, "older": older})
+            answer["purged"] += reply[2]
+            answer["kept"] = reply[4]
+            if reply[2] < PURGE:
+                return answer
+
+    @operation(tool="orchestrator", group="operators")
+    async def pause(self, *, project: str | None = None) -> Paused:
+        """Grant no new claims in a project; running work goes on.
+
+        Example: mosaic-queue pause --project web
+        """
+        return await self._pause(project, "1")
+
+    @operation(tool="orchestrator", group="operators")
+    async def unpause(self, *, project: str | None = None) -> Paused:
+        """Grant claims again.
+
+        Example: mosaic-queue unpause --project web
+        """
+        return await self._pause(project, "0")
+
+    async def _pause(self, project: str | None, paused: str) -> Paused:
+        project = self._project(project)
+        reply = await self._call("pause", project, {"paused": paused})
+        return cast(Paused, {"project": project, **paired(reply[1:])})
 
     @operation(reads=True)
     async def status(self, *, project: str | None = None) -> QueueStatus:
@@ -1661,13 +2134,262 @@ class Queue:
         status["policy"] = self._policy(project, policy)
         return cast(ProjectStatus, status)
 
+    @operation(reads=True)
+    async def explain(
+        self, task: str | None = None, *, project: str | None = None, lane: str | None = None
+    ) -> Explanation:
+        """Say why a task, or a lane, does not move, and what to do about it.
+
+        Example: mosaic-queue explain T1
+        """
+        if task is None:
+            return await self._explain_lane(self._project(project), lane)
+        project, name = await self._locate(task, project)
+        reply = await self._call("explain", project, {"task": name})
+        shown = self._task(project, reply[1])
+        waits = [paired(one) for one in reply[2]]
+        holders = [paired(one) for one in reply[4]]
+        why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
+        events = await self.events(project=project, task=name, limit=5)
+        return {"task": shown, "why": why, "todo": todo, "events": events["events"]}
+
+    async def _explain_lane(self, project: str, lane: str | None) -> Explanation:
+        status = (await self.status(project=project))["projects"][0]
+        lanes = [one for one in status["lanes"] if lane in (None, one["lane"])]
+        if not lanes:
+            invalid("lane", lane, ", ".join(one["lane"] for one in status["lanes"]))
+        why, todo = [], []
+        if "pausedAt" in status:
+            why.append(spelled_out(f"the project is paused since @{status['pausedAt']}@"))
+            todo.append(f"mosaic-queue unpause --project {project}")
+        if status["due"]:
+            why.append(f"{status['due']} leases have ended or transitions were cut off")
+            todo.append(f"mosaic-queue reap --project {project}, or run a monitor")
+        for one in lanes:
+            name, most = one["lane"], one.get("maxConcurrent")
+            held = await self._held(project, name) if one["held"] else []
+            holders = ", ".join(f"{task['taskId']} of {task['claimedBy']}" for task in held[:10])
+            why.append(
+                f"lane {name}: {one['ready']} ready, {one['held']} held"
+                + (f" of {most} at most" if most else "")
+                + (f" ({holders})" if holders else "")
+            )
+            if most and one["held"] >= most and one["ready"]:
+                todo.append(f"lane {name} is full: wait for one of {holders}, or raise its cap")
+        if status["delayed"]:
+            why.append(f"{status['delayed']} tasks are not due yet")
+        if status["tasks"]["blocked"]:
+            why.append(f"{status['tasks']['blocked']} tasks are blocked")
+            todo.append(f"mosaic-queue list --project {project} --status blocked")
+        if status["tasks"]["failed"]:
+            why.append(
+                f"{status['tasks']['failed']} tasks are dead letters; what waits for them stays"
+            )
+            todo.append(f"mosaic-queue list --project {project} --status failed")
+        events = await self.events(project=project, limit=5)
+        return {"lane": lane or "all", "why": why, "todo": todo, "events": events["events"]}
+
+    async def _held(self, project: str, lane: str | None = None) -> Sequence[Task]:
+        """The held tasks of a project, up to 2,000."""
+        asked = dict.fromkeys(("mission", "priority", "cursor", "agent", "full")) | {"limit": 1000}
+        pages = [
+            await self._page(project, asked | {"status": status, "lane": lane})
+            for status in ("claimed", "in-progress")
+        ]
+        return [task for page in pages for task in page["tasks"]]
+
+    @operation(tool="", reads=True, group="operators")
+    async def agents(self, *, project: str | None = None) -> AgentList:
+        """Show who holds what, since when, when it was last heard of, and its last note.
+
+        Example: mosaic-queue agents
+        """
+        project = project or self.config["project"]
+        found: dict[str, Agent] = {}
+        for one in [project] if project else await self.projects():
+            try:
+                held = await self._held(one)
+            except Refused as problem:
+                if project or problem.code != "NOT_FOUND":
+                    raise
+                continue
+            said = {
+                event["agent"]: event["text"]
+                for event in (await self.events(project=one, limit=1000))["events"]
+                if event["op"] in ("note", "progress") and event.get("text")
+            }
+            for task in held:
+                name = task["claimedBy"]
+                agent = found.setdefault(name, {"agent": name, "tasks": [], "lastHeard": 0})
+                agent["tasks"].append(task)
+                # A lease is renewed for its whole length.
+                heard = task["leaseExpiresAt"] - 1000 * task["claimTTL"]
+                agent["lastHeard"] = max(agent["lastHeard"], heard)
+                if name in said:
+                    agent["note"] = said[name]
+        return {"agents": [found[name] for name in sorted(found)]}
+
+    @operation(tool="", reads=True, group="operators")
+    async def events(
+        self,
+        *,
+        project: str | None = None,
+        task: str | None = None,
+        since: int | None = None,
+        limit: int = 25,
+        wait: int = 0,
+    ) -> EventList:
+        """Show the last changes, or those after a rev; with wait, as soon as there is one.
+
+        Example: mosaic-queue events --project web --since 120 --follow
+        """
+        if task is not None:
+            project, task = await self._locate(task, project)
+        project = project or self.config["project"]
+        if project is None:
+            pages = [await self.events(project=one, limit=limit) for one in await self.projects()]
+            merged = [event for page in pages for event in page["events"]]
+            return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
+        await self._preflight()
+        stream = f"mosaic:queue:project:{{{project}}}:events"
+        found: list[Event] = []
+        if since is None:
+            rows = await self._send("XREVRANGE", stream, "+", "-", "COUNT", 1000 if task else limit)
+            found = [event for row in reversed(rows) if (event := event_from(project, row, task))]
+            last = found[-1]["rev"] if found else 0
+            return {"events": found[-limit:], "since": last}
+        first = await self._send("XRANGE", stream, "-", "+", "COUNT", 1)
+        lost = max(0, int(first[0][0].partition("-")[0]) - since - 1) if first else 0
+        give_up = time.monotonic() + wait
+        while True:
+            rows = await self._send("XRANGE", stream, f"({since}-0", "+", "COUNT", limit)
+            found += [event for row in rows if (event := event_from(project, row, task))]
+            since = int(rows[-1][0].partition("-")[0]) if rows else since
+            left = give_up - time.monotonic()
+            if found or (left <= 0 and len(rows) < limit):
+                answer: EventList = {"events": found, "since": since}
+                return answer | {"lost": lost} if lost else answer
+            if not rows:
+                block = round(min(left, 1) * 1000)
+                await self._send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
+
+    @operation(tool="", group="operators")
+    async def doctor(self, *, project: str | None = None) -> Findings:
+        """Hold the whole key space against its rules, and look at the server's settings.
+
+        Example: mosaic-queue doctor
+        """
+        fit = await self._preflight()
+        answer: Findings = {"findings": [], "checked": 0}
+        if fit["policy"] not in ("noeviction", "unknown"):
+            answer["findings"].append(f"the server evicts keys: maxmemory-policy {fit['policy']}")
+        durable = await self._setting("appendonly")
+        if durable == "no":
+            answer["findings"].append("the server keeps no append-only file: appendonly no")
+        project = project or self.config["project"]
+        for one in [project] if project else await self.projects():
+            async for ids, problems in self._checked(one):
+                answer["checked"] += len(ids)
+                answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
+        return answer
+
+    @operation(tool="", group="operators")
+    async def repair(self, *, project: str | None = None) -> Findings:
+        """Derive whatever points at a task from the task itself again, where doctor finds fault.
+
+        Example: mosaic-queue repair --project web
+        """
+        answer: Findings = {"findings": [], "checked": 0, "repaired": 0}
+        project = project or self.config["project"]
+        for one in [project] if project else await self.projects():
+            async for ids, problems in self._checked(one):
+                answer["checked"] += len(ids)
+                answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
+                wrong = sorted({task for task, _ in problems})
+                if wrong:
+                    await self._call("repair", one, {"ids": " ".join(wrong)})
+                    answer["repaired"] += len(wrong)
+        return answer
+
+    async def _setting(self, name: str) -> str:
+        """One setting of the server, or unknown."""
+        try:
+            found = await self._send("CONFIG", "GET", name)
+        except Refused:
+            return "unknown"
+        return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
+
+    async def _checked(self, project: str) -> AsyncIterator[tuple[Any, Any]]:
+        """All ids that any key of a project knows, 100 at a time, with what is wrong with them."""
+        root = f"mosaic:queue:project:{{{project}}}"
+        ids: set[str] = set()
+        async for key in self._client.scan_iter(match=f"{root}:*", count=1000):
+            kind, _, name = key[len(root) + 1 :].partition(":")
+            if kind in ("task", "text", "work", "waits", "dependents", "lock"):
+                ids.add(name)
+            if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
+                ids |= {row[0] async for row in self._client.zscan_iter(key, count=1000)}
+        known = sorted(ids)
+        for at in range(0, len(known), 100):
+            part = known[at : at + 100]
+            yield part, (await self._call("check", project, {"ids": " ".join(part)}))[1]
+
+    async def lead(self, token: str, ttl: int) -> bool:
+        """Be the one monitor that leads, for `ttl` seconds; 0 steps down."""
+        reply = await self._call("lead", "", {"token": token, "ttl": ttl}, root=LEADER)
+        return bool(reply[1] == token)
+
+    async def waiting(self, project: str) -> Sequence[tuple[str, str]]:
+        """Agents that wait for an assignment, and the lane that each asks for."""
+        reply = await self._call("waiting", project, {})
+        return [(agent, lane) for agent, _, lane in (one.partition(" ") for one in reply[1])]
+
+    async def renew_leases(self, idle: Callable[[], float] = lambda: 0) -> None:
+        """Renew the leases of this process's claims, each after a third of it, until cancelled.
+
+        A lease that is gone is put into `lost`, as a sentence.  While Valkey does not answer it is
+        tried again: whether the lease is lost is not known before it ends by our own clock.
+        Nothing is renewed once `idle()` says more than IDLE seconds.
+        """
+        import asyncio
+
+        while True:
+            now = time.monotonic()
+            for name, lease in list(self.leases.items()):
+                if now < lease.due or idle() > IDLE:
+                    continue
+                given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
+                try:
+                    await self._call("heartbeat", lease.project, given)
+                    lease.due, lease.ends = now + lease.ttl / 3, now + lease.ttl
+                except Refused as problem:
+                    lease.due = now + min(1, lease.ttl / 10)
+                    unknown = problem.code in ("UNREACHABLE", "UNFIT") and now < lease.ends
+                    if not unknown and self.leases.get(name) is lease:
+                        del self.leases[name]
+                        self.lost.append(f"you lost {name}: {problem.message}")
+            soonest = min((lease.due for lease in self.leases.values()), default=now + 1)
+            await asyncio.sleep(min(1, max(0.05, soonest - time.monotonic())))
+
+    async def leave(self) -> None:
+        """Say of every claim of this process that nobody renews it any more, so that a later
+        session of the same agent may take it over at once."""
+        import asyncio
+
+        async def one(lease: Lease) -> None:
+            given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
+            with contextlib.suppress(Refused):
+                await self._call("heartbeat", lease.project, given | {"orphaned": 1})
+
+        await asyncio.gather(*map(one, self.leases.values()))
+
     @operation(tool="", group="operators")
     async def policy(self, *, project: str | None = None, apply: bool = False) -> Policy:
         """Show a project's limits; with apply, store those of the configuration for all hosts.
 
         Example: mosaic-queue policy --project web --apply
         """
-        project = project or self.config["project"] or invalid("project", "", "--project NAME")
+        project = self._project(project)
         numbers, lanes = self.config.policy()
         given = {"apply": int(apply), "policy": numbers, "lanes": lanes}
         reply = await self._call("policy", project, given)
@@ -1687,6 +2409,11 @@ class Queue:
             if stored["lanes"].get(name) != int(most):
                 differs.append(f"lanes.{name}.maxConcurrent")
         return cast(Policy, {"project": project, **stored, "differs": differs})
+
+
+def compact(value: Any) -> str:
+    """JSON without white space."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def as_text(value: Any) -> str:
@@ -1719,9 +2446,264 @@ def new_task_row(task: NewTask, project: str) -> dict[str, Any]:
     row.setdefault("lane", "any")
     row["dependencies"] = " ".join(row.get("dependencies", ()))
     if "metadata" in row:
-        row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False, separators=(",", ":"))
+        row["metadata"] = compact(row["metadata"])
     row["maxRuntime"] = row.pop("max_runtime", None)
     return row
+
+
+# ==== MONITOR ================================================================================
+
+LEADS = 15  # s of the leader's lease
+ASSIGN_EVERY = 0.25  # s
+
+
+async def monitor(config: Config, assign: bool = False, unsafe: bool = False) -> None:
+    """Watch all projects until cancelled: end leases that ran out, and with `assign` serve the
+    agents that wait.
+
+    Any number may run; one leads, by a lease in Valkey, and the others stand by.  It looks every
+    `watchdog.interval` seconds, and when the next lease ends.  Log lines are JSON, on stderr.
+    """
+    import asyncio
+
+    token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
+    interval = max(1, config["watchdog.interval"])
+    leads, look_at, renew_at = False, 0.0, 0.0
+    async with Queue(config, unsafe=unsafe) as queue:
+        log("start", token=token, interval=interval)
+        try:
+            while True:
+                now = time.monotonic()
+                try:
+                    if now >= renew_at:
+                        led, leads = leads, await queue.lead(token, LEADS)
+                        renew_at = now + LEADS / 3
+                        if led != leads:
+                            log("lead" if leads else "stand by")
+                            look_at = 0.0
+                    if leads and now >= look_at:
+                        look_at = now + await watched(queue, interval)
+                    if leads and assign:
+                        await served(queue)
+                except Refused as problem:
+                    log("error", code=problem.code, message=problem.message)
+                    look_at = renew_at = now + 1
+                pause = (min(renew_at, look_at) if leads else renew_at) - time.monotonic()
+                pause = min(pause, ASSIGN_EVERY) if leads and assign else pause
+                await asyncio.sleep(max(0.02, pause))
+        finally:
+            with contextlib.suppress(Refused):
+                if leads:
+                    await queue.lead(token, 0)
+            log("stop")
+
+
+def log(event: str, **facts: Any) -> None:
+    """One JSON line for whoever keeps the logs."""
+    line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
+
+
+async def watched(queue: Queue, interval: float) -> float:
+    """Reap all projects; seconds until the next look."""
+    while True:
+        reaped = await queue.reap()
+        if not reaped["reaped"] and not reaped["settled"]:
+            soonest = max(reaped["soonest"] / 1000, reaped["grace"]) or interval
+            return min(interval, soonest + 0.02)
+        log("reap", tasks=reaped["reaped"], settled=reaped["settled"])
+
+
+async def served(queue: Queue) -> None:
+    """Give every waiting agent the best task of its lane, while there is one."""
+    for project in await queue.projects():
+        try:
+            waiting = await queue.waiting(project)
+        except Refused as problem:
+            if problem.code != "NOT_FOUND":
+                raise
+            continue
+        for agent, lane in waiting:
+            offer = await queue.assign(agent=agent, lane=lane or None, project=project)
+            for task in offer["tasks"]:
+                log("assign", task=task["id"], agent=agent)
+
+
+# ==== RUN ====================================================================================
+#
+# The consolidated form of coord's subprocess runner: what an MCP server does for an agent, around
+# any command.
+
+
+@dataclass
+class Runner:
+    """Commands run for tasks, and what became of them."""
+
+    queue: Queue
+    command: Sequence[str]
+    child: Any = None
+    received: list[int] = field(default_factory=list)  # signals
+    completed: int = 0
+    failed: int = 0
+    lost: int = 0
+
+    def signalled(self, number: int) -> None:
+        """Hand a signal to the child."""
+        self.received.append(number)
+        if self.child:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, number)
+
+    async def work(self, task: Task) -> None:
+        """Run the command for one task, and tell the queue how it ended."""
+        import asyncio
+        import tempfile
+
+        name, fence = task["id"], task["fence"]
+        with tempfile.NamedTemporaryFile("w", prefix="mosaic-task-", suffix=".json") as file:
+            json.dump(task, file)
+            file.flush()
+            environ = {
+                "MOSAIC_PROJECT": task["project"],
+                "MOSAIC_TASK_ID": task["taskId"],
+                "MOSAIC_TASK_FILE": file.name,
+                "MOSAIC_AGENT": task["claimedBy"],
+                "MOSAIC_FENCE": str(fence),
+            }
+            try:
+                self.child = await asyncio.create_subprocess_exec(
+                    *self.command,
+                    env=os.environ | environ,
+                    stdout=asyncio.subprocess.PIPE,
+                    stderr=asyncio.subprocess.PIPE,
+                    process_group=0,
+                )
+            except OSError as problem:
+                reason = f"{self.command[0]} cannot be run: {problem.strerror}"
+                await self.queue.release(name, fence=fence, delay=60, reason=reason)
+                hint = "name a program that is there; the task was released"
+                raise Refused("INVALID", reason, hint) from None
+            watching = asyncio.create_task(self.stop_when_lost(name))
+            try:
+                await self.queue.start(name, fence=fence)
+                out, err = await asyncio.gather(
+                    passed_on(self.child.stdout, sys.stdout.buffer),
+                    passed_on(self.child.stderr, sys.stderr.buffer),
+                )
+                code = await self.child.wait()
+            finally:
+                watching.cancel()
+                self.child = None
+            await self.tell(name, fence, code, out, err)
+
+    async def tell(self, name: str, fence: int, code: int, out: bytes, err: bytes) -> None:
+        """Complete, fail or release the task, as its command ended."""
+        try:
+            if name not in self.queue.leases:
+                raise Refused("NOT_OWNER", "; ".join(self.queue.lost) or f"you lost {name}")
+            if code == 0:
+                summary = (out.strip().splitlines() or [b""])[-1].decode(errors="replace")
+                await self.queue.complete(name, fence=fence, summary=clipped(summary, LONG))
+                self.completed += 1
+            elif self.received:
+                reason = f"{self.command[0]} was interrupted"
+                await self.queue.release(name, fence=fence, reason=reason)
+            else:
+                tail = err.decode(errors="replace").strip()
+                tail = tail or f"{self.command[0]} ended with status {code}"
+                await self.queue.fail(name, fence=fence, reason=clipped(tail, SHORT, tail=True))
+                self.failed += 1
+        except Refused as problem:
+            if problem.code in ("UNREACHABLE", "UNFIT"):
+                raise
+            self.lost += 1
+            self.queue.lost.clear()
+            print(f"mosaic-queue: {name}: {problem.message}", file=sys.stderr)
+
+    async def stop_when_lost(self, name: str) -> None:
+        """Stop the child when its lease is gone: politely, and after 10 s for good."""
+        import asyncio
+        import signal
+
+        while name in self.queue.leases:
+            await asyncio.sleep(0.1)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.child.pid, number)
+            await asyncio.sleep(10)
+
+
+async def run_commands(
+    config: Config,
+    command: Sequence[str],
+    *,
+    lane: str | None = None,
+    mission: str | None = None,
+    wait: int = 0,
+    ttl: int | None = None,
+    loop: bool = False,
+    unsafe: bool = False,
+) -> int:
+    """Take the next task and run a command for it; with `loop`, until nothing comes in `wait` s.
+
+    The child has MOSAIC_PROJECT, MOSAIC_TASK_ID, MOSAIC_AGENT, MOSAIC_FENCE, and the task as JSON
+    in MOSAIC_TASK_FILE.  The lease is renewed while it lives.  Exit 0 completes the task with the
+    last line of stdout as summary; anything else fails it with the tail of stderr.  When the lease
+    is lost the child is stopped.  Signals go to the child; a task whose command was interrupted
+    is released.  Returns 0, 5 when there was nothing to do, 7 when a command failed.
+    """
+    import asyncio
+    import signal
+
+    me = cast("asyncio.Task[Any]", asyncio.current_task())
+    async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
+        queue.agent = queue.agent or f"{queue.actor[:110]}-{os.getpid()}"
+        runner = Runner(queue, command)
+
+        def signalled(number: int) -> None:
+            runner.signalled(number)
+            if not runner.child:
+                me.cancel()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, signalled, number)
+        renewing = asyncio.create_task(queue.renew_leases())
+        why = ""
+        try:
+            while not runner.received and not why:
+                offer = await queue.next(lane=lane, mission=mission, wait=wait, ttl=ttl)
+                if offer["tasks"]:
+                    await runner.work(offer["tasks"][0])
+                why = "" if offer["tasks"] and loop else offer.get("why", "done")
+        except asyncio.CancelledError:
+            if not runner.received:
+                raise
+        finally:
+            renewing.cancel()
+    if runner.received:
+        return 128 + runner.received[0]
+    counts = f"{runner.completed} completed, {runner.failed} failed, {runner.lost} lost"
+    print(f"mosaic-queue: {why}: {counts}", file=sys.stderr)
+    if runner.failed or runner.lost:
+        return 7
+    return 0 if runner.completed else 5
+
+
+async def passed_on(stream: Any, to: Any) -> bytes:
+    """Copy a child's output to ours; its last 64 KiB."""
+    kept = b""
+    while chunk := await stream.read(LONG):
+        with contextlib.suppress(BrokenPipeError):
+            to.write(chunk)
+            to.flush()
+        kept = (kept + chunk)[-LONG:]
+    return kept
+
+
+def clipped(text: str, size: int, tail: bool = False) -> str:
+    """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
+    data = text.replace("\0", "").encode(errors="replace")
+    return (data[-size:] if tail else data[:size]).decode(errors="ignore")
 
 
 # ==== MCP ====================================================================================
@@ -1731,12 +2713,13 @@ def new_task_row(task: NewTask, project: str) -> dict[str, Any]:
 # results are one compact text.
 
 INSTRUCTIONS = """\
-A task queue shared with other agents. The loop: queue_list (status pending) shows work;
-queue_claim takes one task, for you alone, and returns it whole; queue_start when you begin;
+A task queue shared with other agents. The loop: queue_next takes the best ready task, for you
+alone, and returns it whole (queue_claim takes the one you name); queue_start when you begin;
 do the work; queue_complete with a summary, or queue_fail with the reason. queue_release gives a
-task back. While this server runs your lease is renewed: you need no heartbeats, but
-queue_heartbeat can leave progress or a checkpoint for whoever follows you. A refusal says who
-holds the task and what to do next; never work on a task that you do not hold.
+task back; queue_note leaves a finding; queue_explain says why something does not move.
+While this server runs your lease is renewed: you need no heartbeats, but queue_heartbeat can
+leave progress or a checkpoint for whoever follows you. A refusal says who holds the task and
+what to do next; never work on a task that you do not hold.
 After a compaction, queue_list with your agent name shows what you hold."""
 
 JSON_TYPES: dict[str, dict[str, Any]] = {
@@ -1744,7 +2727,9 @@ JSON_TYPES: dict[str, dict[str, Any]] = {
     "bool": {"type": "boolean"},
     "json": {"type": "object"},
     "ids": {"type": "array", "items": {"type": "string"}},
+    "words": {"type": "array", "items": {"type": "string"}},
 }
+MCP_WAIT = 25  # s; clients give up on a tool after 60
 
 
 def parameters(of: Operation) -> dict[str, Any]:
@@ -1760,9 +2745,11 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
         argument = ARGUMENTS[name]
         if not argument.tool:
             continue
-        schema = dict(JSON_TYPES.get(argument.kind, {"type": "string"}))
+        schema = copy.deepcopy(JSON_TYPES.get(argument.kind, {"type": "string"}))
         if argument.words:
-            schema["enum"] = list(argument.words)
+            schema.get("items", schema)["enum"] = list(argument.words)
+        if name == "wait":
+            schema["maximum"] = MCP_WAIT
         properties[camel(name)] = schema
         optional = name in ("project", "mission") and config[name]
         if parameter.default is parameter.empty and not optional:
@@ -1782,6 +2769,8 @@ def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
         if name not in names:
             invalid(f"argument of queue_{of.name}", name, ", ".join(names))
     arguments = {names[name]: value for name, value in given.items() if value is not None}
+    if isinstance(arguments.get("wait"), int) and arguments["wait"] > MCP_WAIT:
+        invalid("wait", arguments["wait"], f"0 to {MCP_WAIT}")
     for name, parameter in parameters(of).items():
         if parameter.default is parameter.empty and name not in arguments:
             fallback = config[name] if name in ("project", "mission") else None
@@ -1821,14 +2810,15 @@ def mcp_agent(config: Config) -> str:
     return config["agent"] or (session if ID.fullmatch(session) else minted)
 
 
-def mcp_server(queue: Queue) -> Any:
-    """The MCP server of a queue, for any transport."""
+def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
+    """The MCP server of a queue, for any transport; `orchestrator` adds the tools of that set."""
     import mcp_types as types
     from mcp.server.caching import CacheHint
     from mcp.server.lowlevel import Server as McpServer
     from mcp.shared.exceptions import MCPError
 
-    offered = {"queue_" + of.name: of for of in OPERATIONS.values() if of.tool == "default"}
+    sets = ("default", "orchestrator") if tool_set == "orchestrator" else ("default",)
+    offered = {"queue_" + of.name: of for of in OPERATIONS.values() if of.tool in sets}
     tools = [
         types.Tool(
             name=name,
@@ -1856,15 +2846,17 @@ def mcp_server(queue: Queue) -> Any:
         of = offered.get(call.name)
         if of is None:
             raise MCPError(-32602, f"there is no tool {call.name}; there are: {', '.join(offered)}")
+        refused = False
         try:
             arguments = tool_arguments(of, call.arguments or {}, queue.config)
             text = as_tool_text(await getattr(queue, of.name)(**arguments))
-            return types.CallToolResult(content=[types.TextContent(text=text)])
         except Refused as refusal:
-            text = f"{refusal.code}: {refusal.message}"
+            refused, text = True, f"{refusal.code}: {refusal.message}"
             if refusal.hint:
                 text += f"\nnext: {for_tools(refusal.hint)}"
-            return types.CallToolResult(content=[types.TextContent(text=text)], is_error=True)
+        while queue.lost:
+            text = f"{queue.lost.pop()}\n{text}"
+        return types.CallToolResult(content=[types.TextContent(text=text)], is_error=refused)
 
     return McpServer(
         "mosaic-queue",
@@ -1877,7 +2869,7 @@ def mcp_server(queue: Queue) -> Any:
     )
 
 
-async def serve_stdio(config: Config, unsafe: bool = False) -> None:
+async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> None:
     """Serve MCP on standard input and output until the input ends or the parent is gone.
 
     A transport of our own: the SDK's tells nobody when it cannot parse a line, and the caller
@@ -1891,7 +2883,7 @@ async def serve_stdio(config: Config, unsafe: bool = False) -> None:
 
     config = Config(dict(config.values), config.environ)
     config.set("agent", mcp_agent(config), "minted")
-    parent = os.getppid()
+    parent, heard = os.getppid(), time.monotonic()
     wire = os.dup(1)
     os.dup2(2, 1)
     from_client, to_server = anyio.create_memory_object_stream[SessionMessage | Exception](0)
@@ -1903,6 +2895,8 @@ async def serve_stdio(config: Config, unsafe: bool = False) -> None:
             data = data[await anyio.to_thread.run_sync(os.write, wire, data) :]
 
     async def take(line: bytes) -> None:
+        nonlocal heard
+        heard = time.monotonic()
         try:
             message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
         except ValueError as problem:
@@ -1934,13 +2928,17 @@ async def serve_stdio(config: Config, unsafe: bool = False) -> None:
 
     token = anyio.lowlevel.current_token()
     async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
-        server = mcp_server(queue)
+        queue.ttl = config["defaults.mcpTTL"]
+        server = mcp_server(queue, tool_set)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(watch, tasks.cancel_scope)
             tasks.start_soon(answer)
+            tasks.start_soon(queue.renew_leases, lambda: time.monotonic() - heard)
             threading.Thread(target=read, daemon=True).start()
             await server.run(to_server, from_server, server.create_initialization_options())
             tasks.cancel_scope.cancel()
+        with anyio.move_on_after(0.5):
+            await queue.leave()
 
 
 def id_of(line: bytes) -> str | int | None:
@@ -1960,19 +2958,16 @@ def id_of(line: bytes) -> str | int | None:
 # is for people.
 
 COMMANDS = {"get": "show"}  # where the command is not called as the method
-FIRST = [
-    "create",
-    "list",
-    "show",
-    "claim",
-    "start",
-    "heartbeat",
-    "note",
-    "release",
-    "complete",
-    "fail",
-    "status",
-]
+ALSO = {
+    "run": "Run a command for the next task, under a lease that is renewed",
+    "monitor": "Watch all projects: end leases that ran out, assign tasks",
+    "mcp": "Serve the queue to an MCP client over stdio",
+    "server": "Show or stop the private Valkey",
+    "config": "Show the configuration in force",
+    "version": "Show the version",
+}
+FIRST = ["create", "list", "show", "next", "claim", "start", "heartbeat", "note", "release"]
+FIRST += ["complete", "fail", "status", "explain", "run"]
 
 
 def command_name(of: Operation) -> str:
@@ -2030,8 +3025,12 @@ def make_parser(prog: str) -> Any:
                 off = parameter.default is True
                 sub.add_argument(("--no" + flag(name)[1:]) if off else flag(name), **options)
                 continue
-            if argument.kind == "ids":
+            if argument.kind in ("ids", "words"):
                 options["action"] = "append"
+            if name == "task" and parameter.default is None:
+                del options["dest"]
+                sub.add_argument("task", metavar="taskId", nargs="?", **options)
+                continue
             if (
                 parameter.default is parameter.empty
                 and parameter.kind is not parameter.KEYWORD_ONLY
@@ -2044,6 +3043,8 @@ def make_parser(prog: str) -> Any:
                 needed = parameter.default is parameter.empty and of.name != "create"
                 shown = metavar.get(argument.kind, name.upper())
                 sub.add_argument(flag(name), metavar=shown, required=needed, **options)
+        if of.name == "events":
+            sub.add_argument("--follow", action="store_true", help="go on until interrupted")
         if of.name == "create":
             sub.add_argument(
                 "--from",
@@ -2051,15 +3052,20 @@ def make_parser(prog: str) -> Any:
                 metavar="FILE",
                 help="JSON lines, one task each; - is standard input",
             )
-    command(
-        "mcp",
-        "Serve the queue to an MCP client over standard input and output.",
-        "claude mcp add mosaic -- mosaic-queue mcp --project web",
-    )
-    server = command("server", "Show or stop the private Valkey.", "mosaic-queue server status")
+    served = command("mcp", ALSO["mcp"] + ".", "claude mcp add mosaic -- mosaic-queue mcp")
+    served.add_argument("--tools", metavar="SET", help="default or orchestrator")
+    watch = command("monitor", ALSO["monitor"] + ".", "mosaic-queue monitor --assign")
+    watch.add_argument("--assign", action="store_true", help="give tasks to the agents that wait")
+    about = ALSO["run"] + ". Exit 0 completes the task, anything else fails it."
+    work = command("run", about, "mosaic-queue run --lane coding --wait 60 --loop -- ./work.sh")
+    for name in ("lane", "mission", "wait", "ttl"):
+        work.add_argument("--" + name, help=ARGUMENTS[name].help)
+    work.add_argument("--loop", action="store_true", help="until nothing comes within --wait")
+    work.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ...")
+    server = command("server", ALSO["server"] + ".", "mosaic-queue server status")
     server.add_argument("action", choices=("status", "stop"))
-    command("config", "Show the configuration in force, and where each value came from.")
-    command("version", "Show the version.")
+    command("config", ALSO["config"] + ", and where each value came from.")
+    command("version", ALSO["version"] + ".")
     return parser
 
 
@@ -2068,12 +3074,7 @@ def overview(prog: str) -> str:
     rows = {
         command_name(of): of.summary.partition(". ")[0].rstrip(".") for of in OPERATIONS.values()
     }
-    rows |= {
-        "mcp": "Serve the queue to an MCP client over stdio",
-        "server": "Show or stop the private Valkey",
-        "config": "Show the configuration in force",
-        "version": "Show the version",
-    }
+    rows |= ALSO
     first = [name for name in FIRST if name in rows]
     lines = [f"usage: {prog} COMMAND [...]", "", "A task queue for AI agents, kept in Valkey.", ""]
     for title, names in (("commands", first), ("operators", [n for n in rows if n not in first])):
@@ -2214,6 +3215,31 @@ def human(name: str, result: Any) -> str:
         return table(head, rows) + "\n" + shown
     if name == "status":
         return human_status(result, now)
+    if name in ("next", "assign"):
+        return human("get", result["tasks"][0]) if result["tasks"] else result["why"]
+    if name == "redrive":
+        return lines_of(f"{task['id']} {task['status']}" for task in result["tasks"])
+    if name == "events":
+        return lines_of(map(event_line, result["events"]))
+    if name == "explain":
+        todo = [f"-> {step}" for step in result["todo"]]
+        return lines_of([*result["why"], *todo, *map(event_line, result["events"])])
+    if name in ("doctor", "repair"):
+        fixed = f", {result['repaired']} repaired" if "repaired" in result else ""
+        faults = f"{len(result['findings'])} findings in {result['checked']} tasks{fixed}"
+        return lines_of([*result["findings"], faults])
+    if name == "agents":
+        holders = [
+            (
+                one["agent"],
+                ", ".join(task["id"] for task in one["tasks"]),
+                lasting((now - min(task["claimedAt"] for task in one["tasks"])) / 1000),
+                lasting((now - one["lastHeard"]) / 1000),
+                one.get("note", ""),
+            )
+            for one in result["agents"]
+        ]
+        return table(("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE"), holders)
     lines = []
     for key, value in result.items():
         if key.endswith("At") or key == "notBefore":
@@ -2223,6 +3249,20 @@ def human(name: str, result: Any) -> str:
         text = "\n".join(printable(line) for line in str(value).split("\n"))
         lines.append(f"{key + ':':<16} {text}")
     return "\n".join(lines)
+
+
+def event_line(event: Event) -> str:
+    """An event for a person."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["at"] / 1000))
+    moved = f"{event.get('from', '-')} -> {event.get('to', '-')}"
+    text = event.get("text", "").replace("\n", " ")
+    who = f"{event['project']}/{event['task']} {event['op']}"
+    return f"{event['rev']:>6} {at} {who}: {moved} by {event['agent']} {text}".rstrip()
+
+
+def lines_of(lines: Iterable[str]) -> str:
+    """Lines, each of them printable."""
+    return "\n".join(map(printable, lines))
 
 
 def human_status(result: QueueStatus, now: float) -> str:
@@ -2286,21 +3326,68 @@ def run(arguments: dict[str, Any], prog: str) -> int:
     if of is not None:
         import asyncio
 
+        follow = arguments.pop("follow", False)
         given = {name: typed(name, value) for name, value in arguments.items()}
-        result = asyncio.run(run_operation(of, given, config, unsafe))
-        print(as_json(of.name, result) if in_json else human(of.name, result))
-    elif command == "mcp":
+        while True:
+            result = asyncio.run(run_operation(of, dict(given), config, unsafe))
+            shown = as_json(of.name, result) if in_json else human(of.name, result)
+            if not follow or result["events"]:
+                print(shown, flush=follow)
+            if not follow:
+                break
+            given |= {"since": result.get("since", 0), "wait": 60, "limit": 1000}
+        if of.name in ("next", "assign") and not result["tasks"]:
+            return 5
+        return 7 if of.name in ("doctor", "repair") and result["findings"] else 0
+    if command == "mcp":
         import anyio
 
-        anyio.run(functools.partial(serve_stdio, config, unsafe))
+        tools = arguments.get("tools", "default")
+        if tools not in ("default", "orchestrator"):
+            invalid("--tools", tools, "default, orchestrator")
+        anyio.run(functools.partial(serve_stdio, config, unsafe, tools))
+    elif command == "monitor":
+        import asyncio
+
+        asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe)))
+    elif command == "run":
+        return run_from(arguments, config, unsafe)
     elif command == "config":
-        shown = config.shown()
-        rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in shown.items()]
+        keys = config.shown()
+        rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in keys.items()]
         head = ("KEY", "VALUE", "FROM")
-        print(json.dumps({"v": 1, "config": shown}) if in_json else table(head, rows))
+        print(json.dumps({"v": 1, "config": keys}) if in_json else table(head, rows))
     elif command == "server":
         return run_server(arguments["action"], in_json)
     return 0
+
+
+async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Do the work until SIGTERM or SIGINT ends it cleanly."""
+    import asyncio
+    import signal
+
+    task = asyncio.create_task(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def run_from(arguments: dict[str, Any], config: Config, unsafe: bool) -> int:
+    """The command `run`."""
+    import asyncio
+
+    words = arguments.pop("words")
+    words = words[1:] if words[:1] == ["--"] else words
+    if not words:
+        raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
+    given = {}
+    for name, value in arguments.items():
+        given[name] = typed(name, value)
+        if name in ARGUMENTS:
+            ARGUMENTS[name].check(name, given[name])
+    return asyncio.run(run_commands(config, words, unsafe=unsafe, **given))
 
 
 def run_server(action: str, in_json: bool) -> int:

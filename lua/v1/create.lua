@@ -83,10 +83,7 @@ for _, new in ipairs(sorted) do
     local rare = {}
     for name, value in pairs({notBefore = task.notBefore, maxRuntime = new.maxRuntime,
                               edges = #new.edges > 0 and #new.edges or ''}) do
-      if value ~= '' then
-        rare[#rare + 1] = name
-        rare[#rare + 1] = value
-      end
+      if value ~= '' then append(rare, name, value) end
     end
     change(task, 'status', status, 'priority', new.priority, 'lane', new.lane,
            'mission', new.mission, 'order', task.order, unpack(rare))

@@ -37,12 +37,5 @@ for _, id in ipairs(dependents) do
   write('SET', key('text', id), cmsgpack.pack(text))
 end
 free_dependents(task, dependents)
-if task.edges ~= '' then remove_edges(task) end
-displace(task)
-write('ZREM', key('mission', task.mission), task.id)
-write('DEL', key('text', task.id), key('work', task.id), key('waits', task.id),
-      key('dependents', task.id))
-keep_receipt(task)
-write('DEL', key('task', task.id))
-finish(task)
+erase(task)
 return {'OK', 'taskId', task.id, 'rev', task.rev}

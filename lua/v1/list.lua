@@ -98,7 +98,7 @@ local function row(task, ends)
           'mission', task.mission, 'priority', task.priority, 'claimedBy', task.claimedBy,
           'claimedAt', task.claimedAt, 'order', task.order, 'rev', task.rev,
           'updatedAt', task.updatedAt, 'retryCount', task.retryCount,
-          'notBefore', task.notBefore, 'leaseExpiresAt', ends,
+          'notBefore', task.notBefore, 'leaseExpiresAt', ends, 'claimTTL', task.claimTTL,
           'title', text.title or '', 'dependencies', text.dependencies or ''}
 end
 
@@ -113,7 +113,7 @@ while at <= #indexes and cursor == '' do
       break
     end
     local task = fields(found[i], 'mission', 'priority', 'claimedBy', 'claimedAt', 'order',
-                        'rev', 'updatedAt', 'retryCount', 'notBefore')
+                        'rev', 'updatedAt', 'retryCount', 'notBefore', 'claimTTL')
     if matches(task) then
       if #rows == limit then
         cursor = last

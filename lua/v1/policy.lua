@@ -2,7 +2,7 @@
 --
 -- State    project
 -- Args     epoch apply policy lanes
--- Returns  claimTTL maxRetries deadLetterAfter retryDelay lanes, and since when they are stored
+-- Returns  claimTTL maxRetries deadLetterAfter retryDelay assign lanes, and since when they are stored
 -- Rejects  SCHEMA INVALID TOO_LARGE
 -- Emits    nothing
 --
@@ -18,4 +18,4 @@ if arg.apply == '1' then
 end
 return {'OK', 'claimTTL', meta.claimTTL, 'maxRetries', meta.maxRetries,
         'deadLetterAfter', meta.deadLetterAfter, 'retryDelay', meta.retryDelay,
-        'lanes', meta.lanes, 'storedAt', meta.policy or ''}
+        'assign', meta.assign, 'lanes', meta.lanes, 'storedAt', meta.policy or ''}

@@ -7,7 +7,8 @@
 -- lease, or its place in `unsettled` - goes last.
 --
 -- Every key of a project starts with the root, which is KEYS[1]:
---   <root>                  hash    schema epoch rev fence paused, and the policy
+--   <root>                  hash    schema epoch rev fence paused, and the policy: claimTTL
+--                                   maxRetries deadLetterAfter retryDelay assign lanes
 --   <root>:task:<id>        hash    the task, but for its long texts; every value is short, so
 --                                   that the hash stays a listpack
 --   <root>:text:<id>        string  msgpack map: title description metadata dependencies
@@ -26,7 +27,11 @@
 --   <root>:unsettled        zset    tasks that nobody holds and whose transition is not finished,
 --                                   by when it began (ms)
 --   <root>:lock:<id>        string  the holder, PX = the lease; information for other programs
+--   <root>:assigned:<agent> set     tasks assigned to the agent that it has not picked up
 --   <root>:bell:<lane>      list    at most one token: something became ready
+--   <root>:inbox:<agent>    list    the agent's own bell; assign rings it
+--   <root>:waiting          zset    `agent lane` of agents that wait for an assignment, by the end
+--                                   of their wait (ms)
 --   <root>:op:<op>          string  receipt: digest task fence rev, PX = 15 minutes
 --   <root>:events           stream  <rev>-0 -> one field; the channel of the same name carries
 --                                   the same string
@@ -42,7 +47,8 @@ local EVENTS = 10000
 local WEEK = 604800
 local RANK = {critical = 0, high = 2251799813685248, medium = 4503599627370496,
               low = 6755399441055744}    -- 0..3 * 2^51; below it the age in microseconds
-local POLICY = {claimTTL = 3600, maxRetries = 3, deadLetterAfter = 3, retryDelay = 0}
+local PICK_UP = 60             -- s in which an assigned task has to be picked up
+local POLICY = {claimTTL = 3600, maxRetries = 3, deadLetterAfter = 3, retryDelay = 0, assign = 0}
 local LANES = 'any coding planning'
 
 local read, write = redis.call, redis.call
@@ -69,7 +75,8 @@ end
 -- What project meta says; numbers of the policy with their defaults.
 local function project(may_be_new)
   local values = read('HMGET', root, 'schema', 'rev', 'fence', 'paused', 'lanes',
-                      'claimTTL', 'maxRetries', 'deadLetterAfter', 'retryDelay', 'policy')
+                      'claimTTL', 'maxRetries', 'deadLetterAfter', 'retryDelay', 'policy',
+                      'assign')
   if values[1] and tonumber(values[1]) > SCHEMA then
     reject('SCHEMA', 'the project has data of schema ' .. values[1] ..
            '; this program knows schema ' .. SCHEMA .. ' and older')
@@ -81,7 +88,8 @@ local function project(may_be_new)
           claimTTL = tonumber(values[6] or POLICY.claimTTL),
           maxRetries = tonumber(values[7] or POLICY.maxRetries),
           deadLetterAfter = tonumber(values[8] or POLICY.deadLetterAfter),
-          retryDelay = tonumber(values[9] or POLICY.retryDelay), policy = values[10]}
+          retryDelay = tonumber(values[9] or POLICY.retryDelay), policy = values[10],
+          assign = tonumber(values[11] or POLICY.assign)}
 end
 
 -- A project's first write makes its meta.
@@ -109,6 +117,10 @@ end
 
 local function held(task)
   return task.status == 'claimed' or task.status == 'in-progress'
+end
+
+local function append(list, ...)
+  for _, value in ipairs({...}) do list[#list + 1] = value end
 end
 
 local function given(value)
@@ -252,10 +264,22 @@ local function carried_out(task)
   return repeated(task) or anonymous and receipt()
 end
 
+-- A held task that its own agent may take again: assigned and not picked up; left behind by an
+-- earlier session, which said so or let two thirds of the lease pass; or by asking.
+local function resumable(task)
+  if task.claimedBy ~= arg.agent or not held(task) then return false end
+  if task.assigned == '1' or arg.resume == '1' then return true end
+  if task.session == arg.session or task.session == '' then return false end
+  local ends = read('ZSCORE', key('running', task.lane), task.id)
+  return task.orphaned == '1' or
+         not ends or tonumber(ends) - now < (tonumber(task.claimTTL) or 0) * 1000 / 3
+end
+
 local function require_claimable(task)
   if meta.paused then
     reject('PAUSED', 'project ' .. root:match('{(.*)}') .. ' is paused since @' .. meta.paused .. '@')
   elseif held(task) then
+    if resumable(task) then return end
     reject('HELD', held_by(task), due(task.lane))
   elseif task.status == 'blocked' then
     local waits = read('SRANDMEMBER', key('waits', task.id), 10)
@@ -298,14 +322,36 @@ local function require_dependencies(id, dependencies, batch)
   return edges, needs
 end
 
+-- New dependencies may not lead back to the task.
+local function require_no_path(task, edges)
+  local seen, todo, count = {}, {unpack(edges)}, 0
+  while #todo > 0 do
+    local id = table.remove(todo)
+    if id == task.id then
+      reject('CYCLE', 'with these dependencies ' .. name_of(task) .. ' would wait for itself')
+    end
+    if not seen[id] then
+      seen[id], count = true, count + 1
+      if count > LOOK then
+        reject('TOO_LARGE', 'more than ' .. LOOK .. ' tasks would have to be completed before ' ..
+               name_of(task))
+      end
+      local other = fields(id, 'edges')
+      if other and other.edges ~= '' then
+        local text = unpacked(read('GET', key('text', id)))
+        for further in (text.dependencies or ''):gmatch('%S+') do todo[#todo + 1] = further end
+      end
+    end
+  end
+end
+
 -- The policy that a call brings, as fields of project meta.  Lanes are never taken away.
 local function require_policy()
   local policy = {}
   for name, value in arg.policy:gmatch('(%S+) (%S+)') do
     if not POLICY[name] then reject('INVALID', 'the policy has no ' .. name) end
     local lowest = (name == 'claimTTL' or name == 'deadLetterAfter') and 1 or 0
-    policy[#policy + 1] = name
-    policy[#policy + 1] = require_integer(value, name, lowest, WEEK)
+    append(policy, name, require_integer(value, name, lowest, name == 'assign' and 1 or WEEK))
   end
   if arg.lanes ~= '' then
     local lanes, count = ' ' .. arg.lanes .. ' ', 0
@@ -320,8 +366,7 @@ local function require_policy()
     end
     if count > 32 then reject('TOO_LARGE', 'there are ' .. count .. ' lanes; accepted: up to 32') end
     meta.lanes = lanes:match('^ (.*) $')
-    policy[#policy + 1] = 'lanes'
-    policy[#policy + 1] = meta.lanes
+    append(policy, 'lanes', meta.lanes)
   end
   return policy
 end
@@ -448,19 +493,32 @@ end
 
 -- A claim.  The lease comes first, so that reap finds whatever is left half done; the receipt
 -- counts only once the task carries its fence.
-local function take(task, op, agent, ttl)
+local CLAIMED = {'notBefore', 'reaped', 'orphaned', 'assigned'}
+
+local function take(task, op, agent, ttl, session)
   meta.fence = math.max(meta.fence + 1, now)
   task.fence = meta.fence
   emit(task, op, 'claimed')
   task.claimedBy, task.claimedAt = agent, now
   lease(task, ttl)
   keep_receipt(task)
+  local past = {}
+  for _, name in ipairs(CLAIMED) do
+    if (task[name] or '') ~= '' then append(past, name, '') end
+  end
+  if op == 'assign' then append(past, 'assigned', '1') end
   change(task, 'status', 'claimed', 'claimedBy', agent, 'claimedAt', now, 'claimTTL', ttl,
-         'session', arg.session, 'fence', task.fence,
-         unpack((task.reaped ~= '' or task.notBefore ~= '') and
-                {'reaped', '', 'notBefore', ''} or {}))
+         'session', session, 'fence', task.fence, unpack(past))
   displace(task)
+  if task.assigned == '1' then write('SREM', key('assigned', agent), task.id) end
   task.status = 'claimed'
+end
+
+-- The agent has taken note of its assignment: from now on it is a claim like any other.
+local function pick_up(task, ttl)
+  write('HSET', key('task', task.id), 'assigned', '', 'session', arg.session, 'claimTTL', ttl)
+  write('SREM', key('assigned', task.claimedBy), task.id)
+  task.claimTTL = ttl
 end
 
 -- Edges of the dependency graph: what the task depends on, and what of it is not completed.
@@ -502,6 +560,27 @@ local function free_dependents(task, waiting)
   return freed, false
 end
 
+-- Takes a task out of everything but the dependents of others; the hash goes last.
+local function erase(task)
+  if task.edges ~= '' then remove_edges(task) end
+  displace(task)
+  write('ZREM', key('mission', task.mission), task.id)
+  write('DEL', key('text', task.id), key('work', task.id), key('waits', task.id),
+        key('dependents', task.id))
+  keep_receipt(task)
+  write('DEL', key('task', task.id))
+  finish(task)
+end
+
+-- Moves tasks that have become due from delayed to ready.
+local function promote()
+  for _, id in ipairs(read('ZRANGEBYSCORE', root .. ':delayed', '-inf', now, 'LIMIT', 0, BATCH)) do
+    local task = fields(id, 'priority', 'order')
+    if task and task.status == 'pending' then make_ready(task) end
+    write('ZREM', root .. ':delayed', id)
+  end
+end
+
 -- Finishes the transition that left a task as its hash says: the indexes follow from the hash.
 -- Returns whether dependents are left to free.
 local function heal(task)
@@ -535,10 +614,7 @@ end
 local function record(id, reply)
   for _, value in ipairs(read('HGETALL', key('task', id))) do reply[#reply + 1] = value end
   for _, text in ipairs(read('MGET', key('text', id), key('work', id))) do
-    for name, value in pairs(unpacked(text)) do
-      reply[#reply + 1] = name
-      reply[#reply + 1] = value
-    end
+    for name, value in pairs(unpacked(text)) do append(reply, name, value) end
   end
   return reply
 end
@@ -558,8 +634,6 @@ local function replay(receipt)
   local reply = whole(task)
   local same = task.fence == receipt.fence or task.fence == '' and receipt.fence == '0'
   reply[1] = same and 'REPEATED' or 'SUPERSEDED'
-  for _, value in ipairs({'opFence', receipt.fence, 'opRev', receipt.rev}) do
-    reply[#reply + 1] = value
-  end
+  append(reply, 'opFence', receipt.fence, 'opRev', receipt.rev)
   return reply
 end

@@ -3,9 +3,9 @@
 -- State    claimed | in-progress -> pending, or blocked while a dependency is not completed;
 --          failed when expiryCount reaches deadLetterAfter
 -- Args     actor
--- Returns  the ids it reaped, how many it settled, seconds of grace left
+-- Returns  the ids it reaped, how many it settled, seconds of grace left, when the next lease ends
 -- Rejects  SCHEMA NOT_FOUND
--- Emits    reap for each ended lease, free for each freed task
+-- Emits    reap for each ended lease, release for an assignment that was not picked up, free
 -- Flags    allow-oom
 --
 -- At most BATCH tasks of each kind per call.  After a start of the server holders get GRACE
@@ -31,11 +31,17 @@ for i = 1, math.min(#ended, BATCH) do
   local lost = ended[i]
   local task = fields(lost.id, 'claimedBy', 'claimedAt', 'session', 'priority', 'order',
                       'blocked', 'notBefore', 'expiryCount', 'edges',
-                      'completedAt', 'failedAt')
+                      'completedAt', 'failedAt', 'assigned')
   if not task or not held(task) or task.lane ~= lost.lane then
     if task then heal(task) end
     write('ZREM', key('running', lost.lane), lost.id)
     settled_count = settled_count + 1
+  elseif task.assigned == '1' then
+    local status = settled(task)
+    emit(task, 'release', status, task.claimedBy .. ' did not pick it up')
+    write('SREM', key('assigned', task.claimedBy), task.id)
+    move(task, status, '', 'assigned', '')
+    finish(task)
   elseif grace == 0 then
     local expiries = (tonumber(task.expiryCount) or 0) + 1
     local dead = expiries >= meta.deadLetterAfter
@@ -56,5 +62,11 @@ for _, id in ipairs(unsettled) do
   if not (task and heal(task)) then write('ZREM', root .. ':unsettled', id) end
   settled_count = settled_count + 1
 end
-return {'OK', 'reaped', table.concat(reaped, ' '), 'settled', settled_count, 'grace', grace,
+promote()
+local soonest
+for lane in each_lane() do
+  local first = read('ZRANGE', key('running', lane), 0, 0, 'WITHSCORES')
+  if first[2] and (not soonest or tonumber(first[2]) < soonest) then soonest = tonumber(first[2]) end
+end
+return {'OK', 'now', now, 'soonest', soonest or '', 'reaped', table.concat(reaped, ' '), 'settled', settled_count, 'grace', grace,
         'due', math.max(#ended - BATCH, 0)}

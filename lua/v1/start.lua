@@ -7,7 +7,7 @@
 -- Emits    start
 
 meta = project()
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'session')
+local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'assigned', 'maxRuntime')
 local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'claimed')
@@ -15,4 +15,8 @@ require_owner(task)
 
 emit(task, 'start', 'in-progress')
 change(task, 'status', 'in-progress')
+if task.assigned == '1' then
+  pick_up(task, meta.claimTTL)
+  lease(task, meta.claimTTL)
+end
 return show(task, 'status', 'in-progress', 'fence', task.fence)

@@ -51,4 +51,4 @@ return {'OK',
         lanes, expiring,
         {'claimTTL', meta.claimTTL, 'maxRetries', meta.maxRetries,
          'deadLetterAfter', meta.deadLetterAfter, 'retryDelay', meta.retryDelay,
-         'lanes', meta.lanes, 'storedAt', meta.policy or ''}}
+         'assign', meta.assign, 'lanes', meta.lanes, 'storedAt', meta.policy or ''}}

@@ -1,0 +1,29 @@
+-- explain.lua -- Say what stands between a task and its completion.
+--
+-- State    any -> (unchanged)
+-- Args     task
+-- Returns  the task, its unmet dependencies with their status, tasks that wait for it, its place
+--          among the ready tasks of its lane, the lane's cap and holders, pausedAt, now
+-- Rejects  SCHEMA INVALID NOT_FOUND
+-- Emits    nothing
+-- Flags    no-writes
+
+meta = project()
+local task = load(arg.task, 'claimedBy', 'claimedAt')
+local waits, holders = {}, {}
+for i, id in ipairs(read('SMEMBERS', key('waits', task.id))) do
+  if i > BATCH then break end
+  local other = fields(id, 'claimedBy')
+  waits[#waits + 1] = {'taskId', id, 'status', other and other.status or 'gone',
+                       'claimedBy', other and held(other) and other.claimedBy or ''}
+end
+for _, id in ipairs(read('ZRANGE', key('running', task.lane), 0, 9)) do
+  local other = fields(id, 'claimedBy')
+  if other then holders[#holders + 1] = {'taskId', id, 'claimedBy', other.claimedBy} end
+end
+return {'OK', whole(task), waits, read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, 10),
+        holders,
+        {'place', read('ZRANK', key('ready', task.lane), task.id) or '',
+         'held', read('ZCARD', key('running', task.lane)), 'maxConcurrent', cap(task.lane) or '',
+         'pausedAt', meta.paused or '', 'now', now, 'maxRetries', meta.maxRetries,
+         'deadLetterAfter', meta.deadLetterAfter}}

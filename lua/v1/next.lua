@@ -1,0 +1,142 @@
+-- next.lua -- Take the best ready task: by priority, then age.
+--
+-- State    pending -> claimed; with resume also claimed | in-progress of the same agent
+-- Args     op digest actor agent session ttl lane mission resume wait
+-- Returns  the task, or NOTHING and why
+-- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND
+-- Emits    claim
+--
+-- A claimer with a lane gets tasks of that lane and of `any`, one without gets all; full lanes are
+-- passed over.  First comes what was assigned to the agent, then what an earlier session of it
+-- left behind (resume: `orphans`) or all that it holds (`1`).  With a mission at most LOOK tasks
+-- are looked at.
+
+meta = project()
+require_id(arg.agent, 'agent')
+local ttl = arg.ttl == '' and meta.claimTTL or require_integer(arg.ttl, 'ttl', 1, WEEK)
+if arg.lane ~= '' then require_lane(arg.lane) end
+if arg.mission ~= '' then require_id(arg.mission, 'mission') end
+local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600)
+local done = receipt()
+local did = done and fields(done.task)
+if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
+  return replay(done)
+end
+local NEEDED = {'priority', 'claimedBy', 'claimedAt', 'session', 'claimTTL', 'notBefore',
+                'maxRuntime', 'reaped', 'orphaned', 'assigned', 'mission'}
+
+promote()
+
+local lanes, heads, full, stale = {}, {}, {}, {}
+for lane in each_lane() do
+  if arg.lane == '' or lane == arg.lane or lane == 'any' then
+    local most = cap(lane)
+    if most and read('ZCARD', key('running', lane)) >= most then
+      full[#full + 1] = lane
+    else
+      lanes[#lanes + 1] = lane
+    end
+  end
+end
+
+-- The next of a lane's ready tasks that was not looked at yet, with its score.
+local function head(lane, chunk)
+  local ahead = heads[lane] or {at = 0, list = {}, i = 1}
+  heads[lane] = ahead
+  if ahead.i > #ahead.list and not ahead.done then
+    ahead.list = read('ZRANGE', key('ready', lane), ahead.at, ahead.at + chunk - 1, 'WITHSCORES')
+    ahead.at, ahead.i, ahead.done = ahead.at + chunk, 1, #ahead.list < 2 * chunk
+  end
+  return ahead.list[ahead.i], tonumber(ahead.list[ahead.i + 1]), ahead
+end
+
+local function best_ready()
+  local chunk = arg.mission == '' and 2 or 100
+  for _ = 1, LOOK do
+    local id, score, from, lane
+    for _, name in ipairs(lanes) do
+      local candidate, its, ahead = head(name, chunk)
+      if candidate and (not score or its < score) then
+        id, score, from, lane = candidate, its, ahead, name
+      end
+    end
+    if not id then return nil end
+    from.i = from.i + 2
+    local task = fields(id, unpack(NEEDED))
+    if not task or task.status ~= 'pending' or task.lane ~= lane then
+      stale[#stale + 1] = {lane, id}
+    elseif arg.mission == '' or task.mission == arg.mission then
+      return task
+    end
+  end
+  return nil, true
+end
+
+local function assigned()
+  for _, id in ipairs(read('SRANDMEMBER', key('assigned', arg.agent), 10)) do
+    local task = fields(id, unpack(NEEDED))
+    if task and task.assigned == '1' and resumable(task) then return task end
+    stale[#stale + 1] = {false, id}
+  end
+end
+
+local function left_behind()
+  local looked = 0
+  for lane in each_lane() do
+    for _, id in ipairs(read('ZRANGE', key('running', lane), 0, LOOK - looked)) do
+      local task = fields(id, unpack(NEEDED))
+      if task and resumable(task) then return task end
+      looked = looked + 1
+    end
+  end
+end
+
+local task, limited
+if not meta.paused then
+  task = assigned() or arg.resume ~= '' and left_behind()
+  if not task and not (meta.assign == 1 and wait > 0) then
+    task, limited = best_ready()
+  end
+end
+for _, entry in ipairs(stale) do
+  if entry[1] then
+    write('ZREM', key('ready', entry[1]), entry[2])
+  else
+    write('SREM', key('assigned', arg.agent), entry[2])
+  end
+end
+if task then
+  take(task, 'claim', arg.agent, ttl, arg.session)
+  -- One token wakes one waiter: whoever takes a task wakes the next if there is more.
+  for _, lane in ipairs(lanes) do
+    local ahead = heads[lane]
+    if ahead and (ahead.list[ahead.i] or not ahead.done) then ring(lane) end
+  end
+  return whole(task)
+end
+if meta.assign == 1 and wait > 0 then
+  write('ZADD', root .. ':waiting', now + wait * 1000, arg.agent .. ' ' .. arg.lane)
+end
+
+-- Why there is nothing.
+local why = 'nothing is ready'
+local soonest = read('ZRANGE', root .. ':delayed', 0, 0, 'WITHSCORES')
+if meta.paused then
+  why = 'the project is paused since @' .. meta.paused .. '@'
+elseif #full > 0 then
+  why = 'lane ' .. full[1] .. ' has its ' .. cap(full[1]) .. ' held tasks: ' ..
+        table.concat(read('ZRANGE', key('running', full[1]), 0, 9), ', ')
+elseif limited then
+  why = 'nothing of mission ' .. arg.mission .. ' is among the first ' .. LOOK .. ' ready tasks'
+elseif meta.assign == 1 and wait > 0 then
+  why = 'nothing was assigned'
+end
+if soonest[1] and not meta.paused then
+  why = why .. '; the next task is due at @' .. soonest[2] .. '@'
+end
+local bells = {}
+for lane in each_lane() do
+  if arg.lane == '' or lane == arg.lane or lane == 'any' then bells[#bells + 1] = lane end
+end
+return {'NOTHING', why, due(), soonest[2] and soonest[2] - now or '', table.concat(bells, ' '),
+        meta.assign, read('ZCARD', root .. ':blocked')}

@@ -1,0 +1,21 @@
+-- pause.lua -- Grant no new claims; running work goes on.
+--
+-- State    project
+-- Args     paused
+-- Returns  since when it is paused
+-- Rejects  SCHEMA NOT_FOUND
+-- Emits    nothing
+--
+-- With paused `0` claims are granted again, and every lane that has ready tasks rings.
+
+meta = project()
+
+if arg.paused == '0' then
+  write('HDEL', root, 'paused')
+  for lane in each_lane() do
+    if read('ZCARD', key('ready', lane)) > 0 then ring(lane) end
+  end
+  return {'OK', 'pausedAt', ''}
+end
+if not meta.paused then write('HSET', root, 'paused', now) end
+return {'OK', 'pausedAt', meta.paused or now}

@@ -1,0 +1,32 @@
+-- reopen.lua -- Take a completion back; dependents that it freed stay as they are.
+--
+-- State    completed -> pending, or blocked while a dependency is not completed
+-- Args     op digest actor task reason
+-- Returns  status, rev
+-- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS
+-- Emits    reopen
+
+meta = project()
+require_text(arg.reason, 'reason', 4096)
+local task = load(arg.task, 'priority', 'order', 'blocked', 'notBefore', 'edges')
+local done = carried_out(task)
+if done then return replay(done) end
+require_status(task, 'completed')
+-- A dependency that was purged since was completed.
+local edges, needs = {}, {}
+if task.edges ~= '' then
+  local text = unpacked(read('GET', key('text', task.id)))
+  for id in text.dependencies:gmatch('%S+') do
+    local other = fields(id)
+    if other then edges[#edges + 1] = id end
+    if other and other.status ~= 'completed' then needs[id] = true end
+  end
+end
+local status = next(needs) and 'blocked' or task.blocked ~= '' and 'blocked' or 'pending'
+
+emit(task, 'reopen', status, arg.reason)
+begin(task)
+write_edges(task, edges, needs)
+move(task, status, '', 'completedAt', '', 'late', '')
+finish(task)
+return show(task, 'status', status)

@@ -1,0 +1,57 @@
+-- repair.lua -- Derive everything that points at some tasks from their hashes again.
+--
+-- State    any -> (unchanged), but blocked <-> pending as the dependencies say
+-- Args     ids
+-- Returns  how many tasks it set right
+-- Rejects  SCHEMA NOT_FOUND
+-- Emits    nothing
+--
+-- A task without a hash is taken out of everything; a held one without a lease gets one that has
+-- ended, so that reap gives it back.
+
+meta = project()
+local repaired = 0
+
+for id in arg.ids:gmatch('%S+') do
+  local task = fields(id, 'mission', 'priority', 'order', 'notBefore', 'blocked', 'edges',
+                      'completedAt', 'failedAt')
+  for lane in each_lane() do
+    write('ZREM', key('ready', lane), id)
+    if not task or not held(task) or task.lane ~= lane then write('ZREM', key('running', lane), id) end
+  end
+  for _, name in ipairs({'delayed', 'blocked', 'failed', 'completed', 'unsettled'}) do
+    write('ZREM', root .. ':' .. name, id)
+  end
+  if not task then
+    for _, kind in ipairs({'text', 'work', 'waits', 'dependents', 'lock'}) do
+      write('DEL', key(kind, id))
+    end
+  else
+    local text = unpacked(read('GET', key('text', id)))
+    if not text.title then
+      text.title = id
+      write('SET', key('text', id), cmsgpack.pack(text))
+    end
+    local edges, needs, kept = {}, {}, {}
+    for other in (text.dependencies or ''):gmatch('%S+') do
+      local dependency = fields(other)
+      local freed = read('ZSCORE', key('dependents', other), id) == '1'
+      if dependency then edges[#edges + 1] = other end
+      if dependency and dependency.status ~= 'completed' and not freed then needs[other] = true end
+    end
+    if task.status == 'completed' then
+      write('DEL', key('waits', id))
+      for _, other in ipairs(edges) do write('ZREM', key('dependents', other), id) end
+    else
+      write_edges(task, edges, needs)
+    end
+    write('ZADD', key('mission', task.mission), task.order, id)
+    if held(task) then
+      write('ZADD', key('running', task.lane), 'NX', now, id)
+    elseif heal(task) then
+      write('ZADD', root .. ':unsettled', now, id)
+    end
+  end
+  repaired = repaired + 1
+end
+return {'OK', 'repaired', repaired}

@@ -1,0 +1,83 @@
+-- update.lua -- Change what a task says of itself.
+--
+-- State    any but completed -> (unchanged); pending <-> blocked as its dependencies say
+-- Args     op digest actor task ifRev given title description priority lane mission dependencies
+--          metadata delay
+-- Returns  status, rev
+-- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS STALE_REV CYCLE
+-- Emits    update
+--
+-- `given` names the fields to change, between spaces; an empty value takes one away.  The search
+-- for cycles looks at LOOK tasks at most.
+
+meta = project()
+local function changes(name)
+  return (' ' .. arg.given .. ' '):find(' ' .. name .. ' ', 1, true) ~= nil
+end
+require_text(arg.title, 'title', 500)
+require_text(arg.description, 'description', 65536)
+require_text(arg.metadata, 'metadata', 65536)
+if changes('title') and arg.title == '' then reject('INVALID', 'title is empty') end
+if changes('priority') then require_priority(arg.priority) end
+if changes('lane') then require_lane(arg.lane) end
+if changes('mission') then require_id(arg.mission, 'mission') end
+local delay = arg.delay ~= '' and require_integer(arg.delay, 'delay', 0, WEEK) or 0
+local task = load(arg.task, 'rev', 'priority', 'order', 'mission', 'notBefore', 'blocked', 'edges',
+                  'claimedBy', 'claimedAt')
+local done = carried_out(task)
+if done then return replay(done) end
+require_status(task, 'pending', 'blocked', 'claimed', 'in-progress', 'failed')
+if arg.ifRev ~= '' and arg.ifRev ~= task.rev then
+  reject('STALE_REV', name_of(task) .. ' has rev ' .. task.rev .. ', not ' .. arg.ifRev:sub(1, 40))
+end
+local text = unpacked(read('GET', key('text', task.id)))
+local edges, needs
+if changes('dependencies') then
+  edges, needs = require_dependencies(task.id, arg.dependencies, {})
+  require_no_path(task, edges)
+end
+local status = task.status
+if status == 'pending' or status == 'blocked' then
+  status = (edges and (next(needs) or task.blocked ~= '') or not edges and settled(task) == 'blocked')
+           and 'blocked' or 'pending'
+end
+
+emit(task, 'update', status, arg.given)
+begin(task)
+local before = text.dependencies or ''
+for name, value in pairs({title = arg.title, description = arg.description, metadata = arg.metadata}) do
+  if changes(name) then text[name] = given(value) end
+end
+if edges then text.dependencies = given(table.concat(edges, ' ')) end
+write('SET', key('text', task.id), cmsgpack.pack(text))
+if edges then
+  local keeps = {}
+  for _, id in ipairs(edges) do keeps[id] = true end
+  for id in before:gmatch('%S+') do
+    if not keeps[id] then write('ZREM', key('dependents', id), task.id) end
+  end
+  write_edges(task, edges, needs)
+end
+if changes('mission') and arg.mission ~= task.mission then
+  write('ZADD', key('mission', arg.mission), task.order, task.id)
+  write('ZREM', key('mission', task.mission), task.id)
+end
+local notBefore = task.notBefore
+if changes('delay') then notBefore = delay > 0 and now + delay * 1000 or '' end
+local new = {id = task.id, status = status, order = task.order, notBefore = notBefore,
+             lane = changes('lane') and arg.lane or task.lane,
+             priority = changes('priority') and arg.priority or task.priority}
+if held(task) and new.lane ~= task.lane then
+  write('ZADD', key('running', new.lane), read('ZSCORE', key('running', task.lane), task.id), task.id)
+end
+change(task, 'status', status, 'lane', new.lane, 'priority', new.priority, 'notBefore', notBefore,
+       'mission', changes('mission') and arg.mission or task.mission,
+       'edges', edges and (#edges > 0 and #edges or '') or task.edges)
+if held(task) then
+  if new.lane ~= task.lane then write('ZREM', key('running', task.lane), task.id) end
+elseif status == 'pending' or status == 'blocked' then
+  displace(task)
+  place(new, status)
+end
+if not held(task) then finish(task) end
+return show(task, 'status', status)
