@@ -712,31 +712,28 @@ class QueueStatus(TypedDict):
     projects: list[ProjectStatus]
 
 
-INTEGERS = frozenset(
-    [
-        "claimedAt",
-        "claimTTL",
-        "leaseExpiresAt",
-        "fence",
-        "rev",
-        "completedAt",
-        "failedAt",
-        "notBefore",
-        "maxRuntime",
-        "retryCount",
-        "expiryCount",
-        "createdAt",
-        "updatedAt",
-    ]
-)
+INTEGERS = frozenset(STATUSES) | {
+    *("claimedAt", "claimTTL", "leaseExpiresAt", "fence", "rev", "completedAt", "failedAt"),
+    *("notBefore", "maxRuntime", "retryCount", "expiryCount", "updatedAt", "opFence", "opRev"),
+    *("ready", "delayed", "held", "due", "now", "pausedAt", "oldestReadySince", "maxConcurrent"),
+    *("maxRetries", "deadLetterAfter", "retryDelay", "assign", "storedAt", "place", "soonest"),
+    *("settled", "grace"),
+}
 WHILE_HELD = frozenset(("claimTTL", "leaseExpiresAt", "session"))
 OF_A_CLAIM = frozenset(("claimedBy", "claimedAt", "fence"))
 
 
-def paired(values: Sequence[Any]) -> dict[str, Any]:
-    """The names and values of a reply; what is '' has no value."""
-    pairs = zip(values[::2], values[1::2], strict=True)
-    return {name: value for name, value in pairs if value != ""}
+def cells(row: str) -> dict[str, str]:
+    """The names and values of a row as a script gives them."""
+    values = row.split("\t") if row else []
+    return dict(zip(values[::2], values[1::2], strict=True))
+
+
+def paired(row: str | Mapping[str, str]) -> dict[str, Any]:
+    """The names that have a value, with numbers as numbers."""
+    pairs = cells(row) if isinstance(row, str) else row
+    given = {name: value for name, value in pairs.items() if value}
+    return {name: int(value) if name in INTEGERS else value for name, value in given.items()}
 
 
 def event_from(project: str, row: Sequence[Any], task: str | None = None) -> Event | None:
@@ -803,22 +800,25 @@ def explained(
     return [spelled_out(sentence) for sentence in why], todo
 
 
-def task_from(project: str, values: Sequence[Any]) -> Task:
-    """A task from the names and values of a reply.
+def task_from(project: str, reply: Sequence[Any]) -> Task:
+    """A task from a script's reply: names and values, and for a whole task its hash and its texts.
 
     The hash keeps what is left of earlier states; here a field is shown only in the statuses
     that have it (DESIGN section 3).
     """
-    pairs = paired(values)
+    pairs: dict[str, Any] = {}
+    for text in reply[3:]:
+        pairs |= json.loads(text or "{}")
+    for row in reversed(reply[1:3]):
+        pairs |= cells(row)
+    pairs = paired(pairs)
     task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
     status = pairs.get("status")
     for name, value in pairs.items():
         gone = name in WHILE_HELD and status not in (None, "claimed", "in-progress")
         if gone or (name in OF_A_CLAIM and status in ("pending", "blocked")):
             continue
-        if name in INTEGERS:
-            task[name] = int(value)
-        elif name == "order":
+        if name == "order":
             task["createdAt"] = int(value) // 1000
         elif name in ("dependencies", "freed"):
             task[name] = value.split()
@@ -831,7 +831,11 @@ def task_from(project: str, values: Sequence[Any]) -> Task:
     if "title" in task:
         task = {"dependencies": [], "retryCount": 0} | task
     if "opRev" in pairs:
-        task.update(fence=int(pairs["opFence"]), rev=int(pairs["opRev"]))
+        task["rev"] = pairs["opRev"]
+        if "opFence" in pairs:
+            task["fence"] = pairs["opFence"]
+    if reply[0] == "SUPERSEDED":
+        task["superseded"] = True
     return cast(Task, task)
 
 
@@ -903,14 +907,33 @@ def compose(
             f"  return function()\n    at = at + {len(each)}\n"
             f"    if at < #ARGV then return {{{keys}}} end\n  end\nend\n"
         )
-    lua += prelude + "\nlocal ok, reply = pcall(function()\n" + body + "\nend)\n"
+    body = without_comments(body)
+    lua += needed(without_comments(prelude), body)
     lua += (
+        f"local ok, reply = pcall(function()\n{body}end)\n"
         "if ok then return reply end\n"
         "if type(reply) == 'table' and reply.refusal then return reply.refusal end\n"
         "error(reply, 0)\n"
     )
-    lua = re.sub(r"^\s*--.*\n", "", lua, flags=re.MULTILINE)
     return re.sub(r"\barg\.(\w+)", lambda found: place.get(found[1], "('')"), lua)
+
+
+def without_comments(lua: str) -> str:
+    """Lua without its comment lines and blank lines."""
+    return re.sub(r"^\s*(--.*)?\n", "", lua, flags=re.MULTILINE)
+
+
+def needed(prelude: str, body: str) -> str:
+    """The definitions of the prelude that a body uses, directly or through others.  Every one
+    that is left out saves its share of each call: with all of them a heartbeat costs three times
+    as much.  A definition uses only what stands above it."""
+    kept, words = [], set(re.findall(r"\w+", body))
+    for definition in reversed(re.split(r"^(?=local )", prelude, flags=re.MULTILINE)):
+        head = re.match(r"local (?:function )?([\w, ]+)", definition)
+        if head and words & set(re.findall(r"\w+", head[1])):
+            kept.append(definition)
+            words |= set(re.findall(r"\w+", definition))
+    return "".join(reversed(kept))
 
 
 # ==== SERVER =================================================================================
@@ -1432,16 +1455,14 @@ class Queue:
         values.setdefault("session", self.session)
         values["actor"] = agent or self.actor
         op = values.get("op") or os.urandom(16).hex()
-        values["op"] = hashlib.blake2b(f"{project} {op}".encode(), digest_size=12).hexdigest()
-        values["epoch"] = values["op"]
+        mark = hashlib.blake2b(f"{project} {op}".encode(), digest_size=12).hexdigest()
+        values |= {"op": mark, "epoch": mark}
         argv = [as_text(values.get(key)) for key in lua.args]
         argv += [as_text(one.get(key)) for one in each for key in lua.each]
-        if "digest" in lua.args:
-            told = [name, *argv]
-            for own in {"op", "epoch"} & {*lua.args}:
-                told[lua.args.index(own) + 1] = ""
-            digest = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
-            argv[lua.args.index("digest")] = digest.hexdigest()
+        if "op" in lua.args:
+            # Two hashes of fixed length: the id for this project, and what it is used for.
+            used_for = hashlib.blake2b("\0".join([name, *argv]).encode(), digest_size=6)
+            argv[lua.args.index("op")] = f"{mark} {used_for.hexdigest()}"
         root = root or f"mosaic:queue:project:{{{project}}}"
         try:
             try:
@@ -1491,7 +1512,7 @@ class Queue:
         reply = await self._call(name, project, arguments)
         if name in ("release", "complete", "fail", "block", "delete"):
             self.leases.pop(f"{project}/{arguments['task']}", None)
-        return self._task(project, reply)
+        return task_from(project, reply)
 
     def _hold(self, task: Task, agent: str) -> Task:
         """Remember a claim, for `renew_leases`."""
@@ -1509,7 +1530,7 @@ class Queue:
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
             reply = await self._call(name, project, arguments)
             if reply[0] in ("OK", "REPEATED"):
-                task = self._task(project, reply)
+                task = task_from(project, reply)
                 given = {
                     "task": task["taskId"],
                     "agent": arguments["agent"],
@@ -1536,13 +1557,6 @@ class Queue:
                     raise
             await self.reap(project=project)
         raise AssertionError("unreachable")
-
-    @staticmethod
-    def _task(project: str, reply: Sequence[Any]) -> Task:
-        task = task_from(project, reply[1:])
-        if reply[0] == "SUPERSEDED":
-            task["superseded"] = True
-        return task
 
     def _project(self, project: str | None) -> str:
         """The project that is meant; refused when none is."""
@@ -1611,8 +1625,9 @@ class Queue:
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self._call("create", project, given, rows)
         self._registered.add(project)
-        created = {row[1]: task_from(project, row) for row in reply[1:]}
-        return [created[row["task"]] for row in rows]
+        created = [task_from(project, ["OK", row]) for row in reply[1:]]
+        by_id = {task["taskId"]: task for task in created}
+        return [by_id[row["task"]] for row in rows]
 
     @operation(reads=True)
     async def list(
@@ -1669,7 +1684,7 @@ class Queue:
     async def _page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
         keys = ("mission", "status", "lane", "agent", "priority", "limit", "cursor", "full")
         reply = await self._call("list", project, {key: asked[key] for key in keys})
-        answer: TaskList = {"tasks": [self._task(project, row) for row in reply[3]]}
+        answer: TaskList = {"tasks": [task_from(project, row) for row in reply[3]]}
         if reply[2]:
             answer["cursor"] = reply[2]
         if reply[1] != "":
@@ -1708,7 +1723,7 @@ class Queue:
         agent = agent or self.agent or self.actor
         given = {"task": task, "agent": agent, "session": session, "ttl": ttl or self.ttl, "op": op}
         reply = await self._claimed("claim", project, given | {"resume": int(resume)})
-        return self._hold(self._task(project, reply), agent)
+        return self._hold(task_from(project, reply), agent)
 
     @operation()
     async def next(
@@ -1745,7 +1760,7 @@ class Queue:
             reply = await self._claimed("next", project, given)
             self._came_back.add((project, agent))
             if reply[0] != "NOTHING":
-                return {"tasks": [self._hold(self._task(project, reply), agent)]}
+                return {"tasks": [self._hold(task_from(project, reply), agent)]}
             _, why, _, due, lanes, assign, _blocked = reply
             left = give_up - time.monotonic()
             if left <= 0:
@@ -1794,7 +1809,7 @@ class Queue:
         reply = await self._claimed("assign", project, given)
         if reply[0] == "NOTHING":
             return {"tasks": [], "why": spelled_out(reply[1])}
-        return {"tasks": [self._task(project, reply)]}
+        return {"tasks": [task_from(project, reply)]}
 
     @operation()
     async def start(
@@ -2046,7 +2061,7 @@ class Queue:
                 if project or problem.code != "NOT_FOUND":
                     raise
                 continue
-            values = paired(reply[1:])
+            values = paired(reply[1])
             answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
             answer["settled"] += values["settled"]
             answer["grace"] = max(answer["grace"], values["grace"])
@@ -2093,7 +2108,8 @@ class Queue:
     async def _pause(self, project: str | None, paused: str) -> Paused:
         project = self._project(project)
         reply = await self._call("pause", project, {"paused": paused})
-        return cast(Paused, {"project": project, **paired(reply[1:])})
+        answer: Paused = {"project": project}
+        return answer | {"pausedAt": int(reply[1])} if reply[1] else answer
 
     @operation(reads=True)
     async def status(self, *, project: str | None = None) -> QueueStatus:
@@ -2128,9 +2144,10 @@ class Queue:
 
     def _project_status(self, project: str, reply: Sequence[Any]) -> ProjectStatus:
         counts, facts, lanes, expiring, policy = reply[1:]
-        status: dict[str, Any] = {"project": project, "tasks": paired(counts), **paired(facts)}
+        tasks = {name: int(count) for name, count in cells(counts).items()}
+        status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
         status["lanes"] = [paired(lane) for lane in lanes]
-        status["expiring"] = [task_from(project, task) for task in expiring]
+        status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
         status["policy"] = self._policy(project, policy)
         return cast(ProjectStatus, status)
 
@@ -2146,7 +2163,7 @@ class Queue:
             return await self._explain_lane(self._project(project), lane)
         project, name = await self._locate(task, project)
         reply = await self._call("explain", project, {"task": name})
-        shown = self._task(project, reply[1])
+        shown = task_from(project, reply[1])
         waits = [paired(one) for one in reply[2]]
         holders = [paired(one) for one in reply[4]]
         why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
@@ -2393,17 +2410,16 @@ class Queue:
         numbers, lanes = self.config.policy()
         given = {"apply": int(apply), "policy": numbers, "lanes": lanes}
         reply = await self._call("policy", project, given)
-        return self._policy(project, reply[1:])
+        return self._policy(project, reply[1])
 
-    def _policy(self, project: str, values: Sequence[Any]) -> Policy:
-        stored = paired(values)
+    def _policy(self, project: str, row: str) -> Policy:
+        stored = paired(row)
         lanes = [lane.partition("=") for lane in stored["lanes"].split()]
         stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
-        if "storedAt" in stored:
-            stored["storedAt"] = int(stored["storedAt"])
         numbers, caps = self.config.policy()
-        local = paired(numbers.split())
-        differs = [name for name, value in local.items() if stored[name] != int(value)]
+        words = numbers.split()
+        local = zip(words[::2], map(int, words[1::2]), strict=True)
+        differs = [name for name, value in local if stored[name] != value]
         for cap in caps.split():
             name, _, most = cap.partition("=")
             if stored["lanes"].get(name) != int(most):

@@ -1,7 +1,7 @@
 -- assign.lua -- Claim a task for an agent, which picks it up within PICK_UP seconds.
 --
 -- State    pending -> claimed
--- Args     op digest actor task agent lane
+-- Args     op actor task agent lane
 -- Returns  the task; without a task to name: the best ready one, or NOTHING
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND PAUSED HELD BLOCKED WRONG_STATUS NOT_DUE LANE_FULL
 -- Emits    assign
@@ -12,8 +12,6 @@
 meta = project()
 require_id(arg.agent, 'agent')
 local done = receipt()
-local NEEDED = {'priority', 'order', 'claimedBy', 'claimedAt', 'session', 'claimTTL', 'notBefore',
-                'maxRuntime', 'reaped', 'orphaned', 'assigned'}
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
   return replay(done)
@@ -26,7 +24,7 @@ local function best()
     local wanted = arg.lane == '' or lane == arg.lane or lane == 'any'
     if wanted and not (most and read('ZCARD', key('running', lane)) >= most) then
       for _, id in ipairs(read('ZRANGE', key('ready', lane), 0, BATCH - 1)) do
-        local task = fields(id, unpack(NEEDED))
+        local task = entire(id)
         if task and task.status == 'pending' then
           local its = RANK[task.priority]
           if rank and its > rank then break end
@@ -44,18 +42,19 @@ end
 
 local task
 if arg.task ~= '' then
-  task = load(arg.task, unpack(NEEDED))
+  require_id(arg.task, 'taskId')
+  task = require_known(arg.task, entire(arg.task))
   require_claimable(task)
   require_lane_room(task)
-elseif not meta.paused then
+elseif not limit('paused') then
   task = best()
 end
-if not task then return {'NOTHING', 'nothing is ready', due(), '', '', meta.assign, 0} end
+if not task then return {'NOTHING', 'nothing is ready', due(), '', '', limit('assign'), 0} end
 
 write('SADD', key('assigned', arg.agent), task.id)
 task.assigned = ''
-take(task, 'assign', arg.agent, PICK_UP, '')
+local reply = take(task, 'assign', arg.agent, PICK_UP, '')
 write('RPUSH', key('inbox', arg.agent), '1')
 write('LTRIM', key('inbox', arg.agent), 0, 0)
 write('ZREM', root .. ':waiting', arg.agent .. ' ' .. arg.lane)
-return whole(task)
+return reply

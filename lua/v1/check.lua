@@ -75,7 +75,7 @@ local function check(id, task, indexes)
   if task.status == 'pending' and blocked then problem(id, 'is pending and has to wait') end
   if not held(task) and read('EXISTS', key('lock', id)) == 1 then problem(id, 'is locked and not held') end
   if tonumber(task.rev) > meta.rev then problem(id, 'has a rev that the project has not reached') end
-  if held(task) and tonumber(task.fence) > meta.fence then
+  if held(task) and tonumber(task.fence) > tonumber(meta.fence) then
     problem(id, 'has a fence that the project has not reached')
   end
 end

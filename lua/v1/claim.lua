@@ -1,22 +1,21 @@
 -- claim.lua -- Take a pending task; nobody else can while the lease lasts.
 --
 -- State    pending -> claimed; with resume also claimed | in-progress of the same agent
--- Args     op digest actor task agent session ttl resume
+-- Args     op actor task agent session ttl resume
 -- Returns  the task, with its new fence and the end of the lease
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND PAUSED HELD BLOCKED WRONG_STATUS NOT_DUE LANE_FULL
 -- Emits    claim
 
 meta = project()
 require_id(arg.agent, 'agent')
-local ttl = arg.ttl == '' and meta.claimTTL or require_integer(arg.ttl, 'ttl', 1, WEEK)
+local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
 local done = receipt()
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'notBefore', 'maxRuntime', 'reaped',
-                  'session', 'claimTTL', 'assigned', 'orphaned')
+require_id(arg.task, 'taskId')
+local task = require_known(arg.task, entire(arg.task))
 if done and tonumber(task.fence) and tonumber(task.fence) >= tonumber(done.fence) then
   return replay(done)
 end
 require_claimable(task)
 require_lane_room(task)
 
-take(task, 'claim', arg.agent, ttl, arg.session)
-return whole(task)
+return take(task, 'claim', arg.agent, ttl, arg.session)

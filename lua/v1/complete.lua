@@ -1,7 +1,7 @@
 -- complete.lua -- Say that a task is done; frees what waited for it.
 --
 -- State    claimed | in-progress -> completed; with force also pending | blocked | failed
--- Args     op digest actor task agent session fence force summary
+-- Args     op actor task agent session fence force summary
 -- Returns  status, rev, fence, completedAt, late, the ids it freed
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
@@ -10,29 +10,35 @@
 
 meta = project()
 require_text(arg.summary, 'summary', 65536)
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'reaped', 'notBefore', 'edges')
-local done = carried_out(task)
+local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'edges')
+local done = repeated(task)
 if done then return replay(done) end
 -- Work that comes in after its lease was reaped is not thrown away while nobody took it up.
-local late = not held(task) and was_holder(task) and '1' or ''
+local late = ''
+if not held(task) and task.reaped ~= '' then
+  local fence, session, agent = task.reaped:match('^(%S+) (%S*) (%S+)$')
+  if arg.agent == agent and (arg.session == '' or arg.session == session) and
+     (arg.fence == '' or arg.fence == fence) then
+    late = '1'
+  end
+end
 if late == '' and (arg.force ~= '1' or task.status == 'completed') then
   require_status(task, 'claimed', 'in-progress')
 end
 if held(task) then require_owner(task) end
-local waiting = waiting_for(task)
 
 emit(task, 'complete', 'completed', #arg.summary <= 4096 and arg.summary or '')
 begin(task)
 if arg.summary == '' then
   write('DEL', key('work', task.id))
 else
-  write('SET', key('work', task.id), cmsgpack.pack({summary = arg.summary}))
+  write('SET', key('work', task.id), cjson.encode({summary = arg.summary}))
 end
 local past = {}
 if late ~= '' then past = {'late', late, 'reaped', ''} end
-move(task, 'completed', '', 'completedAt', now, unpack(past))
+move(task, 'completed', '', 'completedAt', at, unpack(past))
 if task.edges ~= '' then remove_edges(task) end
-local freed, more = free_dependents(task, waiting)
+local freed, more = free_dependents(task)
 finish(task, more)
-return show(task, 'status', 'completed', 'fence', task.fence, 'completedAt', now, 'late', late,
+return show(task, 'status', 'completed', 'fence', task.fence, 'completedAt', at, 'late', late,
             'freed', table.concat(freed, ' '))

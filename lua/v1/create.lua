@@ -1,7 +1,7 @@
 -- create.lua -- Enter new tasks, all of them or none.
 --
 -- State    - -> pending, or blocked while a dependency is not completed
--- Args     op digest actor epoch policy lanes
+-- Args     op actor epoch policy lanes
 -- Each     task mission title description priority lane dependencies metadata delay maxRuntime
 -- Returns  taskId, status, rev, createdAt of each
 -- Rejects  SCHEMA INVALID TOO_LARGE EXISTS NOT_FOUND CYCLE OP_REUSED
@@ -12,7 +12,11 @@
 -- project stores.
 
 meta = project(true)
-local policy = meta.policy and {} or require_policy()
+local limits, lanes = meta.limits, meta.lanes
+if (arg.policy ~= '' or arg.lanes ~= '') and not limit('policy') then
+  limits, lanes = require_policy()
+  meta.lanes = lanes
+end
 
 local order = clock[1] * 1000000 + clock[2]
 local batch, by_id = {}, {}
@@ -27,7 +31,7 @@ for new in each_task() do
   if new.delay ~= '' then require_integer(new.delay, 'delay', 0, WEEK) end
   if new.maxRuntime ~= '' then require_integer(new.maxRuntime, 'maxRuntime', 1, WEEK) end
   if by_id[new.task] then reject('EXISTS', 'the call names task ' .. new.task .. ' twice') end
-  local task = fields(new.task, 'rev', 'order')
+  local task = fields(new.task, 'rev', 'op')
   if task and not repeated(task) then
     reject('EXISTS', 'there is a task ' .. root:match('{(.*)}') .. '/' .. new.task ..
            ' already; it is ' .. task.status)
@@ -63,18 +67,20 @@ while #sorted < #batch do
   end
 end
 
-if not meta.schema then write('HSET', root, 'schema', SCHEMA, 'epoch', arg.epoch) end
-if #policy > 0 then write('HSET', root, 'policy', now, unpack(policy)) end
+if not meta.limits then write('HSET', root, 'epoch', arg.epoch) end
+if not limits or limits ~= meta.limits then
+  write('HSET', root, 'limits', limits or 'schema=' .. SCHEMA, 'lanes', lanes)
+end
 local reply = {'OK'}
 for _, new in ipairs(sorted) do
   local task = new.known
   if not task then
-    task = {id = new.task, status = '', fence = '', lane = new.lane, priority = new.priority,
-            order = new.order, notBefore = ''}
-    if new.delay ~= '' and new.delay ~= '0' then task.notBefore = now + new.delay * 1000 end
+    task = {id = new.task, key = key('task', new.task), status = '', fence = '', lane = new.lane,
+            priority = new.priority, order = new.order, notBefore = ''}
+    if new.delay ~= '' and new.delay ~= '0' then task.notBefore = string.format('%d', now + new.delay * 1000) end
     local status = next(new.needs) and 'blocked' or 'pending'
     emit(task, 'create', status)
-    write('SET', key('text', task.id), cmsgpack.pack({title = new.title,
+    write('SET', key('text', task.id), cjson.encode({title = new.title,
           description = given(new.description), metadata = given(new.metadata),
           dependencies = given(table.concat(new.edges, ' '))}))
     if #new.edges > 0 then write_edges(task, new.edges, new.needs) end
@@ -89,7 +95,7 @@ for _, new in ipairs(sorted) do
            'mission', new.mission, 'order', task.order, unpack(rare))
     task.status = status
   end
-  reply[#reply + 1] = {'taskId', task.id, 'status', task.status, 'rev', task.rev,
-                       'order', task.order}
+  reply[#reply + 1] = row('taskId', task.id, 'status', task.status, 'rev', task.rev,
+                          'order', task.order or new.order)
 end
 return reply

@@ -1,7 +1,7 @@
 -- delete.lua -- Take a task out of the queue.
 --
 -- State    any -> gone
--- Args     op digest actor task force reason
+-- Args     op actor task force reason
 -- Returns  taskId, rev
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND HELD HAS_DEPENDENTS
 -- Emits    delete, and free for each task that waited for this one alone
@@ -13,7 +13,7 @@ require_text(arg.reason, 'reason', 4096)
 require_id(arg.task, 'taskId')
 local done = receipt()
 if done and not fields(arg.task) then return replay(done) end
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'mission', 'notBefore', 'edges')
+local task = load(arg.task, 'fence', 'mission', 'notBefore', 'edges')
 local dependents = read('ZRANGE', key('dependents', task.id), 0, BATCH)
 if arg.force ~= '1' then
   if held(task) then reject('HELD', held_by(task), due(task.lane)) end
@@ -34,8 +34,8 @@ for _, id in ipairs(dependents) do
     if other ~= task.id then others[#others + 1] = other end
   end
   text.dependencies = given(table.concat(others, ' '))
-  write('SET', key('text', id), cmsgpack.pack(text))
+  write('SET', key('text', id), cjson.encode(text))
 end
-free_dependents(task, dependents)
+free_dependents(task)
 erase(task)
-return {'OK', 'taskId', task.id, 'rev', task.rev}
+return {'OK', row('taskId', task.id, 'rev', task.rev)}

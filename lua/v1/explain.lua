@@ -14,16 +14,16 @@ local waits, holders = {}, {}
 for i, id in ipairs(read('SMEMBERS', key('waits', task.id))) do
   if i > BATCH then break end
   local other = fields(id, 'claimedBy')
-  waits[#waits + 1] = {'taskId', id, 'status', other and other.status or 'gone',
-                       'claimedBy', other and held(other) and other.claimedBy or ''}
+  waits[#waits + 1] = row('taskId', id, 'status', other and other.status or 'gone',
+                          'claimedBy', other and held(other) and other.claimedBy or '')
 end
 for _, id in ipairs(read('ZRANGE', key('running', task.lane), 0, 9)) do
   local other = fields(id, 'claimedBy')
-  if other then holders[#holders + 1] = {'taskId', id, 'claimedBy', other.claimedBy} end
+  if other then holders[#holders + 1] = row('taskId', id, 'claimedBy', other.claimedBy) end
 end
 return {'OK', whole(task), waits, read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, 10),
         holders,
-        {'place', read('ZRANK', key('ready', task.lane), task.id) or '',
+        row('place', read('ZRANK', key('ready', task.lane), task.id) or '',
          'held', read('ZCARD', key('running', task.lane)), 'maxConcurrent', cap(task.lane) or '',
-         'pausedAt', meta.paused or '', 'now', now, 'maxRetries', meta.maxRetries,
-         'deadLetterAfter', meta.deadLetterAfter}}
+         'pausedAt', limit('paused') or '', 'now', now, 'maxRetries', limit('maxRetries'),
+         'deadLetterAfter', limit('deadLetterAfter'))}

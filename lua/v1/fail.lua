@@ -2,8 +2,8 @@
 --
 -- State    claimed | in-progress -> pending while retryCount < maxRetries, else failed;
 --          with force from any status but completed
--- Args     op digest actor task agent session fence force reason retry retryDelay delay
--- Returns  status, rev, retryCount, notBefore, failedAt, failureReason
+-- Args     op actor task agent session fence force reason retry retryDelay delay
+-- Returns  status, rev, retryCount, notBefore, failedAt
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
 -- Emits    fail
@@ -15,11 +15,11 @@
 meta = project()
 require_text(arg.reason, 'reason', 4096)
 local delay = arg.delay ~= '' and require_integer(arg.delay, 'delay', 0, WEEK)
-local retry_delay = arg.retryDelay == '' and meta.retryDelay
+local retry_delay = arg.retryDelay == '' and limit('retryDelay')
                     or require_integer(arg.retryDelay, 'retryDelay', 0, WEEK)
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'priority', 'order', 'blocked',
-                  'retryCount', 'notBefore')
-local done = carried_out(task)
+local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked',
+                  'retryCount')
+local done = repeated(task)
 if done then return replay(done) end
 if arg.force ~= '1' or task.status == 'completed' then
   require_status(task, 'claimed', 'in-progress')
@@ -27,9 +27,9 @@ end
 if held(task) then require_owner(task) end
 local retries = tonumber(task.retryCount) or 0
 local status, due_at = 'failed', ''
-if arg.retry ~= '0' and retries < meta.maxRetries then
+if arg.retry ~= '0' and retries < limit('maxRetries') then
   delay = math.min(delay or retry_delay * 2 ^ retries, WEEK)
-  if delay > 0 then due_at = now + delay * 1000 end
+  due_at = after(delay)
   retries = retries + 1
   status = settled(task)
 end
@@ -37,7 +37,7 @@ end
 emit(task, 'fail', status, arg.reason)
 begin(task)
 write_work(task, {failureReason = arg.reason})
-move(task, status, due_at, 'retryCount', retries, 'failedAt', now)
+move(task, status, due_at, 'retryCount', retries, 'failedAt', at)
 finish(task)
 return show(task, 'status', status, 'retryCount', retries, 'notBefore', due_at,
-            'failedAt', now, 'failureReason', arg.reason)
+            'failedAt', at)

@@ -1,8 +1,8 @@
 -- heartbeat.lua -- Extend the lease on a task you hold; leave progress and a checkpoint.
 --
 -- State    claimed | in-progress -> (unchanged)
--- Args     op digest actor task agent session fence force ttl progress checkpoint orphaned
--- Returns  status, fence, leaseExpiresAt
+-- Args     op actor task agent session fence force ttl progress checkpoint orphaned
+-- Returns  status, leaseExpiresAt, rev when it changed
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
 -- Emits    progress, when progress or checkpoint came with it
@@ -13,8 +13,7 @@ meta = project()
 local ttl = arg.ttl ~= '' and require_integer(arg.ttl, 'ttl', 1, WEEK)
 require_text(arg.progress, 'progress', 4096)
 require_text(arg.checkpoint, 'checkpoint', 65536)
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'claimTTL', 'maxRuntime', 'rev',
-                  'assigned')
+local task = load(arg.task, 'op', 'claimedBy', 'session', 'claimTTL', 'maxRuntime', 'assigned')
 local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'claimed', 'in-progress')
@@ -31,13 +30,14 @@ if arg.progress ~= '' or arg.checkpoint ~= '' then
   change(task)
 end
 if arg.orphaned == '1' then
-  write('HSET', key('task', task.id), 'orphaned', '1')
+  write('HSET', task.key, 'orphaned', '1')
 else
-  if task.assigned == '1' then pick_up(task, ttl or meta.claimTTL) end
+  if task.assigned == '1' then pick_up(task, ttl or limit('claimTTL')) end
   if ttl and tostring(ttl) ~= task.claimTTL then
-    write('HSET', key('task', task.id), 'claimTTL', ttl)
+    write('HSET', task.key, 'claimTTL', ttl)
   end
   lease(task, ttl or task.claimTTL)
 end
-return {'OK', 'taskId', task.id, 'status', task.status, 'rev', task.rev, 'fence', task.fence,
-        'leaseExpiresAt', task.leaseExpiresAt or ''}
+return {'OK', row('taskId', task.id, 'status', task.status,
+                  'leaseExpiresAt', rawget(task, 'leaseExpiresAt') or '',
+                  'rev', rawget(task, 'rev') or '')}

@@ -91,15 +91,17 @@ local function matches(task)
          (arg.priority == '' or task.priority == arg.priority)
 end
 
-local function row(task, ends)
+local function line(task, ends)
   if arg.full == '1' then return whole(task) end
   local text = unpacked(read('GET', key('text', task.id)))
-  return {'OK', 'taskId', task.id, 'status', task.status, 'lane', task.lane,
-          'mission', task.mission, 'priority', task.priority, 'claimedBy', task.claimedBy,
-          'claimedAt', task.claimedAt, 'order', task.order, 'rev', task.rev,
-          'updatedAt', task.updatedAt, 'retryCount', task.retryCount,
-          'notBefore', task.notBefore, 'leaseExpiresAt', ends, 'claimTTL', task.claimTTL,
-          'title', text.title or '', 'dependencies', text.dependencies or ''}
+  local brief = row('taskId', task.id, 'status', task.status, 'lane', task.lane,
+                    'mission', task.mission, 'priority', task.priority,
+                    'claimedBy', task.claimedBy, 'claimedAt', task.claimedAt,
+                    'order', task.order, 'rev', task.rev, 'updatedAt', task.updatedAt,
+                    'retryCount', task.retryCount, 'notBefore', task.notBefore,
+                    'leaseExpiresAt', ends, 'claimTTL', task.claimTTL,
+                    'dependencies', text.dependencies or '')
+  return {'OK', brief, '', cjson.encode({title = text.title or ''})}
 end
 
 local rows, looked, cursor, last = {}, 0, '', ''
@@ -119,7 +121,7 @@ while at <= #indexes and cursor == '' do
         cursor = last
         break
       end
-      rows[#rows + 1] = row(task, index:find('^running') and found[i + 1] or '')
+      rows[#rows + 1] = line(task, index:find('^running') and found[i + 1] or '')
     end
     looked = looked + 1
     last = index .. ',' .. found[i + 1] .. ',' .. found[i]

@@ -1,7 +1,7 @@
 -- next.lua -- Take the best ready task: by priority, then age.
 --
 -- State    pending -> claimed; with resume also claimed | in-progress of the same agent
--- Args     op digest actor agent session ttl lane mission resume wait
+-- Args     op actor agent session ttl lane mission resume wait
 -- Returns  the task, or NOTHING and why
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND
 -- Emits    claim
@@ -13,7 +13,7 @@
 
 meta = project()
 require_id(arg.agent, 'agent')
-local ttl = arg.ttl == '' and meta.claimTTL or require_integer(arg.ttl, 'ttl', 1, WEEK)
+local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end
 local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600)
@@ -22,8 +22,6 @@ local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
   return replay(done)
 end
-local NEEDED = {'priority', 'claimedBy', 'claimedAt', 'session', 'claimTTL', 'notBefore',
-                'maxRuntime', 'reaped', 'orphaned', 'assigned', 'mission'}
 
 promote()
 
@@ -62,7 +60,7 @@ local function best_ready()
     end
     if not id then return nil end
     from.i = from.i + 2
-    local task = fields(id, unpack(NEEDED))
+    local task = entire(id)
     if not task or task.status ~= 'pending' or task.lane ~= lane then
       stale[#stale + 1] = {lane, id}
     elseif arg.mission == '' or task.mission == arg.mission then
@@ -74,7 +72,7 @@ end
 
 local function assigned()
   for _, id in ipairs(read('SRANDMEMBER', key('assigned', arg.agent), 10)) do
-    local task = fields(id, unpack(NEEDED))
+    local task = entire(id)
     if task and task.assigned == '1' and resumable(task) then return task end
     stale[#stale + 1] = {false, id}
   end
@@ -84,7 +82,7 @@ local function left_behind()
   local looked = 0
   for lane in each_lane() do
     for _, id in ipairs(read('ZRANGE', key('running', lane), 0, LOOK - looked)) do
-      local task = fields(id, unpack(NEEDED))
+      local task = entire(id)
       if task and resumable(task) then return task end
       looked = looked + 1
     end
@@ -92,9 +90,9 @@ local function left_behind()
 end
 
 local task, limited
-if not meta.paused then
+if not limit('paused') then
   task = assigned() or arg.resume ~= '' and left_behind()
-  if not task and not (meta.assign == 1 and wait > 0) then
+  if not task and not (limit('assign') == 1 and wait > 0) then
     task, limited = best_ready()
   end
 end
@@ -106,32 +104,32 @@ for _, entry in ipairs(stale) do
   end
 end
 if task then
-  take(task, 'claim', arg.agent, ttl, arg.session)
+  local reply = take(task, 'claim', arg.agent, ttl, arg.session)
   -- One token wakes one waiter: whoever takes a task wakes the next if there is more.
   for _, lane in ipairs(lanes) do
     local ahead = heads[lane]
     if ahead and (ahead.list[ahead.i] or not ahead.done) then ring(lane) end
   end
-  return whole(task)
+  return reply
 end
-if meta.assign == 1 and wait > 0 then
+if limit('assign') == 1 and wait > 0 then
   write('ZADD', root .. ':waiting', now + wait * 1000, arg.agent .. ' ' .. arg.lane)
 end
 
 -- Why there is nothing.
 local why = 'nothing is ready'
 local soonest = read('ZRANGE', root .. ':delayed', 0, 0, 'WITHSCORES')
-if meta.paused then
-  why = 'the project is paused since @' .. meta.paused .. '@'
+if limit('paused') then
+  why = 'the project is paused since @' .. limit('paused') .. '@'
 elseif #full > 0 then
   why = 'lane ' .. full[1] .. ' has its ' .. cap(full[1]) .. ' held tasks: ' ..
         table.concat(read('ZRANGE', key('running', full[1]), 0, 9), ', ')
 elseif limited then
   why = 'nothing of mission ' .. arg.mission .. ' is among the first ' .. LOOK .. ' ready tasks'
-elseif meta.assign == 1 and wait > 0 then
+elseif limit('assign') == 1 and wait > 0 then
   why = 'nothing was assigned'
 end
-if soonest[1] and not meta.paused then
+if soonest[1] and not limit('paused') then
   why = why .. '; the next task is due at @' .. soonest[2] .. '@'
 end
 local bells = {}
@@ -139,4 +137,4 @@ for lane in each_lane() do
   if arg.lane == '' or lane == arg.lane or lane == 'any' then bells[#bells + 1] = lane end
 end
 return {'NOTHING', why, due(), soonest[2] and soonest[2] - now or '', table.concat(bells, ' '),
-        meta.assign, read('ZCARD', root .. ':blocked')}
+        limit('assign'), read('ZCARD', root .. ':blocked')}

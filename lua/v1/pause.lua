@@ -11,11 +11,11 @@
 meta = project()
 
 if arg.paused == '0' then
-  write('HDEL', root, 'paused')
+  write('HSET', root, 'limits', (meta.limits:gsub(' paused=%d+', '')))
   for lane in each_lane() do
     if read('ZCARD', key('ready', lane)) > 0 then ring(lane) end
   end
-  return {'OK', 'pausedAt', ''}
+  return {'OK', ''}
 end
-if not meta.paused then write('HSET', root, 'paused', now) end
-return {'OK', 'pausedAt', meta.paused or now}
+if not limit('paused') then write('HSET', root, 'limits', meta.limits .. ' paused=' .. at) end
+return {'OK', limit('paused') or at}

@@ -9,13 +9,12 @@
 -- Lanes are added and their caps change; a lane is never taken away, since tasks may be in it.
 
 meta = project(true)
-local policy = arg.apply == '1' and require_policy() or {}
+local limits, lanes = meta.limits, meta.lanes
+if arg.apply == '1' then limits, lanes = require_policy() end
 
 if arg.apply == '1' then
-  if not meta.schema then write('HSET', root, 'schema', SCHEMA, 'epoch', arg.epoch) end
-  write('HSET', root, 'policy', now, unpack(policy))
+  if not meta.limits then write('HSET', root, 'epoch', arg.epoch) end
+  write('HSET', root, 'limits', limits, 'lanes', lanes)
   meta = project()
 end
-return {'OK', 'claimTTL', meta.claimTTL, 'maxRetries', meta.maxRetries,
-        'deadLetterAfter', meta.deadLetterAfter, 'retryDelay', meta.retryDelay,
-        'assign', meta.assign, 'lanes', meta.lanes, 'storedAt', meta.policy or ''}
+return {'OK', policy()}

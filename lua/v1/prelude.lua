@@ -7,13 +7,14 @@
 -- lease, or its place in `unsettled` - goes last.
 --
 -- Every key of a project starts with the root, which is KEYS[1]:
---   <root>                  hash    schema epoch rev fence paused, and the policy: claimTTL
---                                   maxRetries deadLetterAfter retryDelay assign lanes
+--   <root>                  hash    epoch rev fence; limits: `schema=1 paused=<ms> policy=<ms>
+--                                   claimTTL=3600 ...`; lanes: `any coding=4 planning`
 --   <root>:task:<id>        hash    the task, but for its long texts; every value is short, so
 --                                   that the hash stays a listpack
---   <root>:text:<id>        string  msgpack map: title description metadata dependencies
---   <root>:work:<id>        string  msgpack map: summary progress checkpoint failureReason
---                                   blockedReason
+--   <root>:text:<id>        string  JSON object of strings: title description metadata
+--                                   dependencies (between spaces)
+--   <root>:work:<id>        string  JSON object of strings: summary progress checkpoint
+--                                   failureReason blockedReason
 --   <root>:waits:<id>       set     the dependencies of a task that are not completed
 --   <root>:dependents:<id>  zset    tasks that depend on it and are not completed; score 0:
 --                                   waiting for it, 1: freed
@@ -42,26 +43,26 @@ local SCHEMA = 1
 local BATCH = 100              -- the most tasks that one call reaps or frees
 local LOOK = 1000              -- the most tasks that one call looks at
 local GRACE = 60               -- s after a start of the server in which no lease is reaped
-local RECEIPT = 900000         -- ms
-local EVENTS = 10000
+local RECEIPT = '900000'       -- ms
+local EVENTS = '10000'
 local WEEK = 604800
 local RANK = {critical = 0, high = 2251799813685248, medium = 4503599627370496,
               low = 6755399441055744}    -- 0..3 * 2^51; below it the age in microseconds
 local PICK_UP = 60             -- s in which an assigned task has to be picked up
-local POLICY = {claimTTL = 3600, maxRetries = 3, deadLetterAfter = 3, retryDelay = 0, assign = 0}
+local POLICY = ' claimTTL=3600 maxRetries=3 deadLetterAfter=3 retryDelay=0 assign=0'
 local LANES = 'any coding planning'
 
 local read, write = redis.call, redis.call
 local root = KEYS[1]
 local clock = read('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+local at = string.format('%d', now)    -- numbers are formatted once: each time costs 2,000 instructions
 
 local function key(kind, name)
   return root .. ':' .. kind .. ':' .. name
 end
 
--- Times in ms, revs and fences have 13 digits; `..` prints 14 and no more, so microseconds
--- go through here.
+-- `..` prints 14 digits of a number, and microseconds have 16.
 local function decimal(number)
   return string.format('%.0f', number)
 end
@@ -72,47 +73,65 @@ local function reject(code, sentence, due)
   error({refusal = {code, sentence, due or 0}}, 0)
 end
 
--- What project meta says; numbers of the policy with their defaults.
+-- Project meta.  Few fields, since each costs: the rest stands in `limits`.
 local function project(may_be_new)
-  local values = read('HMGET', root, 'schema', 'rev', 'fence', 'paused', 'lanes',
-                      'claimTTL', 'maxRetries', 'deadLetterAfter', 'retryDelay', 'policy',
-                      'assign')
-  if values[1] and tonumber(values[1]) > SCHEMA then
-    reject('SCHEMA', 'the project has data of schema ' .. values[1] ..
+  local values = read('HMGET', root, 'rev', 'fence', 'limits', 'lanes')
+  local schema = values[3] and values[3]:match('^schema=(%d+)')
+  if schema and tonumber(schema) > SCHEMA then
+    reject('SCHEMA', 'the project has data of schema ' .. schema ..
            '; this program knows schema ' .. SCHEMA .. ' and older')
-  elseif not values[1] and not may_be_new then
+  elseif not schema and not may_be_new then
     reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}'))
   end
-  return {schema = values[1], rev = tonumber(values[2] or 0), fence = tonumber(values[3] or 0),
-          paused = values[4], lanes = values[5] or LANES,
-          claimTTL = tonumber(values[6] or POLICY.claimTTL),
-          maxRetries = tonumber(values[7] or POLICY.maxRetries),
-          deadLetterAfter = tonumber(values[8] or POLICY.deadLetterAfter),
-          retryDelay = tonumber(values[9] or POLICY.retryDelay), policy = values[10],
-          assign = tonumber(values[11] or POLICY.assign)}
+  return {rev = tonumber(values[1] or 0), fence = values[2] or '0', limits = values[3],
+          lanes = values[4] or LANES, all = (values[3] or '') .. POLICY}
 end
 
 -- A project's first write makes its meta.
 local meta
 
+-- A number of the policy, stored or built in; when the project was paused, the policy stored.
+local function limit(name)
+  return tonumber(meta.all:match(' ' .. name .. '=(%d+)'))
+end
+
 -- The lane's cap on held tasks, or nil.  Lanes stand in meta as `any coding=4 planning=2`.
 local function cap(lane)
-  local escaped = lane:gsub('%p', '%%%0')
-  return tonumber((' ' .. meta.lanes .. ' '):match(' ' .. escaped .. '=(%d+) '))
+  local _, to = (' ' .. meta.lanes):find(' ' .. lane .. '=', 1, true)
+  return to and tonumber(meta.lanes:match('^%d+', to))
 end
 
 local function each_lane()
   return meta.lanes:gmatch('([^ =]+)[^ ]*')
 end
 
--- The fields that are asked for, and those that every script needs; '' where there is none.
+-- A field that was not read at once is read when it is used; '' where there is none.
+local LAZY = {__index = function(task, name)
+  local value = read('HGET', task.key, name) or ''
+  rawset(task, name, value)
+  return value
+end}
+
+-- A task, with the fields that are named; nil if there is none.
 local function fields(id, ...)
-  local names = {'status', 'lane', 'fence', 'op', ...}
-  local values = read('HMGET', key('task', id), unpack(names))
+  local task_key, names = key('task', id), {...}
+  local values = read('HMGET', task_key, 'status', 'lane', ...)
   if not values[1] then return nil end
-  local task = {id = id}
-  for i, name in ipairs(names) do task[name] = values[i] or '' end
-  return task
+  local task = {id = id, key = task_key, status = values[1], lane = values[2]}
+  for i = 1, #names do task[names[i]] = values[i + 2] or '' end
+  return setmetatable(task, LAZY)
+end
+
+local EMPTY = {__index = function() return '' end}
+
+-- A task with its whole hash, for whoever shows it afterwards: a claim reads it once.
+local function entire(id)
+  local task_key = key('task', id)
+  local before = read('HGETALL', task_key)
+  if not before[1] then return nil end
+  local task = {id = id, key = task_key, before = before}
+  for i = 1, #before, 2 do task[before[i]] = before[i + 1] end
+  return setmetatable(task, EMPTY)
 end
 
 local function held(task)
@@ -128,7 +147,23 @@ local function given(value)
 end
 
 local function unpacked(text)
-  return text and cmsgpack.unpack(text) or {}
+  return text and cjson.decode(text) or {}
+end
+
+-- Names and values as one string, since every element of a reply costs: tab-separated; none has
+-- a tab in it.  Texts are elements of their own.
+local function row(...)
+  return table.concat({...}, '\t')
+end
+
+-- A task whole: what is given, its hash, its texts.  The client merges them; what comes first wins.
+local function whole(task, ...)
+  local ends = rawget(task, 'leaseExpiresAt') or
+               held(task) and read('ZSCORE', key('running', task.lane), task.id)
+  local texts = read('MGET', key('text', task.id), key('work', task.id))
+  return {'OK', row('taskId', task.id, 'leaseExpiresAt', ends or '', ...),
+          table.concat(rawget(task, 'before') or read('HGETALL', task.key), '\t'),
+          texts[1] or '', texts[2] or ''}
 end
 
 -- How many tasks `reap` would move on now, in one lane or in all.
@@ -164,14 +199,15 @@ end
 local function require_text(value, what, limit)
   if #value > limit then
     reject('TOO_LARGE', what .. ' is ' .. #value .. ' bytes long; accepted: up to ' .. limit)
-  elseif value:find('%z') then
+  elseif value:find('\0', 1, true) then
     reject('INVALID', what .. ' contains a NUL byte')
   end
 end
 
 local function require_lane(lane)
-  if not (' ' .. meta.lanes:gsub('=%d+', '') .. ' '):find(' ' .. lane .. ' ', 1, true) then
-    reject('INVALID', 'there is no lane ' .. lane .. '; accepted: ' ..
+  local lanes = ' ' .. meta.lanes .. ' '
+  if not (lanes:find(' ' .. lane .. ' ', 1, true) or lanes:find(' ' .. lane .. '=', 1, true)) then
+    reject('INVALID', 'there is no lane ' .. lane:sub(1, 40) .. '; accepted: ' ..
            meta.lanes:gsub('=%d+', ''):gsub(' ', ', '))
   end
 end
@@ -194,21 +230,26 @@ local function held_by(task)
          '@, lease until @' .. (ends or task.claimedAt) .. '@'
 end
 
-local function load(id, ...)
-  require_id(id, 'taskId')
-  local task = fields(id, ...)
+local function require_known(id, task)
   if not task then
     reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. id)
   end
   return task
 end
 
-local function require_status(task, ...)
-  for _, status in ipairs({...}) do
+local function load(id, ...)
+  require_id(id, 'taskId')
+  return require_known(id, fields(id, ...))
+end
+
+local function require_status(task, one, or_other, ...)
+  if task.status == one or task.status == or_other then return end
+  local accepted = {one, or_other, ...}
+  for _, status in ipairs(accepted) do
     if task.status == status then return end
   end
-  reject('WRONG_STATUS', name_of(task) .. ' is ' .. task.status .. '; ' .. SCRIPT ..
-         ' takes: ' .. table.concat({...}, ', '))
+  reject('WRONG_STATUS', name_of(task) .. ' is ' .. task.status .. '; ' .. SCRIPT .. ' takes: ' ..
+         table.concat(accepted, ', '))
 end
 
 -- Each of agent, session and fence that the call names must be the holder's.
@@ -235,33 +276,29 @@ local function require_lane_room(task)
   end
 end
 
--- True when this very call was carried out on this task before and the task is as it left it.
-local function repeated(task)
-  if arg.op == '' then return false end
-  local op, digest, fence, rev = task.op:match('^(%S+) (%S+) (%S+) (%S+)$')
-  if op ~= arg.op then return false end
-  if digest ~= arg.digest then
-    reject('OP_REUSED', 'op id was used before with other arguments, on ' .. name_of(task))
+-- What is left of this very call if it was carried out before.  `arg.op` is `op digest`; the
+-- receipt in a task's hash goes on with `fence rev` and lasts until the next change.
+local function recalled(op, digest, task, fence, rev)
+  if op ~= arg.op:sub(1, 24) then return nil end
+  if digest ~= arg.op:sub(26) then
+    reject('OP_REUSED', 'op id was used before with other arguments, on task ' .. task)
   end
-  return {task = task.id, fence = fence, rev = rev}
+  return {task = task, fence = fence, rev = rev}
 end
 
--- The same for a call that leaves a receipt of its own: one that chooses its task, or one that
--- names no holder, whose repeat would end the claim of whoever holds the task by then.
-local function receipt()
-  local value = arg.op ~= '' and read('GET', key('op', arg.op))
-  if not value then return nil end
-  local digest, id, fence, rev = value:match('^(%S+) (%S+) (%S+) (%S+)$')
-  if digest ~= arg.digest then
-    reject('OP_REUSED', 'op id was used before with other arguments, on task ' .. id)
-  end
-  return {task = id, fence = fence, rev = rev}
-end
-
+-- A receipt of its own has a call that chooses its task, and one that names no holder: its repeat
+-- would end the claim of whoever holds the task by then.
 local anonymous = arg.session == '' and arg.fence == ''
 
-local function carried_out(task)
-  return repeated(task) or anonymous and receipt()
+local function receipt()
+  local value = arg.op ~= '' and read('GET', key('op', arg.op:sub(1, 24)))
+  if value then return recalled(arg.op:sub(1, 24), value:match('^(%S+) (%S+) (%S*) (%S+)$')) end
+end
+
+local function repeated(task)
+  if arg.op == '' then return nil end
+  local op, digest, fence, rev = task.op:match('^(%S+) (%S+) (%S*) (%S+)$')
+  return op and recalled(op, digest, task.id, fence, rev) or anonymous and receipt()
 end
 
 -- A held task that its own agent may take again: assigned and not picked up; left behind by an
@@ -276,8 +313,9 @@ local function resumable(task)
 end
 
 local function require_claimable(task)
-  if meta.paused then
-    reject('PAUSED', 'project ' .. root:match('{(.*)}') .. ' is paused since @' .. meta.paused .. '@')
+  if limit('paused') then
+    reject('PAUSED', 'project ' .. root:match('{(.*)}') .. ' is paused since @' ..
+           limit('paused') .. '@')
   elseif held(task) then
     if resumable(task) then return end
     reject('HELD', held_by(task), due(task.lane))
@@ -291,13 +329,6 @@ local function require_claimable(task)
   elseif task.notBefore ~= '' and tonumber(task.notBefore) > now then
     reject('NOT_DUE', name_of(task) .. ' is not due before @' .. task.notBefore .. '@')
   end
-end
-
--- True when the caller is the holder whose lease was the last to end, by reap.
-local function was_holder(task)
-  local fence, session, agent = task.reaped:match('^(%S+) (%S*) (%S+)$')
-  return fence and arg.agent == agent and (arg.session == '' or arg.session == session) and
-         (arg.fence == '' or arg.fence == fence)
 end
 
 -- The dependencies of a new task: each once, and those that are not completed, as a set.
@@ -345,16 +376,21 @@ local function require_no_path(task, edges)
   end
 end
 
--- The policy that a call brings, as fields of project meta.  Lanes are never taken away.
+-- The policy that a call brings, as `limits` with it, and the lanes with its lanes.  Lanes are
+-- never taken away.
 local function require_policy()
-  local policy = {}
+  local limits, lanes = meta.limits or 'schema=' .. SCHEMA, meta.lanes
   for name, value in arg.policy:gmatch('(%S+) (%S+)') do
-    if not POLICY[name] then reject('INVALID', 'the policy has no ' .. name) end
+    if not POLICY:find(' ' .. name .. '=', 1, true) then
+      reject('INVALID', 'the policy has no ' .. name:sub(1, 40))
+    end
     local lowest = (name == 'claimTTL' or name == 'deadLetterAfter') and 1 or 0
-    append(policy, name, require_integer(value, name, lowest, name == 'assign' and 1 or WEEK))
+    require_integer(value, name, lowest, name == 'assign' and 1 or WEEK)
+    limits = limits:gsub(' ' .. name .. '=%d+', '') .. ' ' .. name .. '=' .. value
   end
   if arg.lanes ~= '' then
-    local lanes, count = ' ' .. arg.lanes .. ' ', 0
+    lanes = ' ' .. arg.lanes .. ' '
+    local count = 0
     for name in (LANES .. ' ' .. meta.lanes):gmatch('([^ =]+)[^ ]*') do
       local escaped = name:gsub('%p', '%%%0')
       if not lanes:find(' ' .. escaped .. '[= ]') then lanes = lanes .. name .. ' ' end
@@ -365,10 +401,9 @@ local function require_policy()
       count = count + 1
     end
     if count > 32 then reject('TOO_LARGE', 'there are ' .. count .. ' lanes; accepted: up to 32') end
-    meta.lanes = lanes:match('^ (.*) $')
-    append(policy, 'lanes', meta.lanes)
+    lanes = lanes:match('^ (.*) $')
   end
-  return policy
+  return limits:gsub(' policy=%d+', '') .. ' policy=' .. at, lanes
 end
 
 -- Effects -------------------------------------------------------------------------------------
@@ -377,35 +412,30 @@ end
 -- task op from to rev fence agent at text.
 local function emit(task, op, to, text)
   meta.rev = meta.rev + 1
-  task.rev = meta.rev
-  write('HSET', root, 'rev', meta.rev, 'fence', meta.fence)
-  local event = table.concat({task.id, op, task.status, to, task.rev, task.fence, arg.actor, now,
-                              text or ''}, '\t')
-  write('XADD', root .. ':events', 'MAXLEN', '~', EVENTS, task.rev .. '-0', 'e', event)
-  write('PUBLISH', root .. ':events', event)
+  task.rev = string.format('%d', meta.rev)
+  write('HSET', root, 'rev', task.rev, 'fence', meta.fence)
+  local event = task.id .. '\t' .. op .. '\t' .. task.status .. '\t' .. to .. '\t' .. task.rev ..
+                '\t' .. task.fence .. '\t' .. arg.actor .. '\t' .. at .. '\t' .. (text or '')
+  local events = root .. ':events'
+  write('XADD', events, 'MAXLEN', '~', EVENTS, task.rev .. '-0', 'e', event)
+  write('PUBLISH', events, event)
 end
 
 local function ring(lane)
   if read('LLEN', key('bell', lane)) == 0 then write('LPUSH', key('bell', lane), '1') end
 end
 
--- What the task's hash remembers of the call: op digest fence rev.
-local function stamp(task)
-  return arg.op == '' and '' or
-         table.concat({arg.op, arg.digest, task.fence == '' and '0' or task.fence, task.rev}, ' ')
-end
-
 local function keep_receipt(task)
   if arg.op ~= '' then
-    write('SET', key('op', arg.op), table.concat({arg.digest, task.id, task.fence == '' and '0'
-          or task.fence, task.rev}, ' '), 'PX', RECEIPT)
+    write('SET', key('op', arg.op:sub(1, 24)), arg.op:sub(26) .. ' ' .. task.id .. ' ' ..
+          task.fence .. ' ' .. task.rev, 'PX', RECEIPT)
   end
 end
 
 -- Sets fields of the task, with the number, time and receipt of this change.
 local function change(task, ...)
-  write('HSET', key('task', task.id), 'rev', task.rev, 'updatedAt', now,
-        'op', stamp(task), ...)
+  local op = arg.op ~= '' and arg.op .. ' ' .. task.fence .. ' ' .. task.rev or ''
+  write('HSET', task.key, 'rev', task.rev, 'updatedAt', at, 'op', op, ...)
 end
 
 -- The long texts of the run.  Each name has a new value, or '' to take it away.
@@ -413,10 +443,15 @@ local function write_work(task, changes)
   local work = unpacked(read('GET', key('work', task.id)))
   for name, value in pairs(changes) do work[name] = given(value) end
   if next(work) then
-    write('SET', key('work', task.id), cmsgpack.pack(work))
+    write('SET', key('work', task.id), cjson.encode(work))
   else
     write('DEL', key('work', task.id))
   end
+end
+
+-- When a delay is over, or '' for none.
+local function after(seconds)
+  return seconds > 0 and string.format('%d', now + seconds * 1000) or ''
 end
 
 -- Where a task belongs that nobody holds and that is neither completed nor failed.
@@ -435,7 +470,7 @@ local function place(task, status)
   if status == 'blocked' then
     write('ZADD', root .. ':blocked', task.order, task.id)
   elseif status ~= 'pending' then
-    write('ZADD', root .. ':' .. status, task[status .. 'At'] or now, task.id)
+    write('ZADD', root .. ':' .. status, rawget(task, status .. 'At') or at, task.id)
   elseif task.notBefore ~= '' and tonumber(task.notBefore) > now then
     write('ZADD', root .. ':delayed', task.notBefore, task.id)
   else
@@ -455,7 +490,7 @@ end
 
 -- A transition of a task that nobody holds leaves a mark, so that reap finishes it if need be.
 local function begin(task)
-  if not held(task) then write('ZADD', root .. ':unsettled', now, task.id) end
+  if not held(task) then write('ZADD', root .. ':unsettled', at, task.id) end
 end
 
 -- Between begin and finish: the new status, its index, other fields as names and values.
@@ -470,7 +505,7 @@ end
 -- `more`, dependents are left to free, and reap goes on with them.
 local function finish(task, more)
   if anonymous then keep_receipt(task) end
-  if more then write('ZADD', root .. ':unsettled', now, task.id) end
+  if more then write('ZADD', root .. ':unsettled', at, task.id) end
   if held(task) then
     write('DEL', key('lock', task.id))
     write('ZREM', key('running', task.lane), task.id)
@@ -486,37 +521,38 @@ local function lease(task, ttl)
   if task.maxRuntime ~= '' then
     ends = math.min(ends, task.claimedAt + task.maxRuntime * 1000)
   end
-  write('ZADD', key('running', task.lane), ends, task.id)
-  write('SET', key('lock', task.id), task.claimedBy, 'PX', math.max(ends - now, 1))
-  task.leaseExpiresAt = ends
+  task.leaseExpiresAt = string.format('%d', ends)
+  write('ZADD', key('running', task.lane), task.leaseExpiresAt, task.id)
+  write('SET', key('lock', task.id), task.claimedBy, 'PXAT', task.leaseExpiresAt)
 end
 
 -- A claim.  The lease comes first, so that reap finds whatever is left half done; the receipt
 -- counts only once the task carries its fence.
-local CLAIMED = {'notBefore', 'reaped', 'orphaned', 'assigned'}
-
 local function take(task, op, agent, ttl, session)
-  meta.fence = math.max(meta.fence + 1, now)
-  task.fence = meta.fence
+  task.fence = string.format('%d', math.max(meta.fence + 1, now))
+  meta.fence = task.fence
   emit(task, op, 'claimed')
-  task.claimedBy, task.claimedAt = agent, now
+  task.claimedBy, task.claimedAt = agent, at
   lease(task, ttl)
   keep_receipt(task)
   local past = {}
-  for _, name in ipairs(CLAIMED) do
-    if (task[name] or '') ~= '' then append(past, name, '') end
+  for _, name in ipairs({'notBefore', 'reaped', 'orphaned', 'assigned'}) do
+    if task[name] ~= '' then append(past, name, '') end
   end
   if op == 'assign' then append(past, 'assigned', '1') end
-  change(task, 'status', 'claimed', 'claimedBy', agent, 'claimedAt', now, 'claimTTL', ttl,
+  change(task, 'status', 'claimed', 'claimedBy', agent, 'claimedAt', at, 'claimTTL', ttl,
          'session', session, 'fence', task.fence, unpack(past))
   displace(task)
   if task.assigned == '1' then write('SREM', key('assigned', agent), task.id) end
   task.status = 'claimed'
+  return whole(task, 'rev', task.rev, 'updatedAt', at, 'status', 'claimed', 'claimedBy', agent,
+               'claimedAt', at, 'claimTTL', ttl, 'session', session, 'fence', task.fence,
+               'notBefore', '')
 end
 
 -- The agent has taken note of its assignment: from now on it is a claim like any other.
 local function pick_up(task, ttl)
-  write('HSET', key('task', task.id), 'assigned', '', 'session', arg.session, 'claimTTL', ttl)
+  write('HSET', task.key, 'assigned', '', 'session', arg.session, 'claimTTL', ttl)
   write('SREM', key('assigned', task.claimedBy), task.id)
   task.claimTTL = ttl
 end
@@ -535,15 +571,11 @@ local function remove_edges(task)
   end
 end
 
--- The dependents that wait for a task: at most one more than a call frees.
-local function waiting_for(task)
-  return read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, BATCH + 1)
-end
-
 -- Tells the tasks that wait for this one that it is completed; frees those that wait for no
 -- other.  Returns the freed, and whether some of a long list are left for reap.
-local function free_dependents(task, waiting)
+local function free_dependents(task)
   local freed = {}
+  local waiting = read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, BATCH + 1)
   for i, id in ipairs(waiting) do
     if i > BATCH then return freed, true end
     local dependent = fields(id, 'priority', 'order', 'notBefore', 'blocked')
@@ -552,7 +584,7 @@ local function free_dependents(task, waiting)
       emit(dependent, 'free', 'pending', task.id)
       place(dependent, 'pending')
       displace(dependent)
-      write('HSET', key('task', id), 'status', 'pending', 'rev', dependent.rev, 'updatedAt', now)
+      write('HSET', dependent.key, 'status', 'pending', 'rev', dependent.rev, 'updatedAt', at)
       freed[#freed + 1] = id
     end
     write('ZADD', key('dependents', task.id), 1, id)
@@ -568,7 +600,7 @@ local function erase(task)
   write('DEL', key('text', task.id), key('work', task.id), key('waits', task.id),
         key('dependents', task.id))
   keep_receipt(task)
-  write('DEL', key('task', task.id))
+  write('DEL', task.key)
   finish(task)
 end
 
@@ -591,49 +623,39 @@ local function heal(task)
   end
   write('DEL', key('lock', task.id))
   if task.status == 'completed' or task.status == 'failed' then
+    local _ = task[task.status .. 'At']    -- reads it, for place
     place(task, task.status)
   else
     local status = settled(task)
-    if status ~= task.status then write('HSET', key('task', task.id), 'status', status) end
+    if status ~= task.status then write('HSET', task.key, 'status', status) end
     place(task, status)
   end
   if task.status ~= 'completed' then return false end
   if task.edges ~= '' then remove_edges(task) end
-  local _, more = free_dependents(task, waiting_for(task))
+  local _, more = free_dependents(task)
   return more
 end
 
 -- Replies -------------------------------------------------------------------------------------
 
--- A reply is OK, REPEATED or SUPERSEDED, then names and values.
+-- A reply about a task is OK, REPEATED or SUPERSEDED and what follows in `show` or `whole`.
 local function show(task, ...)
-  return {'OK', 'taskId', task.id, 'rev', task.rev, 'updatedAt', now, ...}
+  return {'OK', row('taskId', task.id, 'rev', task.rev, 'updatedAt', at, ...)}
 end
 
--- The whole task as names and values.
-local function record(id, reply)
-  for _, value in ipairs(read('HGETALL', key('task', id))) do reply[#reply + 1] = value end
-  for _, text in ipairs(read('MGET', key('text', id), key('work', id))) do
-    for name, value in pairs(unpacked(text)) do append(reply, name, value) end
-  end
-  return reply
-end
-
-local function whole(task)
-  local ends = task.leaseExpiresAt or
-               held(task) and read('ZSCORE', key('running', task.lane), task.id)
-  return record(task.id, {'OK', 'taskId', task.id, 'leaseExpiresAt', ends or ''})
+local function policy()
+  local values = {'lanes', meta.lanes, 'storedAt', limit('policy') or ''}
+  for name in POLICY:gmatch('%a+') do append(values, name, limit(name)) end
+  return table.concat(values, '\t')
 end
 
 -- The answer to a call that was carried out before: its own fence and rev, the task as it is.
-local function replay(receipt)
-  local task = fields(receipt.task)
+local function replay(done)
+  local task = fields(done.task, 'fence')
   if not task then
-    return {'SUPERSEDED', 'taskId', receipt.task, 'opFence', receipt.fence, 'opRev', receipt.rev}
+    return {'SUPERSEDED', row('taskId', done.task, 'opFence', done.fence, 'opRev', done.rev)}
   end
-  local reply = whole(task)
-  local same = task.fence == receipt.fence or task.fence == '' and receipt.fence == '0'
-  reply[1] = same and 'REPEATED' or 'SUPERSEDED'
-  append(reply, 'opFence', receipt.fence, 'opRev', receipt.rev)
+  local reply = whole(task, 'opFence', done.fence, 'opRev', done.rev)
+  reply[1] = task.fence == done.fence and 'REPEATED' or 'SUPERSEDED'
   return reply
 end

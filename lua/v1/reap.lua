@@ -29,9 +29,8 @@ local grace = uptime and uptime < GRACE and GRACE - uptime or 0
 local reaped, settled_count = {}, 0
 for i = 1, math.min(#ended, BATCH) do
   local lost = ended[i]
-  local task = fields(lost.id, 'claimedBy', 'claimedAt', 'session', 'priority', 'order',
-                      'blocked', 'notBefore', 'expiryCount', 'edges',
-                      'completedAt', 'failedAt', 'assigned')
+  local task = fields(lost.id, 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked',
+                      'expiryCount', 'assigned')
   if not task or not held(task) or task.lane ~= lost.lane then
     if task then heal(task) end
     write('ZREM', key('running', lost.lane), lost.id)
@@ -44,12 +43,12 @@ for i = 1, math.min(#ended, BATCH) do
     finish(task)
   elseif grace == 0 then
     local expiries = (tonumber(task.expiryCount) or 0) + 1
-    local dead = expiries >= meta.deadLetterAfter
+    local dead = expiries >= limit('deadLetterAfter')
     local status = dead and 'failed' or settled(task)
     local reason = 'the lease of ' .. task.claimedBy .. ' ended without a heartbeat'
     emit(task, 'reap', status, reason)
     if dead then write_work(task, {failureReason = reason .. ', ' .. expiries .. ' times'}) end
-    local failed = dead and {'failedAt', now} or {}
+    local failed = dead and {'failedAt', at} or {}
     move(task, status, '', 'expiryCount', expiries,
          'reaped', task.fence .. ' ' .. task.session .. ' ' .. task.claimedBy, unpack(failed))
     finish(task)
@@ -57,8 +56,7 @@ for i = 1, math.min(#ended, BATCH) do
   end
 end
 for _, id in ipairs(unsettled) do
-  local task = fields(id, 'priority', 'order', 'notBefore', 'blocked', 'edges',
-                      'completedAt', 'failedAt')
+  local task = fields(id, 'priority', 'order', 'notBefore', 'blocked', 'edges')
   if not (task and heal(task)) then write('ZREM', root .. ':unsettled', id) end
   settled_count = settled_count + 1
 end
@@ -68,5 +66,5 @@ for lane in each_lane() do
   local first = read('ZRANGE', key('running', lane), 0, 0, 'WITHSCORES')
   if first[2] and (not soonest or tonumber(first[2]) < soonest) then soonest = tonumber(first[2]) end
 end
-return {'OK', 'now', now, 'soonest', soonest or '', 'reaped', table.concat(reaped, ' '), 'settled', settled_count, 'grace', grace,
-        'due', math.max(#ended - BATCH, 0)}
+return {'OK', row('now', now, 'soonest', soonest or '', 'reaped', table.concat(reaped, ' '),
+                  'settled', settled_count, 'grace', grace)}

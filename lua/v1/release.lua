@@ -1,7 +1,7 @@
 -- release.lua -- Give a task back without blame; it keeps its place.
 --
 -- State    claimed | in-progress -> pending, or blocked while a dependency is not completed
--- Args     op digest actor task agent session fence force delay reason
+-- Args     op actor task agent session fence force delay reason
 -- Returns  status, rev, notBefore
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
@@ -11,13 +11,13 @@
 meta = project()
 local delay = arg.delay == '' and 0 or require_integer(arg.delay, 'delay', 0, WEEK)
 require_text(arg.reason, 'reason', 4096)
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'priority', 'order', 'blocked')
-local done = carried_out(task)
+local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked')
+local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'claimed', 'in-progress')
 require_owner(task)
 local status = settled(task)
-local due_at = delay > 0 and now + delay * 1000 or ''
+local due_at = after(delay)
 
 emit(task, 'release', status, arg.reason)
 move(task, status, due_at)

@@ -1,15 +1,15 @@
 -- reopen.lua -- Take a completion back; dependents that it freed stay as they are.
 --
 -- State    completed -> pending, or blocked while a dependency is not completed
--- Args     op digest actor task reason
+-- Args     op actor task reason
 -- Returns  status, rev
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS
 -- Emits    reopen
 
 meta = project()
 require_text(arg.reason, 'reason', 4096)
-local task = load(arg.task, 'priority', 'order', 'blocked', 'notBefore', 'edges')
-local done = carried_out(task)
+local task = load(arg.task, 'op', 'priority', 'order', 'blocked', 'notBefore', 'edges')
+local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'completed')
 -- A dependency that was purged since was completed.

@@ -13,8 +13,7 @@ meta = project()
 local repaired = 0
 
 for id in arg.ids:gmatch('%S+') do
-  local task = fields(id, 'mission', 'priority', 'order', 'notBefore', 'blocked', 'edges',
-                      'completedAt', 'failedAt')
+  local task = fields(id, 'mission', 'priority', 'order', 'notBefore', 'blocked', 'edges')
   for lane in each_lane() do
     write('ZREM', key('ready', lane), id)
     if not task or not held(task) or task.lane ~= lane then write('ZREM', key('running', lane), id) end
@@ -30,7 +29,7 @@ for id in arg.ids:gmatch('%S+') do
     local text = unpacked(read('GET', key('text', id)))
     if not text.title then
       text.title = id
-      write('SET', key('text', id), cmsgpack.pack(text))
+      write('SET', key('text', id), cjson.encode(text))
     end
     local edges, needs, kept = {}, {}, {}
     for other in (text.dependencies or ''):gmatch('%S+') do

@@ -1,13 +1,13 @@
 -- start.lua -- Say that work on a claimed task has begun.
 --
 -- State    claimed -> in-progress
--- Args     op digest actor task agent session fence force
+-- Args     op actor task agent session fence force
 -- Returns  status, rev, fence
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION STALE_FENCE
 -- Emits    start
 
 meta = project()
-local task = load(arg.task, 'claimedBy', 'claimedAt', 'session', 'assigned', 'maxRuntime')
+local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'assigned')
 local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'claimed')
@@ -16,7 +16,7 @@ require_owner(task)
 emit(task, 'start', 'in-progress')
 change(task, 'status', 'in-progress')
 if task.assigned == '1' then
-  pick_up(task, meta.claimTTL)
-  lease(task, meta.claimTTL)
+  pick_up(task, limit('claimTTL'))
+  lease(task, limit('claimTTL'))
 end
 return show(task, 'status', 'in-progress', 'fence', task.fence)

@@ -15,8 +15,8 @@ local lanes, expiring, claimed, ready, running, looked = {}, {}, 0, 0, 0, 0
 local oldest, oldest_id
 for lane in each_lane() do
   local waiting, taken = read('ZCARD', key('ready', lane)), read('ZCARD', key('running', lane))
-  lanes[#lanes + 1] = {'lane', lane, 'ready', waiting, 'held', taken,
-                       'maxConcurrent', cap(lane) or ''}
+  lanes[#lanes + 1] = row('lane', lane, 'ready', waiting, 'held', taken,
+                          'maxConcurrent', cap(lane) or '')
   ready, running = ready + waiting, running + taken
   for _, rank in pairs(RANK) do
     local first = read('ZRANGEBYSCORE', key('ready', lane), decimal(rank),
@@ -32,23 +32,21 @@ for lane in each_lane() do
       local task = fields(held_here[i], 'claimedBy')
       if task and task.status == 'claimed' then claimed = claimed + 1 end
       if task and tonumber(held_here[i + 1]) <= soon and #expiring < 10 then
-        expiring[#expiring + 1] = {'taskId', task.id, 'claimedBy', task.claimedBy,
-                                   'leaseExpiresAt', held_here[i + 1]}
+        expiring[#expiring + 1] = row('taskId', task.id, 'claimedBy', task.claimedBy,
+                                      'leaseExpiresAt', held_here[i + 1])
       end
     end
   end
 end
 local delayed = read('ZCARD', root .. ':delayed')
 return {'OK',
-        {'pending', ready + delayed, 'claimed', claimed, 'in-progress', looked - claimed,
+        row('pending', ready + delayed, 'claimed', claimed, 'in-progress', looked - claimed,
          'completed', read('ZCARD', root .. ':completed'),
          'failed', read('ZCARD', root .. ':failed'),
-         'blocked', read('ZCARD', root .. ':blocked')},
-        {'ready', ready, 'delayed', delayed, 'held', running, 'due', due(), 'rev', meta.rev,
-         'fence', meta.fence, 'pausedAt', meta.paused or '', 'now', now,
+         'blocked', read('ZCARD', root .. ':blocked')),
+        row('ready', ready, 'delayed', delayed, 'held', running, 'due', due(), 'rev', meta.rev,
+         'pausedAt', limit('paused') or '', 'now', now,
          'oldestReady', oldest_id or '',
-         'oldestReadySince', oldest and math.floor(oldest / 1000) or ''},
+         'oldestReadySince', oldest and math.floor(oldest / 1000) or ''),
         lanes, expiring,
-        {'claimTTL', meta.claimTTL, 'maxRetries', meta.maxRetries,
-         'deadLetterAfter', meta.deadLetterAfter, 'retryDelay', meta.retryDelay,
-         'assign', meta.assign, 'lanes', meta.lanes, 'storedAt', meta.policy or ''}}
+        policy()}

@@ -1,14 +1,14 @@
 -- unblock.lua -- Take back what `block` said; dependencies still count.
 --
 -- State    blocked -> pending, or blocked while a dependency is not completed
--- Args     op digest actor task
+-- Args     op actor task
 -- Returns  status, rev
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND WRONG_STATUS
 -- Emits    unblock
 
 meta = project()
-local task = load(arg.task, 'priority', 'order', 'notBefore', 'blocked')
-local done = carried_out(task)
+local task = load(arg.task, 'op', 'priority', 'order', 'notBefore', 'blocked')
+local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'blocked')
 local waits = read('SCARD', key('waits', task.id))

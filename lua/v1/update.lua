@@ -1,7 +1,7 @@
 -- update.lua -- Change what a task says of itself.
 --
 -- State    any but completed -> (unchanged); pending <-> blocked as its dependencies say
--- Args     op digest actor task ifRev given title description priority lane mission dependencies
+-- Args     op actor task ifRev given title description priority lane mission dependencies
 --          metadata delay
 -- Returns  status, rev
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS STALE_REV CYCLE
@@ -22,9 +22,9 @@ if changes('priority') then require_priority(arg.priority) end
 if changes('lane') then require_lane(arg.lane) end
 if changes('mission') then require_id(arg.mission, 'mission') end
 local delay = arg.delay ~= '' and require_integer(arg.delay, 'delay', 0, WEEK) or 0
-local task = load(arg.task, 'rev', 'priority', 'order', 'mission', 'notBefore', 'blocked', 'edges',
+local task = load(arg.task, 'op', 'rev', 'priority', 'order', 'mission', 'notBefore', 'blocked', 'edges',
                   'claimedBy', 'claimedAt')
-local done = carried_out(task)
+local done = repeated(task)
 if done then return replay(done) end
 require_status(task, 'pending', 'blocked', 'claimed', 'in-progress', 'failed')
 if arg.ifRev ~= '' and arg.ifRev ~= task.rev then
@@ -49,7 +49,7 @@ for name, value in pairs({title = arg.title, description = arg.description, meta
   if changes(name) then text[name] = given(value) end
 end
 if edges then text.dependencies = given(table.concat(edges, ' ')) end
-write('SET', key('text', task.id), cmsgpack.pack(text))
+write('SET', key('text', task.id), cjson.encode(text))
 if edges then
   local keeps = {}
   for _, id in ipairs(edges) do keeps[id] = true end
@@ -63,7 +63,7 @@ if changes('mission') and arg.mission ~= task.mission then
   write('ZREM', key('mission', task.mission), task.id)
 end
 local notBefore = task.notBefore
-if changes('delay') then notBefore = delay > 0 and now + delay * 1000 or '' end
+if changes('delay') then notBefore = after(delay) end
 local new = {id = task.id, status = status, order = task.order, notBefore = notBefore,
              lane = changes('lane') and arg.lane or task.lane,
              priority = changes('priority') and arg.priority or task.priority}
