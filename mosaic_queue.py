@@ -719,8 +719,14 @@ INTEGERS = frozenset(STATUSES) | {
     *("maxRetries", "deadLetterAfter", "retryDelay", "assign", "storedAt", "place", "soonest"),
     *("settled", "grace"),
 }
-WHILE_HELD = frozenset(("claimTTL", "leaseExpiresAt", "session"))
-OF_A_CLAIM = frozenset(("claimedBy", "claimedAt", "fence"))
+HELD, ENDED = ("claimed", "in-progress"), ("completed", "failed")
+SHOWN = {  # in which statuses a field has a meaning; the others have it always
+    **dict.fromkeys(("claimTTL", "leaseExpiresAt", "session"), HELD),
+    **dict.fromkeys(("claimedBy", "claimedAt", "fence"), HELD + ENDED),
+    **dict.fromkeys(("progress", "checkpoint"), (*HELD, "pending", "blocked", "failed")),
+    **dict.fromkeys(("summary", "completedAt", "late"), ("completed",)),
+    "failedAt": (*HELD, "pending", "blocked", "failed"),
+}
 
 
 def cells(row: str) -> dict[str, str]:
@@ -807,16 +813,16 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
     that have it (DESIGN section 3).
     """
     pairs: dict[str, Any] = {}
-    for text in reply[3:]:
+    for text in reply[3:5]:
         pairs |= json.loads(text or "{}")
+    pairs |= dict(zip(("summary",), reply[5:], strict=False))
     for row in reversed(reply[1:3]):
         pairs |= cells(row)
     pairs = paired(pairs)
     task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
     status = pairs.get("status")
     for name, value in pairs.items():
-        gone = name in WHILE_HELD and status not in (None, "claimed", "in-progress")
-        if gone or (name in OF_A_CLAIM and status in ("pending", "blocked")):
+        if name in SHOWN and status is not None and status not in SHOWN[name]:
             continue
         if name == "order":
             task["createdAt"] = int(value) // 1000
@@ -828,6 +834,10 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
             task[name] = True
         elif name in Task.__annotations__:
             task[name] = value
+    if "failedAt" not in task:
+        task.pop("failureReason", None)
+    if "blocked" not in pairs:
+        task.pop("blockedReason", None)
     if "title" in task:
         task = {"dependencies": [], "retryCount": 0} | task
     if "opRev" in pairs:
@@ -927,12 +937,16 @@ def needed(prelude: str, body: str) -> str:
     """The definitions of the prelude that a body uses, directly or through others.  Every one
     that is left out saves its share of each call: with all of them a heartbeat costs three times
     as much.  A definition uses only what stands above it."""
-    kept, words = [], set(re.findall(r"\w+", body))
+
+    def used(lua: str) -> set[str]:
+        return set(re.findall(r"\w+", re.sub(r"'[^'\n]*'", "", lua)))
+
+    kept, words = [], used(body)
     for definition in reversed(re.split(r"^(?=local )", prelude, flags=re.MULTILINE)):
         head = re.match(r"local (?:function )?([\w, ]+)", definition)
         if head and words & set(re.findall(r"\w+", head[1])):
             kept.append(definition)
-            words |= set(re.findall(r"\w+", definition))
+            words |= used(definition)
     return "".join(reversed(kept))
 
 

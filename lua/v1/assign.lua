@@ -11,7 +11,7 @@
 
 meta = project()
 require_id(arg.agent, 'agent')
-local done = receipt()
+local done = recall(nil, true)
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
   return replay(done)
@@ -24,7 +24,7 @@ local function best()
     local wanted = arg.lane == '' or lane == arg.lane or lane == 'any'
     if wanted and not (most and read('ZCARD', key('running', lane)) >= most) then
       for _, id in ipairs(read('ZRANGE', key('ready', lane), 0, BATCH - 1)) do
-        local task = entire(id)
+        local task = fields(id, '*')
         if task and task.status == 'pending' then
           local its = RANK[task.priority]
           if rank and its > rank then break end
@@ -42,8 +42,7 @@ end
 
 local task
 if arg.task ~= '' then
-  require_id(arg.task, 'taskId')
-  task = require_known(arg.task, entire(arg.task))
+  task = load(arg.task, '*')
   require_claimable(task)
   require_lane_room(task)
 elseif not limit('paused') then

@@ -11,13 +11,12 @@ meta = project()
 require_text(arg.reason, 'reason', 4096)
 if arg.reason == '' then reject('INVALID', 'reason is missing; accepted: why it is blocked') end
 local task = load(arg.task, 'op', 'claimedBy', 'claimedAt', 'session', 'priority', 'order', 'notBefore')
-local done = repeated(task)
+local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'pending', 'blocked', 'claimed', 'in-progress')
 if held(task) then require_owner(task) end
 
 emit(task, 'block', 'blocked', arg.reason)
-begin(task)
 write_work(task, {blockedReason = arg.reason})
 move(task, 'blocked', task.notBefore, 'blocked', '1')
 finish(task)

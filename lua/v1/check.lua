@@ -49,7 +49,7 @@ local function check(id, task, indexes)
   if not read('ZSCORE', key('mission', task.mission), id) then
     problem(id, 'is not in its mission ' .. task.mission)
   end
-  local text = unpacked(read('GET', key('text', id)))
+  local text = cjson.decode(read('GET', key('text', id)) or '{}')
   if not text.title then problem(id, 'has no title') end
   local needs = 0
   for other in (text.dependencies or ''):gmatch('%S+') do
@@ -87,7 +87,7 @@ for id in arg.ids:gmatch('%S+') do
     check(id, task, indexes)
   else
     for name in pairs(indexes) do problem(id, 'is in ' .. name .. ' and does not exist') end
-    for _, kind in ipairs({'text', 'work', 'waits', 'dependents', 'lock'}) do
+    for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents', 'lock'}) do
       if read('EXISTS', key(kind, id)) == 1 then problem(id, 'left its ' .. kind .. ' behind') end
     end
   end

@@ -9,9 +9,8 @@
 meta = project()
 require_id(arg.agent, 'agent')
 local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
-local done = receipt()
-require_id(arg.task, 'taskId')
-local task = require_known(arg.task, entire(arg.task))
+local done = recall(nil, true)
+local task = load(arg.task, '*')
 if done and tonumber(task.fence) and tonumber(task.fence) >= tonumber(done.fence) then
   return replay(done)
 end

@@ -11,34 +11,34 @@
 meta = project()
 require_text(arg.summary, 'summary', 65536)
 local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'edges')
-local done = repeated(task)
+local done = recall(task, anonymous)
 if done then return replay(done) end
 -- Work that comes in after its lease was reaped is not thrown away while nobody took it up.
 local late = ''
-if not held(task) and task.reaped ~= '' then
+if task.status == 'completed' then
+  require_status(task, 'claimed', 'in-progress')
+elseif not held(task) and task.reaped ~= '' then
   local fence, session, agent = task.reaped:match('^(%S+) (%S*) (%S+)$')
   if arg.agent == agent and (arg.session == '' or arg.session == session) and
      (arg.fence == '' or arg.fence == fence) then
     late = '1'
   end
 end
-if late == '' and (arg.force ~= '1' or task.status == 'completed') then
+if late == '' and arg.force ~= '1' then
   require_status(task, 'claimed', 'in-progress')
 end
 if held(task) then require_owner(task) end
 
 emit(task, 'complete', 'completed', #arg.summary <= 4096 and arg.summary or '')
-begin(task)
-if arg.summary == '' then
-  write('DEL', key('work', task.id))
-else
-  write('SET', key('work', task.id), cjson.encode({summary = arg.summary}))
-end
+if arg.summary ~= '' then write('SET', key('summary', task.id), arg.summary) end
 local past = {}
 if late ~= '' then past = {'late', late, 'reaped', ''} end
 move(task, 'completed', '', 'completedAt', at, unpack(past))
 if task.edges ~= '' then remove_edges(task) end
 local freed, more = free_dependents(task)
-finish(task, more)
+if task.status == 'blocked' then write('DEL', key('waits', task.id)) end
+local texts = {key('work', task.id)}
+if arg.summary == '' then texts[2] = key('summary', task.id) end
+finish(task, more, unpack(texts))
 return show(task, 'status', 'completed', 'fence', task.fence, 'completedAt', at, 'late', late,
             'freed', table.concat(freed, ' '))

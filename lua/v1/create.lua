@@ -24,6 +24,7 @@ for new in each_task() do
   require_id(new.task, 'taskId')
   require_id(new.mission, 'mission')
   require_text(new.title, 'title', 500)
+  if new.title == '' then reject('INVALID', 'title is empty; accepted: 1 to 500 bytes') end
   require_text(new.description, 'description', 65536)
   require_text(new.metadata, 'metadata', 65536)
   require_priority(new.priority)
@@ -32,7 +33,7 @@ for new in each_task() do
   if new.maxRuntime ~= '' then require_integer(new.maxRuntime, 'maxRuntime', 1, WEEK) end
   if by_id[new.task] then reject('EXISTS', 'the call names task ' .. new.task .. ' twice') end
   local task = fields(new.task, 'rev', 'op')
-  if task and not repeated(task) then
+  if task and not recall(task) then
     reject('EXISTS', 'there is a task ' .. root:match('{(.*)}') .. '/' .. new.task ..
            ' already; it is ' .. task.status)
   end
@@ -43,12 +44,13 @@ end
 if #batch == 0 or #batch > 200 then
   reject('TOO_LARGE', 'the call has ' .. #batch .. ' tasks; accepted: 1 to 200')
 end
+-- What an earlier sending of this call has entered was looked at then.
 for _, new in ipairs(batch) do
-  new.edges, new.needs = require_dependencies(new.task, new.dependencies, by_id)
+  new.edges, new.needs = require_dependencies(new.task, new.known and '' or new.dependencies, by_id)
 end
 
 -- Dependencies first; what is left when no task follows any more is a cycle.
-local sorted, entered = {}, {}
+local sorted, entered = #batch == 1 and batch or {}, {}
 while #sorted < #batch do
   local before = #sorted
   for _, new in ipairs(batch) do
@@ -61,9 +63,9 @@ while #sorted < #batch do
   if #sorted == before then
     local cycle = {}
     for _, new in ipairs(batch) do
-      if not entered[new.task] then cycle[#cycle + 1] = new.task end
+      if not entered[new.task] and #cycle < 10 then append(cycle, new.task) end
     end
-    reject('CYCLE', 'these tasks depend on each other: ' .. table.concat(cycle, ', ', 1, math.min(#cycle, 10)))
+    reject('CYCLE', 'these tasks depend on each other: ' .. table.concat(cycle, ', '))
   end
 end
 
@@ -87,10 +89,9 @@ for _, new in ipairs(sorted) do
     write('ZADD', key('mission', new.mission), task.order, task.id)
     place(task, status)
     local rare = {}
-    for name, value in pairs({notBefore = task.notBefore, maxRuntime = new.maxRuntime,
-                              edges = #new.edges > 0 and #new.edges or ''}) do
-      if value ~= '' then append(rare, name, value) end
-    end
+    if task.notBefore ~= '' then append(rare, 'notBefore', task.notBefore) end
+    if new.maxRuntime ~= '' then append(rare, 'maxRuntime', new.maxRuntime) end
+    if #new.edges > 0 then append(rare, 'edges', #new.edges) end
     change(task, 'status', status, 'priority', new.priority, 'lane', new.lane,
            'mission', new.mission, 'order', task.order, unpack(rare))
     task.status = status

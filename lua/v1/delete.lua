@@ -4,19 +4,22 @@
 -- Args     op actor task force reason
 -- Returns  taskId, rev
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND HELD HAS_DEPENDENTS
--- Emits    delete, and free for each task that waited for this one alone
+-- Emits    delete, and update for each task that depended on it
 --
 -- With force also a held task, and one that others depend on: the edge is taken out of each.
 
 meta = project()
 require_text(arg.reason, 'reason', 4096)
 require_id(arg.task, 'taskId')
-local done = receipt()
+local done = recall(nil, true)
 if done and not fields(arg.task) then return replay(done) end
 local task = load(arg.task, 'fence', 'mission', 'notBefore', 'edges')
-local dependents = read('ZRANGE', key('dependents', task.id), 0, BATCH)
+local dependents = {}
+for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do
+  if read('EXISTS', key('task', id)) == 1 then dependents[#dependents + 1] = id end
+end
 if arg.force ~= '1' then
-  if held(task) then reject('HELD', held_by(task), due(task.lane)) end
+  if held(task) then reject('HELD', name_of(task, true), due(task.lane)) end
   if #dependents > 0 then
     reject('HAS_DEPENDENTS', #dependents .. ' unfinished tasks depend on ' .. name_of(task) ..
            ': ' .. table.concat(dependents, ', ', 1, math.min(#dependents, 10)))
@@ -27,15 +30,6 @@ end
 
 emit(task, 'delete', '', arg.reason)
 begin(task)
-for _, id in ipairs(dependents) do
-  local text = unpacked(read('GET', key('text', id)))
-  local others = {}
-  for other in (text.dependencies or ''):gmatch('%S+') do
-    if other ~= task.id then others[#others + 1] = other end
-  end
-  text.dependencies = given(table.concat(others, ' '))
-  write('SET', key('text', id), cjson.encode(text))
-end
-free_dependents(task)
-erase(task)
+bury(task)
+finish(task)
 return {'OK', row('taskId', task.id, 'rev', task.rev)}

@@ -18,8 +18,8 @@ local delay = arg.delay ~= '' and require_integer(arg.delay, 'delay', 0, WEEK)
 local retry_delay = arg.retryDelay == '' and limit('retryDelay')
                     or require_integer(arg.retryDelay, 'retryDelay', 0, WEEK)
 local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked',
-                  'retryCount')
-local done = repeated(task)
+                  'edges', 'retryCount')
+local done = recall(task, anonymous)
 if done then return replay(done) end
 if arg.force ~= '1' or task.status == 'completed' then
   require_status(task, 'claimed', 'in-progress')
@@ -35,7 +35,6 @@ if arg.retry ~= '0' and retries < limit('maxRetries') then
 end
 
 emit(task, 'fail', status, arg.reason)
-begin(task)
 write_work(task, {failureReason = arg.reason})
 move(task, status, due_at, 'retryCount', retries, 'failedAt', at)
 finish(task)

@@ -93,7 +93,7 @@ end
 
 local function line(task, ends)
   if arg.full == '1' then return whole(task) end
-  local text = unpacked(read('GET', key('text', task.id)))
+  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
   local brief = row('taskId', task.id, 'status', task.status, 'lane', task.lane,
                     'mission', task.mission, 'priority', task.priority,
                     'claimedBy', task.claimedBy, 'claimedAt', task.claimedAt,

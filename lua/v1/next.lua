@@ -17,7 +17,7 @@ local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end
 local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600)
-local done = receipt()
+local done = recall(nil, true)
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
   return replay(done)
@@ -60,7 +60,7 @@ local function best_ready()
     end
     if not id then return nil end
     from.i = from.i + 2
-    local task = entire(id)
+    local task = fields(id, '*')
     if not task or task.status ~= 'pending' or task.lane ~= lane then
       stale[#stale + 1] = {lane, id}
     elseif arg.mission == '' or task.mission == arg.mission then
@@ -72,7 +72,7 @@ end
 
 local function assigned()
   for _, id in ipairs(read('SRANDMEMBER', key('assigned', arg.agent), 10)) do
-    local task = entire(id)
+    local task = fields(id, '*')
     if task and task.assigned == '1' and resumable(task) then return task end
     stale[#stale + 1] = {false, id}
   end
@@ -82,7 +82,7 @@ local function left_behind()
   local looked = 0
   for lane in each_lane() do
     for _, id in ipairs(read('ZRANGE', key('running', lane), 0, LOOK - looked)) do
-      local task = entire(id)
+      local task = fields(id, '*')
       if task and resumable(task) then return task end
       looked = looked + 1
     end

@@ -9,7 +9,7 @@
 meta = project()
 require_text(arg.text, 'text', 4096)
 local task = load(arg.task, 'op')
-local done = repeated(task)
+local done = recall(task)
 if done then return replay(done) end
 
 emit(task, 'note', task.status, arg.text)

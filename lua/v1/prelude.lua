@@ -13,8 +13,9 @@
 --                                   that the hash stays a listpack
 --   <root>:text:<id>        string  JSON object of strings: title description metadata
 --                                   dependencies (between spaces)
---   <root>:work:<id>        string  JSON object of strings: summary progress checkpoint
---                                   failureReason blockedReason
+--   <root>:work:<id>        string  JSON object of strings: progress checkpoint failureReason
+--                                   blockedReason
+--   <root>:summary:<id>     string  what the last completion said
 --   <root>:waits:<id>       set     the dependencies of a task that are not completed
 --   <root>:dependents:<id>  zset    tasks that depend on it and are not completed; score 0:
 --                                   waiting for it, 1: freed
@@ -56,7 +57,7 @@ local read, write = redis.call, redis.call
 local root = KEYS[1]
 local clock = read('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
-local at = string.format('%d', now)    -- numbers are formatted once: each time costs 2,000 instructions
+local at = string.format('%d', now)    -- once: formatting a number costs 2,000 instructions
 
 local function key(kind, name)
   return root .. ':' .. kind .. ':' .. name
@@ -77,6 +78,9 @@ end
 local function project(may_be_new)
   local values = read('HMGET', root, 'rev', 'fence', 'limits', 'lanes')
   local schema = values[3] and values[3]:match('^schema=(%d+)')
+  if (arg.actor .. arg.session):find('%s') then
+    reject('INVALID', 'actor or session has white space in it')
+  end
   if schema and tonumber(schema) > SCHEMA then
     reject('SCHEMA', 'the project has data of schema ' .. schema ..
            '; this program knows schema ' .. SCHEMA .. ' and older')
@@ -112,26 +116,25 @@ local LAZY = {__index = function(task, name)
   return value
 end}
 
--- A task, with the fields that are named; nil if there is none.
-local function fields(id, ...)
-  local task_key, names = key('task', id), {...}
-  local values = read('HMGET', task_key, 'status', 'lane', ...)
-  if not values[1] then return nil end
-  local task = {id = id, key = task_key, status = values[1], lane = values[2]}
-  for i = 1, #names do task[names[i]] = values[i + 2] or '' end
-  return setmetatable(task, LAZY)
-end
-
-local EMPTY = {__index = function() return '' end}
-
--- A task with its whole hash, for whoever shows it afterwards: a claim reads it once.
-local function entire(id)
+-- A task, with the fields that are named, or with all (`*`, for whoever shows it afterwards); nil
+-- if there is none.
+local function fields(id, first, ...)
   local task_key = key('task', id)
-  local before = read('HGETALL', task_key)
-  if not before[1] then return nil end
-  local task = {id = id, key = task_key, before = before}
-  for i = 1, #before, 2 do task[before[i]] = before[i + 1] end
-  return setmetatable(task, EMPTY)
+  local task
+  if first == '*' then
+    local before = read('HGETALL', task_key)
+    if not before[1] then return nil end
+    task = {id = id, key = task_key, before = before, claimedBy = '', notBefore = '',
+            maxRuntime = '', reaped = '', orphaned = '', assigned = '', session = '', fence = ''}
+    for i = 1, #before, 2 do task[before[i]] = before[i + 1] end
+  else
+    first = first or 'rev'
+    local names, values = {first, ...}, read('HMGET', task_key, 'status', 'lane', first, ...)
+    if not values[1] then return nil end
+    task = {id = id, key = task_key, status = values[1], lane = values[2]}
+    for i = 1, #names do task[names[i]] = values[i + 2] or '' end
+  end
+  return setmetatable(task, LAZY)
 end
 
 local function held(task)
@@ -146,24 +149,20 @@ local function given(value)
   return value ~= '' and value or nil
 end
 
-local function unpacked(text)
-  return text and cjson.decode(text) or {}
-end
-
--- Names and values as one string, since every element of a reply costs: tab-separated; none has
--- a tab in it.  Texts are elements of their own.
-local function row(...)
-  return table.concat({...}, '\t')
-end
-
 -- A task whole: what is given, its hash, its texts.  The client merges them; what comes first wins.
+-- Every element of a reply costs, so names and values make one string, a row: tab-separated, and
+-- none has a tab in it.
 local function whole(task, ...)
   local ends = rawget(task, 'leaseExpiresAt') or
                held(task) and read('ZSCORE', key('running', task.lane), task.id)
-  local texts = read('MGET', key('text', task.id), key('work', task.id))
-  return {'OK', row('taskId', task.id, 'leaseExpiresAt', ends or '', ...),
+  local texts = read('MGET', key('text', task.id), key('work', task.id), key('summary', task.id))
+  return {'OK', table.concat({'taskId', task.id, 'leaseExpiresAt', ends or '', ...}, '\t'),
           table.concat(rawget(task, 'before') or read('HGETALL', task.key), '\t'),
-          texts[1] or '', texts[2] or ''}
+          texts[1] or '', texts[2] or '', texts[3] or ''}
+end
+
+local function row(...)
+  return table.concat({...}, '\t')
 end
 
 -- How many tasks `reap` would move on now, in one lane or in all.
@@ -181,7 +180,7 @@ end
 
 local function require_id(value, what)
   if #value > 128 or not value:find('^[%w][%w._@-]*$') then
-    reject('INVALID', what .. ' is not an id: ' .. value:sub(1, 40):gsub('[%c]', '?') ..
+    reject('INVALID', what .. ' is not an id: ' .. value:sub(1, 40):gsub('[^ -~]', '?') ..
            ' (accepted: a letter or digit, then up to 127 of letters, digits and ._@-)')
   end
 end
@@ -190,8 +189,8 @@ end
 local function require_integer(value, what, low, high)
   local number = #value <= 15 and value:find('^%d+$') and tonumber(value)
   if not number or number < low or number > high then
-    reject('INVALID', what .. ' is ' .. (value == '' and 'missing' or value:sub(1, 40)) ..
-           '; accepted: a whole number from ' .. low .. ' to ' .. high)
+    reject('INVALID', what .. ' is ' .. (value == '' and 'missing' or
+           value:sub(1, 40):gsub('[^ -~]', '?')) .. '; accepted: a whole number from ' .. low .. ' to ' .. high)
   end
   return number
 end
@@ -205,41 +204,37 @@ local function require_text(value, what, limit)
 end
 
 local function require_lane(lane)
+  require_id(lane, 'lane')
   local lanes = ' ' .. meta.lanes .. ' '
   if not (lanes:find(' ' .. lane .. ' ', 1, true) or lanes:find(' ' .. lane .. '=', 1, true)) then
-    reject('INVALID', 'there is no lane ' .. lane:sub(1, 40) .. '; accepted: ' ..
+    reject('INVALID', 'there is no lane ' .. lane .. '; accepted: ' ..
            meta.lanes:gsub('=%d+', ''):gsub(' ', ', '))
   end
 end
 
 local function require_priority(priority)
   if not RANK[priority] then
-    reject('INVALID', 'priority is ' .. priority:sub(1, 40) ..
+    reject('INVALID', 'priority is ' .. priority:sub(1, 40):gsub('[^ -~]', '?') ..
            '; accepted: critical, high, medium, low')
   end
 end
 
-local function name_of(task)
-  return 'task ' .. root:match('{(.*)}') .. '/' .. task.id
-end
-
--- Who holds a task, for a person.  Reads the end of the lease.
-local function held_by(task)
+-- A task's name for a person; with `holder` who holds it, since and until when.
+local function name_of(task, holder)
+  local name = 'task ' .. root:match('{(.*)}') .. '/' .. task.id
+  if not holder then return name end
   local ends = read('ZSCORE', key('running', task.lane), task.id)
-  return name_of(task) .. ' is held by ' .. task.claimedBy .. ' since @' .. task.claimedAt ..
+  return name .. ' is held by ' .. task.claimedBy .. ' since @' .. task.claimedAt ..
          '@, lease until @' .. (ends or task.claimedAt) .. '@'
-end
-
-local function require_known(id, task)
-  if not task then
-    reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. id)
-  end
-  return task
 end
 
 local function load(id, ...)
   require_id(id, 'taskId')
-  return require_known(id, fields(id, ...))
+  local task = fields(id, ...)
+  if not task then
+    reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. id)
+  end
+  return task
 end
 
 local function require_status(task, one, or_other, ...)
@@ -256,13 +251,13 @@ end
 local function require_owner(task)
   if arg.force == '1' then return end
   if arg.agent ~= '' and arg.agent ~= task.claimedBy then
-    reject('NOT_OWNER', held_by(task) .. ', not by ' .. arg.agent)
+    reject('NOT_OWNER', name_of(task, true) .. ', not by ' .. arg.agent)
   elseif arg.session ~= '' and task.session ~= '' and arg.session ~= task.session then
     reject('STALE_SESSION', name_of(task) .. ' was claimed by another session of ' ..
            task.claimedBy .. ' at @' .. task.claimedAt .. '@')
   elseif arg.fence ~= '' and arg.fence ~= task.fence then
     reject('STALE_FENCE', name_of(task) .. ' has fence ' .. task.fence .. ', not ' ..
-           arg.fence:sub(1, 40) .. ': it was claimed again')
+           arg.fence:sub(1, 40):gsub('[^ -~]', '?') .. ': it was claimed again')
   end
 end
 
@@ -276,29 +271,27 @@ local function require_lane_room(task)
   end
 end
 
--- What is left of this very call if it was carried out before.  `arg.op` is `op digest`; the
--- receipt in a task's hash goes on with `fence rev` and lasts until the next change.
-local function recalled(op, digest, task, fence, rev)
-  if op ~= arg.op:sub(1, 24) then return nil end
-  if digest ~= arg.op:sub(26) then
-    reject('OP_REUSED', 'op id was used before with other arguments, on task ' .. task)
-  end
-  return {task = task, fence = fence, rev = rev}
-end
-
 -- A receipt of its own has a call that chooses its task, and one that names no holder: its repeat
 -- would end the claim of whoever holds the task by then.
 local anonymous = arg.session == '' and arg.fence == ''
 
-local function receipt()
-  local value = arg.op ~= '' and read('GET', key('op', arg.op:sub(1, 24)))
-  if value then return recalled(arg.op:sub(1, 24), value:match('^(%S+) (%S+) (%S*) (%S+)$')) end
-end
-
-local function repeated(task)
+-- What is left of this very call if it was carried out before.  `arg.op` is `op digest`; the
+-- receipt in a task's hash goes on with `fence rev` and lasts until the next change.
+local function recall(task, alone)
   if arg.op == '' then return nil end
-  local op, digest, fence, rev = task.op:match('^(%S+) (%S+) (%S*) (%S+)$')
-  return op and recalled(op, digest, task.id, fence, rev) or anonymous and receipt()
+  if #arg.op ~= 37 then reject('INVALID', 'op is not 24 digits, a space and 12 digits') end
+  local mark, digest, id, fence, rev = arg.op:sub(1, 24), nil, task and task.id
+  if task and task.op:sub(1, 24) == mark then
+    digest, fence, rev = task.op:match('^%S+ (%S+) (%S*) (%S+)$')
+  elseif alone then
+    local value = read('GET', key('op', mark))
+    if value then digest, id, fence, rev = value:match('^(%S+) (%S+) (%S*) (%S+)$') end
+  end
+  if not digest then return nil end
+  if digest ~= arg.op:sub(26) then
+    reject('OP_REUSED', 'op id was used before with other arguments, on task ' .. id)
+  end
+  return {task = id, fence = fence, rev = rev}
 end
 
 -- A held task that its own agent may take again: assigned and not picked up; left behind by an
@@ -318,10 +311,10 @@ local function require_claimable(task)
            limit('paused') .. '@')
   elseif held(task) then
     if resumable(task) then return end
-    reject('HELD', held_by(task), due(task.lane))
+    reject('HELD', name_of(task, true), due(task.lane))
   elseif task.status == 'blocked' then
     local waits = read('SRANDMEMBER', key('waits', task.id), 10)
-    local reason = unpacked(read('GET', key('work', task.id))).blockedReason
+    local reason = cjson.decode(read('GET', key('work', task.id)) or '{}').blockedReason
     reject('BLOCKED', name_of(task) .. (#waits > 0 and ' waits for ' .. table.concat(waits, ', ')
            or ' is blocked') .. (reason and ': ' .. reason or ''), due(task.lane))
   elseif task.status ~= 'pending' then
@@ -369,7 +362,7 @@ local function require_no_path(task, edges)
       end
       local other = fields(id, 'edges')
       if other and other.edges ~= '' then
-        local text = unpacked(read('GET', key('text', id)))
+        local text = cjson.decode(read('GET', key('text', id)) or '{}')
         for further in (text.dependencies or ''):gmatch('%S+') do todo[#todo + 1] = further end
       end
     end
@@ -408,17 +401,18 @@ end
 
 -- Effects -------------------------------------------------------------------------------------
 
--- Gives the change its number and tells it.  One packed field, tab-separated:
--- task op from to rev fence agent at text.
-local function emit(task, op, to, text)
+-- Gives the change its number and tells it; other fields of project meta as names and values.
+-- One packed field, tab-separated: task op from to rev fence agent at text.
+local function emit(task, op, to, text, ...)
   meta.rev = meta.rev + 1
   task.rev = string.format('%d', meta.rev)
-  write('HSET', root, 'rev', task.rev, 'fence', meta.fence)
+  write('HSET', root, 'rev', task.rev, ...)
   local event = task.id .. '\t' .. op .. '\t' .. task.status .. '\t' .. to .. '\t' .. task.rev ..
                 '\t' .. task.fence .. '\t' .. arg.actor .. '\t' .. at .. '\t' .. (text or '')
   local events = root .. ':events'
-  write('XADD', events, 'MAXLEN', '~', EVENTS, task.rev .. '-0', 'e', event)
+  write('XADD', events, task.rev .. '-0', 'e', event)
   write('PUBLISH', events, event)
+  if meta.rev % 100 == 0 then write('XTRIM', events, 'MAXLEN', '~', EVENTS) end
 end
 
 local function ring(lane)
@@ -440,7 +434,7 @@ end
 
 -- The long texts of the run.  Each name has a new value, or '' to take it away.
 local function write_work(task, changes)
-  local work = unpacked(read('GET', key('work', task.id)))
+  local work = cjson.decode(read('GET', key('work', task.id)) or '{}')
   for name, value in pairs(changes) do work[name] = given(value) end
   if next(work) then
     write('SET', key('work', task.id), cjson.encode(work))
@@ -456,25 +450,22 @@ end
 
 -- Where a task belongs that nobody holds and that is neither completed nor failed.
 local function settled(task)
-  local waits = task.blocked ~= '' or read('SCARD', key('waits', task.id)) > 0
+  local waits = task.blocked ~= '' or
+                task.edges ~= '' and read('SCARD', key('waits', task.id)) > 0
   return waits and 'blocked' or 'pending'
 end
 
-local function make_ready(task)
-  write('ZADD', key('ready', task.lane), RANK[task.priority] + task.order, task.id)
-  ring(task.lane)
-end
-
--- Enters a task that nobody holds into the index of its status.
+-- Enters a task that nobody holds into the index of its status; a ready one rings.
 local function place(task, status)
   if status == 'blocked' then
     write('ZADD', root .. ':blocked', task.order, task.id)
   elseif status ~= 'pending' then
-    write('ZADD', root .. ':' .. status, rawget(task, status .. 'At') or at, task.id)
+    write('ZADD', root .. ':' .. status, rawget(task, 'ended') or at, task.id)
   elseif task.notBefore ~= '' and tonumber(task.notBefore) > now then
     write('ZADD', root .. ':delayed', task.notBefore, task.id)
   else
-    make_ready(task)
+    write('ZADD', key('ready', task.lane), RANK[task.priority] + task.order, task.id)
+    ring(task.lane)
   end
 end
 
@@ -489,28 +480,36 @@ local function displace(task)
 end
 
 -- A transition of a task that nobody holds leaves a mark, so that reap finishes it if need be.
+-- A mark that is there already stays for reap.
 local function begin(task)
-  if not held(task) then write('ZADD', root .. ':unsettled', at, task.id) end
+  if not held(task) and write('ZADD', root .. ':unsettled', at, task.id) == 0 then
+    task.marked = true
+  end
 end
 
--- Between begin and finish: the new status, its index, other fields as names and values.
+-- Between emit and finish: the new status, its index, other fields as names and values.
 local function move(task, status, notBefore, ...)
-  change(task, 'status', status, 'notBefore', notBefore, ...)
+  begin(task)
+  if held(task) and notBefore == '' then
+    change(task, 'status', status, ...)
+  else
+    change(task, 'status', status, 'notBefore', notBefore, ...)
+  end
   displace(task)
   task.notBefore = notBefore
   place(task, status)
 end
 
 -- Takes the mark away: the last write to a task.  Room in a capped lane rings its bell.  With
--- `more`, dependents are left to free, and reap goes on with them.
-local function finish(task, more)
+-- `more`, dependents are left to free, and reap goes on with them.  The keys named go too.
+local function finish(task, more, ...)
   if anonymous then keep_receipt(task) end
   if more then write('ZADD', root .. ':unsettled', at, task.id) end
+  write('DEL', key('lock', task.id), ...)
   if held(task) then
-    write('DEL', key('lock', task.id))
     write('ZREM', key('running', task.lane), task.id)
     if cap(task.lane) and read('ZCARD', key('ready', task.lane)) > 0 then ring(task.lane) end
-  elseif not more then
+  elseif not more and not rawget(task, 'marked') then
     write('ZREM', root .. ':unsettled', task.id)
   end
 end
@@ -530,20 +529,21 @@ end
 -- counts only once the task carries its fence.
 local function take(task, op, agent, ttl, session)
   task.fence = string.format('%d', math.max(meta.fence + 1, now))
-  meta.fence = task.fence
-  emit(task, op, 'claimed')
+  emit(task, op, 'claimed', '', 'fence', task.fence)
   task.claimedBy, task.claimedAt = agent, at
   lease(task, ttl)
   keep_receipt(task)
+  displace(task)
+  if task.assigned == '1' then write('SREM', key('assigned', agent), task.id) end
   local past = {}
   for _, name in ipairs({'notBefore', 'reaped', 'orphaned', 'assigned'}) do
     if task[name] ~= '' then append(past, name, '') end
   end
   if op == 'assign' then append(past, 'assigned', '1') end
-  change(task, 'status', 'claimed', 'claimedBy', agent, 'claimedAt', at, 'claimTTL', ttl,
-         'session', session, 'fence', task.fence, unpack(past))
-  displace(task)
-  if task.assigned == '1' then write('SREM', key('assigned', agent), task.id) end
+  -- The last receipt in the hash stays: whoever sent that call may be about to repeat it.
+  write('HSET', task.key, 'rev', task.rev, 'updatedAt', at, 'status', 'claimed',
+        'claimedBy', agent, 'claimedAt', at, 'claimTTL', ttl, 'session', session,
+        'fence', task.fence, unpack(past))
   task.status = 'claimed'
   return whole(task, 'rev', task.rev, 'updatedAt', at, 'status', 'claimed', 'claimedBy', agent,
                'claimedAt', at, 'claimTTL', ttl, 'session', session, 'fence', task.fence,
@@ -565,7 +565,7 @@ local function write_edges(task, edges, needs)
 end
 
 local function remove_edges(task)
-  local text = unpacked(read('GET', key('text', task.id)))
+  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
   for id in (text.dependencies or ''):gmatch('%S+') do
     write('ZREM', key('dependents', id), task.id)
   end
@@ -574,11 +574,10 @@ end
 -- Tells the tasks that wait for this one that it is completed; frees those that wait for no
 -- other.  Returns the freed, and whether some of a long list are left for reap.
 local function free_dependents(task)
-  local freed = {}
-  local waiting = read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, BATCH + 1)
-  for i, id in ipairs(waiting) do
+  local freed, edges = {}, key('dependents', task.id)
+  for i, id in ipairs(read('ZRANGEBYSCORE', edges, 0, 0, 'LIMIT', 0, BATCH + 1)) do
     if i > BATCH then return freed, true end
-    local dependent = fields(id, 'priority', 'order', 'notBefore', 'blocked')
+    local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
     write('SREM', key('waits', id), task.id)
     if dependent and dependent.status == 'blocked' and settled(dependent) == 'pending' then
       emit(dependent, 'free', 'pending', task.id)
@@ -587,28 +586,53 @@ local function free_dependents(task)
       write('HSET', dependent.key, 'status', 'pending', 'rev', dependent.rev, 'updatedAt', at)
       freed[#freed + 1] = id
     end
-    write('ZADD', key('dependents', task.id), 1, id)
+    write('ZADD', edges, 1, id)
   end
   return freed, false
 end
 
--- Takes a task out of everything but the dependents of others; the hash goes last.
-local function erase(task)
+-- Takes a task out of everything.  Its status `deleted` goes first, so that reap finishes what is
+-- cut off, and its hash last.  Tasks that depended on it do not any more; BATCH of them at most.
+local function bury(task)
+  write('HSET', task.key, 'status', 'deleted')
+  for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do
+    local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked')
+    if dependent then
+      local text, others = cjson.decode(read('GET', key('text', id)) or '{}'), {}
+      for other in (text.dependencies or ''):gmatch('%S+') do
+        if other ~= task.id then others[#others + 1] = other end
+      end
+      text.dependencies = given(table.concat(others, ' '))
+      dependent.edges = #others > 0 and #others or ''
+      write('SREM', key('waits', id), task.id)
+      local frees = dependent.status == 'blocked' and settled(dependent) == 'pending'
+      local status = frees and 'pending' or dependent.status
+      emit(dependent, 'update', status, 'dependencies')
+      write('SET', key('text', id), cjson.encode(text))
+      if frees then
+        place(dependent, 'pending')
+        displace(dependent)
+      end
+      write('HSET', dependent.key, 'status', status, 'edges', dependent.edges,
+            'rev', dependent.rev, 'updatedAt', at)
+    end
+    write('ZREM', key('dependents', task.id), id)
+  end
   if task.edges ~= '' then remove_edges(task) end
   displace(task)
   write('ZREM', key('mission', task.mission), task.id)
-  write('DEL', key('text', task.id), key('work', task.id), key('waits', task.id),
-        key('dependents', task.id))
+  for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents'}) do
+    write('DEL', key(kind, task.id))
+  end
   keep_receipt(task)
   write('DEL', task.key)
-  finish(task)
 end
 
 -- Moves tasks that have become due from delayed to ready.
 local function promote()
   for _, id in ipairs(read('ZRANGEBYSCORE', root .. ':delayed', '-inf', now, 'LIMIT', 0, BATCH)) do
-    local task = fields(id, 'priority', 'order')
-    if task and task.status == 'pending' then make_ready(task) end
+    local task = fields(id, 'priority', 'order', 'notBefore')
+    if task and task.status == 'pending' then place(task, 'pending') end
     write('ZREM', root .. ':delayed', id)
   end
 end
@@ -616,14 +640,17 @@ end
 -- Finishes the transition that left a task as its hash says: the indexes follow from the hash.
 -- Returns whether dependents are left to free.
 local function heal(task)
-  if held(task) then return false end
   write('ZREM', key('ready', task.lane), task.id)
   for _, index in ipairs({'delayed', 'blocked', 'failed', 'completed'}) do
     write('ZREM', root .. ':' .. index, task.id)
   end
+  if held(task) then return false end
   write('DEL', key('lock', task.id))
-  if task.status == 'completed' or task.status == 'failed' then
-    local _ = task[task.status .. 'At']    -- reads it, for place
+  if task.status == 'deleted' then
+    task.rev = meta.rev
+    bury(task)
+  elseif task.status == 'completed' or task.status == 'failed' then
+    task.ended = given(task[task.status .. 'At'])
     place(task, task.status)
   else
     local status = settled(task)
@@ -631,6 +658,7 @@ local function heal(task)
     place(task, status)
   end
   if task.status ~= 'completed' then return false end
+  write('DEL', key('work', task.id), key('waits', task.id))
   if task.edges ~= '' then remove_edges(task) end
   local _, more = free_dependents(task)
   return more
@@ -640,7 +668,7 @@ end
 
 -- A reply about a task is OK, REPEATED or SUPERSEDED and what follows in `show` or `whole`.
 local function show(task, ...)
-  return {'OK', row('taskId', task.id, 'rev', task.rev, 'updatedAt', at, ...)}
+  return {'OK', table.concat({'taskId', task.id, 'rev', task.rev, 'updatedAt', at, ...}, '\t')}
 end
 
 local function policy()
@@ -653,7 +681,8 @@ end
 local function replay(done)
   local task = fields(done.task, 'fence')
   if not task then
-    return {'SUPERSEDED', row('taskId', done.task, 'opFence', done.fence, 'opRev', done.rev)}
+    return {'SUPERSEDED', table.concat({'taskId', done.task, 'opFence', done.fence,
+                                        'opRev', done.rev}, '\t')}
   end
   local reply = whole(task, 'opFence', done.fence, 'opRev', done.rev)
   reply[1] = task.fence == done.fence and 'REPEATED' or 'SUPERSEDED'

@@ -26,7 +26,8 @@ for _, id in ipairs(old) do
     if task and task.status == arg.status then
       emit(task, 'purge', '')
       begin(task)
-      erase(task)
+      bury(task)
+      finish(task)
     else
       write('ZREM', root .. ':' .. arg.status, id)
     end

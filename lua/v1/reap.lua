@@ -30,9 +30,9 @@ local reaped, settled_count = {}, 0
 for i = 1, math.min(#ended, BATCH) do
   local lost = ended[i]
   local task = fields(lost.id, 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked',
-                      'expiryCount', 'assigned')
+                      'edges', 'expiryCount', 'assigned')
   if not task or not held(task) or task.lane ~= lost.lane then
-    if task then heal(task) end
+    if task and heal(task) then write('ZADD', root .. ':unsettled', at, task.id) end
     write('ZREM', key('running', lost.lane), lost.id)
     settled_count = settled_count + 1
   elseif task.assigned == '1' then

@@ -8,15 +8,14 @@
 
 meta = project()
 local delay = arg.delay == '' and 0 or require_integer(arg.delay, 'delay', 0, WEEK)
-local task = load(arg.task, 'op', 'priority', 'order', 'blocked', 'notBefore')
-local done = repeated(task)
+local task = load(arg.task, 'op', 'priority', 'order', 'blocked', 'edges', 'notBefore')
+local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'failed')
 local status = settled(task)
 local due_at = after(delay)
 
 emit(task, 'redrive', status)
-begin(task)
 write_work(task, {failureReason = ''})
 move(task, status, due_at, 'retryCount', '', 'expiryCount', '', 'failedAt', '', 'reaped', '')
 finish(task)

@@ -11,8 +11,9 @@
 meta = project()
 local delay = arg.delay == '' and 0 or require_integer(arg.delay, 'delay', 0, WEEK)
 require_text(arg.reason, 'reason', 4096)
-local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked')
-local done = repeated(task)
+local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked',
+                  'edges')
+local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'claimed', 'in-progress')
 require_owner(task)

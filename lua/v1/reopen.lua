@@ -9,13 +9,13 @@
 meta = project()
 require_text(arg.reason, 'reason', 4096)
 local task = load(arg.task, 'op', 'priority', 'order', 'blocked', 'notBefore', 'edges')
-local done = repeated(task)
+local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'completed')
 -- A dependency that was purged since was completed.
 local edges, needs = {}, {}
 if task.edges ~= '' then
-  local text = unpacked(read('GET', key('text', task.id)))
+  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
   for id in text.dependencies:gmatch('%S+') do
     local other = fields(id)
     if other then edges[#edges + 1] = id end
@@ -25,7 +25,6 @@ end
 local status = next(needs) and 'blocked' or task.blocked ~= '' and 'blocked' or 'pending'
 
 emit(task, 'reopen', status, arg.reason)
-begin(task)
 write_edges(task, edges, needs)
 move(task, status, '', 'completedAt', '', 'late', '')
 finish(task)

@@ -22,11 +22,11 @@ for id in arg.ids:gmatch('%S+') do
     write('ZREM', root .. ':' .. name, id)
   end
   if not task then
-    for _, kind in ipairs({'text', 'work', 'waits', 'dependents', 'lock'}) do
+    for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents', 'lock'}) do
       write('DEL', key(kind, id))
     end
   else
-    local text = unpacked(read('GET', key('text', id)))
+    local text = cjson.decode(read('GET', key('text', id)) or '{}')
     if not text.title then
       text.title = id
       write('SET', key('text', id), cjson.encode(text))

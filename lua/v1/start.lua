@@ -8,7 +8,7 @@
 
 meta = project()
 local task = load(arg.task, 'op', 'fence', 'claimedBy', 'session', 'assigned')
-local done = repeated(task)
+local done = recall(task)
 if done then return replay(done) end
 require_status(task, 'claimed')
 require_owner(task)

@@ -8,7 +8,7 @@
 
 meta = project()
 local task = load(arg.task, 'op', 'priority', 'order', 'notBefore', 'blocked')
-local done = repeated(task)
+local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'blocked')
 local waits = read('SCARD', key('waits', task.id))
@@ -19,7 +19,6 @@ end
 local status = waits > 0 and 'blocked' or 'pending'
 
 emit(task, 'unblock', status)
-begin(task)
 write_work(task, {blockedReason = ''})
 move(task, status, task.notBefore, 'blocked', '')
 finish(task)

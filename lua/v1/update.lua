@@ -24,13 +24,13 @@ if changes('mission') then require_id(arg.mission, 'mission') end
 local delay = arg.delay ~= '' and require_integer(arg.delay, 'delay', 0, WEEK) or 0
 local task = load(arg.task, 'op', 'rev', 'priority', 'order', 'mission', 'notBefore', 'blocked', 'edges',
                   'claimedBy', 'claimedAt')
-local done = repeated(task)
+local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'pending', 'blocked', 'claimed', 'in-progress', 'failed')
 if arg.ifRev ~= '' and arg.ifRev ~= task.rev then
   reject('STALE_REV', name_of(task) .. ' has rev ' .. task.rev .. ', not ' .. arg.ifRev:sub(1, 40))
 end
-local text = unpacked(read('GET', key('text', task.id)))
+local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
 local edges, needs
 if changes('dependencies') then
   edges, needs = require_dependencies(task.id, arg.dependencies, {})
