@@ -45,6 +45,7 @@ import json
 import os
 import re
 import socket
+import stat
 import sys
 import time
 from collections.abc import (
@@ -130,7 +131,10 @@ class Refused(Exception):
 
 def invalid(what: str, value: object, accepted: str) -> NoReturn:
     """Refuse a value: what it is, what was given (shortened), what would be accepted."""
-    shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    try:
+        shown = value if isinstance(value, str) else json.dumps(value, default=str)
+    except (ValueError, RecursionError):
+        shown = type(value).__name__
     shown = shown.encode("utf-8", "backslashreplace").decode()
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     raise Refused("INVALID", f"{what} is {printable(shown)!r}; accepted: {accepted}")
@@ -180,6 +184,7 @@ ENVIRONMENT = {
     "redis.url": "MOSAIC_VALKEY_URL",
 }
 OF_A_PROJECT_FILE = ("project", "mission", "lane", "files")
+SECRET = ("url", "token", "tokens")  # ends of keys whose values are not printed as they are
 POLICY_KEYS = ("claimTTL", "maxRetries", "deadLetterAfter", "retryDelay", "assign")
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -213,7 +218,8 @@ class Config:
         text = isinstance(value, str) and VARIABLE.search(value)
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         if not text and not fits:
-            raise ConfigError(f"{source}: {key} is {value!r}; accepted: {kind.__name__}")
+            shown = type(value).__name__ if key.endswith(SECRET) else repr(value)
+            raise ConfigError(f"{source}: {key} is {shown}; accepted: {kind.__name__}")
         if kind is int and not text and value < 0:
             raise ConfigError(f"{source}: {key} is {value}; accepted: 0 or more")
         self.values[key] = (value, source)
@@ -278,8 +284,9 @@ def nearest(key: str) -> str:
 
 
 def masked(url: str) -> str:
-    """A URL without its password."""
-    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    """A URL without its password, wherever it stands; also of a URL that is none."""
+    url = re.sub(r"^((?:[^:/?#]+://)?[^:/@]*):.*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
 
 
 def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -288,7 +295,8 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
         return
     if not isinstance(tree, dict):
         where = f"{prefix.rstrip('.')} is" if prefix else "the file is"
-        raise ConfigError(f"{source}: {where} {tree!r}; accepted: a mapping of keys")
+        kind = type(tree).__name__
+        raise ConfigError(f"{source}: {where} a {kind}; accepted: a mapping of keys")
     for name, value in tree.items():
         key = f"{prefix}{name}"
         inner = any(known.startswith(key + ".") for known in KEYS)
@@ -431,7 +439,7 @@ class Argument:
         if not isinstance(value, dict):
             invalid(name, value, "a JSON object")
         level: list[Any] = [value]
-        for _ in range(101):
+        for _ in range(100):
             level = [
                 inner
                 for outer in level
@@ -445,9 +453,10 @@ class Argument:
                 "INVALID", f"{name} is nested deeper than 100 levels; accepted: up to 100"
             )
         try:
-            self._text(name, json.dumps(value, ensure_ascii=False, allow_nan=False))
-        except ValueError:
-            invalid(name, value, "JSON without NaN and Infinity")
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        except (ValueError, TypeError, RecursionError):
+            invalid(name, "not JSON", "JSON, without NaN and Infinity")
+        self._text(name, text)
         return value
 
     def _op(self, name: str, value: Any) -> str:
@@ -1044,12 +1053,14 @@ class PrivateServer:
     def _make_folder(folder: Path) -> None:
         try:
             folder.mkdir(0o700, parents=True, exist_ok=True)
-            stat = folder.stat()
+            found = folder.lstat()
         except OSError as problem:
             raise Refused("UNREACHABLE", f"{folder} cannot be made: {problem.strerror}") from None
-        if stat.st_uid != os.getuid():
-            raise Refused("UNFIT", f"{folder} belongs to another user (uid {stat.st_uid})")
-        if stat.st_mode & 0o077:
+        if not stat.S_ISDIR(found.st_mode):
+            raise Refused("UNFIT", f"{folder} is no directory")
+        if found.st_uid != os.getuid():
+            raise Refused("UNFIT", f"{folder} belongs to another user (uid {found.st_uid})")
+        if found.st_mode & 0o077:
             folder.chmod(0o700)
 
     def _log(self) -> str:
@@ -1177,8 +1188,8 @@ def connect(url: str) -> Any:
             return sentinel.master_for(service or "mymaster", **options)
         scheme = {"valkey": "redis", "valkeys": "rediss"}.get(scheme, scheme)
         return redis.asyncio.Redis.from_url(f"{scheme}://{rest}", **options)
-    except ValueError as problem:
-        invalid("URL", masked(url), f"scheme://[user:password@]host:port/db ({problem})")
+    except ValueError:
+        invalid("URL", masked(url), "scheme://[user:password@]host:port/db")
 
 
 # ==== QUEUE ==================================================================================
@@ -1390,16 +1401,16 @@ class Queue:
                     self._client = self._open()
                 async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
                     return await self._client.execute_command(*command)
-            except errors.AuthenticationError as problem:
-                raise Refused(
-                    "UNREACHABLE",
-                    f"{self.address} refused the login: {problem}",
-                    "check user and password of the URL",
-                ) from None
             except errors.NoPermissionError as problem:
                 said = f"{self.address}: {problem}"
                 raise Refused("UNFIT", said, "extend the user's ACL") from None
             except fleeting as problem:
+                # Over a Unix socket redis-py has no class of its own for a refused login.
+                refused = ("username-password", "HELLO must be called", "AUTH", "invalid password")
+                if any(words in str(problem) for words in refused):
+                    said = f"{self.address} refused the login: {problem}"
+                    hint = "check user and password of the URL"
+                    raise Refused("UNREACHABLE", said, hint) from None
                 if left <= 0:
                     said = str(problem) or "no answer in time"
                     raise Refused("UNREACHABLE", f"{self.address}: {said}") from None
@@ -1472,7 +1483,8 @@ class Queue:
         mark = hashlib.blake2b(f"{project} {op}".encode(), digest_size=12).hexdigest()
         values |= {"op": mark, "epoch": mark}
         argv = [as_text(values.get(key)) for key in lua.args]
-        argv += [as_text(one.get(key)) for one in each for key in lua.each]
+        batch = list(each)
+        argv += [as_text(one.get(key)) for one in batch for key in lua.each]
         if "op" in lua.args:
             # Two hashes of fixed length: the id for this project, and what it is used for.
             used_for = hashlib.blake2b("\0".join([name, *argv]).encode(), digest_size=6)
@@ -1489,7 +1501,7 @@ class Queue:
             raise
         if reply[0] in CODES:
             code, sentence, due = reply
-            named = values.get("task") or ""
+            named = values.get("task") or (batch[0]["task"] if len(batch) == 1 else "")
             hint = CODES[code].hint.format(task=f"{project}/{named}" if named else "")
             raise Refused(code, spelled_out(sentence), hint, due)
         return cast(list[Any], reply)
@@ -1520,6 +1532,10 @@ class Queue:
         """Run a script on the task that the arguments of a method name."""
         arguments.pop("self")
         project, arguments["task"] = await self._locate(arguments["task"], arguments["project"])
+        lease = self.leases.get(f"{project}/{arguments['task']}")
+        if lease and "fence" in arguments and arguments["agent"] in (None, lease.agent):
+            # Of a later claim of ours a call that was sent again must not become part.
+            arguments["fence"] = arguments["fence"] or lease.fence
         for key in ("force", "resume", "retry"):
             if key in arguments:
                 arguments[key] = int(arguments[key])
@@ -1583,6 +1599,9 @@ class Queue:
         except Refused as problem:
             if problem.code != "UNFIT":
                 raise
+            if not self.config["project"]:
+                hint = "name the project: --project P"
+                raise Refused("UNFIT", problem.message, hint) from None
             names = []
         own = self.config["project"]
         return sorted({*names, *([own] if own else [])})
@@ -1633,9 +1652,14 @@ class Queue:
             from redis.exceptions import ResponseError
 
             # A hint for those who list all projects; an ACL may keep it from us.
-            with contextlib.suppress(Refused, ResponseError):
-                await self._preflight()
+            await self._preflight()
+            try:
                 await self._send("SADD", REGISTRY, project)
+            except ResponseError:
+                pass
+            except Refused as problem:
+                if problem.code != "UNFIT":
+                    raise
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self._call("create", project, given, rows)
         self._registered.add(project)
@@ -1663,9 +1687,15 @@ class Queue:
 
         Example: mosaic-queue list --project web --status pending --lane coding
         """
-        project = project or self.config["project"]
+        named, project = project, project or self.config["project"]
         if project:
-            return await self._page(project, locals() | {"full": int(full), "agent": agent or ""})
+            asked = locals() | {"full": int(full), "agent": agent or ""}
+            try:
+                return await self._page(project, asked)
+            except Refused as problem:
+                if named or problem.code != "NOT_FOUND":
+                    raise
+                return {"tasks": [], "total": 0}
         projects = await self.projects()
         at, _, cursor = (cursor or "").partition("/")
         if at:
@@ -2144,13 +2174,13 @@ class Queue:
             "evictionPolicy": fit["policy"],
             "roundTripMs": round(took, 3),
         }
-        project = project or self.config["project"]
+        named, project = project, project or self.config["project"]
         answer: QueueStatus = {"server": server, "projects": []}
         for one in [project] if project else await self.projects():
             try:
                 reply = await self._call("status", one, {"soon": 60})
             except Refused as problem:
-                if project or problem.code != "NOT_FOUND":
+                if named or problem.code != "NOT_FOUND":
                     raise
                 continue
             answer["projects"].append(self._project_status(one, reply))
@@ -2185,7 +2215,8 @@ class Queue:
         return {"task": shown, "why": why, "todo": todo, "events": events["events"]}
 
     async def _explain_lane(self, project: str, lane: str | None) -> Explanation:
-        status = (await self.status(project=project))["projects"][0]
+        found = await self.status(project=project)
+        status = found["projects"][0]
         lanes = [one for one in status["lanes"] if lane in (None, one["lane"])]
         if not lanes:
             invalid("lane", lane, ", ".join(one["lane"] for one in status["lanes"]))
@@ -2827,7 +2858,7 @@ def as_tool_text(result: Any) -> str:
             words.append("by " + task["claimedBy"])
         if task["status"] == "blocked":
             words.append("after " + ",".join(task["dependencies"]))
-        lines.append(" ".join(words) + ": " + task["title"])
+        lines.append(" ".join(words) + ": " + printable(task["title"]))
     shown = f"{len(result['tasks'])} of {result['total']}" if "total" in result else len(lines)
     more = f"; more: cursor {result['cursor']}" if "cursor" in result else ""
     return "\n".join([*lines, f"{shown} tasks{more}"])
@@ -2899,12 +2930,14 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
     )
 
 
-async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> None:
-    """Serve MCP on standard input and output until the input ends or the parent is gone.
+async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> int:
+    """Serve MCP on standard input and output until the input ends or the parent is gone; the exit
+    status.
 
     A transport of our own: the SDK's tells nobody when it cannot parse a line, and the caller
     would wait for ever.  Whatever else prints to standard output goes to standard error.
     """
+    import signal
     import threading
 
     import anyio
@@ -2913,7 +2946,7 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
 
     config = Config(dict(config.values), config.environ)
     config.set("agent", mcp_agent(config), "minted")
-    parent, heard = os.getppid(), time.monotonic()
+    parent, heard, status = os.getppid(), time.monotonic(), 0
     wire = os.dup(1)
     os.dup2(2, 1)
     from_client, to_server = anyio.create_memory_object_stream[SessionMessage | Exception](0)
@@ -2921,8 +2954,11 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
 
     async def write(text: str) -> None:
         data = text.encode() + b"\n"
-        while data:
-            data = data[await anyio.to_thread.run_sync(os.write, wire, data) :]
+        try:
+            while data:
+                data = data[await anyio.to_thread.run_sync(os.write, wire, data) :]
+        except OSError:
+            tasks.cancel_scope.cancel()  # nobody reads us any more
 
     async def take(line: bytes) -> None:
         nonlocal heard
@@ -2930,17 +2966,23 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
         try:
             message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
         except ValueError as problem:
-            reason = str(problem).split("[type=")[0].split("\n", 1)[-1].strip()
+            reason = " ".join(str(problem).split("[type=")[0].split("\n", 1)[-1].split())
             error = {"code": -32700, "message": f"the message cannot be read: {reason[:200]}"}
-            answer = {"jsonrpc": "2.0", "id": id_of(line), "error": error}
-            await write(json.dumps(answer))
+            await write(json.dumps({"jsonrpc": "2.0", "id": id_of(line), "error": error}))
         else:
             await from_client.send(SessionMessage(message))
 
-    async def watch(scope: anyio.CancelScope) -> None:
+    async def obey_signals() -> None:
+        nonlocal status
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+            async for number in received:
+                status = 130 if number == signal.SIGINT else 0
+                tasks.cancel_scope.cancel()
+
+    async def watch_parent() -> None:
         while os.getppid() == parent:
             await anyio.sleep(0.3)
-        scope.cancel()
+        tasks.cancel_scope.cancel()
 
     async def answer() -> None:
         async for sent in to_client:
@@ -2948,20 +2990,25 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
 
     def read() -> None:
         # A thread that nobody waits for: a blocked read cannot be cancelled.
-        rest = b""
-        while chunk := os.read(0, 65536):
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                if line.strip():
-                    anyio.from_thread.run(take, line, token=token)
-        anyio.from_thread.run(from_client.aclose, token=token)
+        pieces: list[bytes] = []
+        over = (RuntimeError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+        with contextlib.suppress(*over):
+            while chunk := os.read(0, 65536):
+                pieces.append(chunk)
+                if b"\n" in chunk:
+                    *lines, rest = b"".join(pieces).split(b"\n")
+                    pieces = [rest]
+                    for line in filter(bytes.strip, lines):
+                        anyio.from_thread.run(take, line, token=token)
+            anyio.from_thread.run(from_client.aclose, token=token)
 
     token = anyio.lowlevel.current_token()
     async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
         queue.ttl = config["defaults.mcpTTL"]
         server = mcp_server(queue, tool_set)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch, tasks.cancel_scope)
+            tasks.start_soon(watch_parent)
+            tasks.start_soon(obey_signals)
             tasks.start_soon(answer)
             tasks.start_soon(queue.renew_leases, lambda: time.monotonic() - heard)
             threading.Thread(target=read, daemon=True).start()
@@ -2969,16 +3016,19 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
             tasks.cancel_scope.cancel()
         with anyio.move_on_after(0.5):
             await queue.leave()
+    return status
 
 
 def id_of(line: bytes) -> str | int | None:
-    """The id of a JSON-RPC message that cannot be read as one."""
-    with contextlib.suppress(ValueError, RecursionError):
+    """The id of a JSON-RPC message that cannot be read as one; None where it is not certain."""
+    try:
         message = json.loads(line.decode(errors="replace"))
-        if isinstance(message, dict) and isinstance(message.get("id"), (str, int)):
-            return cast("str | int", message["id"])
-    found = re.search(rb'"id"\s*:\s*(\d{1,15}|"[^"\\]{0,100}")', line)
-    return json.loads(found[1]) if found else None
+        found = message.get("id") if isinstance(message, dict) else None
+    except (ValueError, RecursionError):
+        version, own = rb'"jsonrpc"\s*:\s*"2.0"\s*,\s*', rb'(\d{1,15}|"[^"\\]{0,100}")\s*,'
+        first = re.match(rb'\s*\{\s*(?:' + version + rb')?"id"\s*:\s*' + own, line)
+        found = json.loads(first[1]) if first else None
+    return found if isinstance(found, (str, int)) and not isinstance(found, bool) else None
 
 
 # ==== COMMAND LINE ===========================================================================
@@ -3120,36 +3170,41 @@ def typed(name: str, value: Any) -> Any:
         return int(value)
     if kind == "json" and isinstance(value, str):
         with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
+            loaded = json.loads(value)
+            return value if loaded is None else loaded
     return value
 
 
-async def create_from(queue: Queue, source: str, defaults: NewTask) -> TaskList:
-    """Create the tasks of a file of JSON lines, in groups of one project and 200 tasks at most."""
-    lines = sys.stdin if source == "-" else open_text(source)
+def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
+    """The tasks of a file of JSON lines (`-`: standard input), checked, by project."""
     groups: dict[str, list[NewTask]] = {}
-    with contextlib.ExitStack() as stack:
-        if lines is not sys.stdin:
-            stack.enter_context(lines)
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                task = {**defaults, **json.loads(line)}
-                new_task_row(cast(NewTask, task), task.get("project", ""))
-            except (ValueError, TypeError, RecursionError):
-                raise Refused(
-                    "INVALID", f"line {number} of {source} is not a JSON object"
-                ) from None
-            except Refused as problem:
-                message = f"line {number} of {source}: {problem.message}"
-                raise Refused(problem.code, message) from None
-            if not task.get("project"):
-                raise Refused(
-                    "INVALID", f"line {number} of {source} names no project", "--project P"
-                )
-            ARGUMENTS["project"].check("project", task["project"])
-            groups.setdefault(task["project"], []).append(cast(NewTask, task))
+    number = 0
+    try:
+        with contextlib.nullcontext(sys.stdin) if source == "-" else open(source) as lines:
+            for line in lines:
+                number += 1
+                if line.strip():
+                    task = {**defaults, **json.loads(line)}
+                    project = task.get("project")
+                    if project is None:
+                        raise Refused("INVALID", "there is no project", "name it: --project P")
+                    ARGUMENTS["project"].check("project", project)
+                    new_task_row(cast(NewTask, task), project)
+                    groups.setdefault(project, []).append(cast(NewTask, task))
+    except OSError as problem:
+        raise Refused("INVALID", f"{source} cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError:
+        raise Refused("INVALID", f"line {number + 1} of {source} is not UTF-8") from None
+    except (ValueError, TypeError, RecursionError):
+        raise Refused("INVALID", f"line {number} of {source} is not a JSON object") from None
+    except Refused as problem:
+        message = f"line {number} of {source}: {problem.message}"
+        raise Refused(problem.code, message, problem.hint) from None
+    return groups
+
+
+async def create_from(queue: Queue, groups: Mapping[str, Sequence[NewTask]]) -> TaskList:
+    """Create tasks in groups of one project and BATCH tasks at most, each all or none."""
     answer: TaskList = {"tasks": []}
     total = sum(map(len, groups.values()))
     for project, tasks in groups.items():
@@ -3158,14 +3213,6 @@ async def create_from(queue: Queue, source: str, defaults: NewTask) -> TaskList:
             if total > BATCH:
                 print(f"created {len(answer['tasks'])} of {total}", file=sys.stderr)
     return answer
-
-
-def open_text(path: str) -> Any:
-    """A text file, or a refusal that names it."""
-    try:
-        return open(path, encoding="utf-8")
-    except OSError as problem:
-        raise Refused("INVALID", f"{path} cannot be read: {problem.strerror}") from None
 
 
 async def run_operation(
@@ -3177,12 +3224,10 @@ async def run_operation(
             if "project" in parameters(of):
                 arguments["project"] = arguments.get("project")
             return await getattr(queue, of.name)(**arguments)
-        source = arguments.pop("source", None)
+        if "groups" in arguments:
+            return await create_from(queue, arguments["groups"])
         for name in ("project", "mission"):
             arguments.setdefault(name, config[name])
-        if source:
-            defaults = {k: arguments[k] for k in ("project", "mission") if arguments.get(k)}
-            return await create_from(queue, source, cast(NewTask, defaults))
         for name in ("project", "mission", "task", "title"):
             if arguments.get(name) is None:
                 shown = "--title" if name == "title" else "taskId" if name == "task" else name
@@ -3330,7 +3375,7 @@ def human_status(result: QueueStatus, now: float) -> str:
 def as_json(name: str, result: Any) -> str:
     """The envelope for programs: the same for one task and for many."""
     of = OPERATIONS.get(name)
-    if of and of.signature.return_annotation == "Task":
+    if of and of.signature.return_annotation == "Task" and "tasks" not in result:
         result = {"tasks": [result]}
     return json.dumps({"v": 1, **result}, ensure_ascii=False)
 
@@ -3358,6 +3403,11 @@ def run(arguments: dict[str, Any], prog: str) -> int:
 
         follow = arguments.pop("follow", False)
         given = {name: typed(name, value) for name, value in arguments.items()}
+        if "source" in given:
+            # Before the event loop runs: it would keep Ctrl-C from a read that blocks.
+            named = {key: given.get(key) or config[key] for key in ("project", "mission")}
+            defaults = cast(NewTask, {key: value for key, value in named.items() if value})
+            given = {"groups": tasks_of(given["source"], defaults)}
         while True:
             result = asyncio.run(run_operation(of, dict(given), config, unsafe))
             shown = as_json(of.name, result) if in_json else human(of.name, result)
@@ -3375,8 +3425,8 @@ def run(arguments: dict[str, Any], prog: str) -> int:
         tools = arguments.get("tools", "default")
         if tools not in ("default", "orchestrator"):
             invalid("--tools", tools, "default, orchestrator")
-        anyio.run(functools.partial(serve_stdio, config, unsafe, tools))
-    elif command == "monitor":
+        return anyio.run(functools.partial(serve_stdio, config, unsafe, tools))
+    if command == "monitor":
         import asyncio
 
         asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe)))
@@ -3438,26 +3488,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
     """The command `mosaic-queue`; returns the exit status of DESIGN section 7."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(overview(prog))
-            return 0
-        if words[0] == "--version":
-            words = ["version"]
-        arguments = vars(make_parser(prog).parse_args(words))
-        del arguments["help"]
-        status = run(arguments, prog)
+        status = obeyed(words, prog)
         sys.stdout.flush()
         return status
-    except Refused as refusal:
-        hint = refusal.hint.replace("mosaic-queue", prog)
-        if "--json" in words:
-            error = {"code": refusal.code, "message": refusal.message, "hint": hint}
-            print(json.dumps({"v": 1, "error": error}), file=sys.stderr)
-        else:
-            print(f"{refusal.code}: {printable(refusal.message)}", file=sys.stderr)
-            if hint:
-                print(f"hint: {hint}", file=sys.stderr)
-        return CODES[refusal.code].exit
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -3466,13 +3499,42 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
         return 0
 
 
+def obeyed(words: list[str], prog: str) -> int:
+    """Carry out a command line, with refusals on stderr; its exit status."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview(prog))
+        return 0
+    if words[0] == "--version":
+        words = ["version"]
+    try:
+        arguments = vars(make_parser(prog).parse_args(words))
+        del arguments["help"]
+        return run(arguments, prog)
+    except Refused as refusal:
+        hint = refusal.hint.replace("mosaic-queue", prog)
+        if "--json" in words:
+            error = {"code": refusal.code, "message": refusal.message, "hint": hint}
+            text = json.dumps({"v": 1, "error": error})
+        else:
+            text = f"{refusal.code}: {printable(refusal.message)}"
+            text += f"\nhint: {hint}" if hint else ""
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        return CODES[refusal.code].exit
+
+
 def mosaic() -> int:
     """The command `mosaic`: serves `mosaic queue`; any other word is for the next `mosaic` on
     PATH, where this ecosystem has one."""
     if sys.argv[1:2] == ["queue"]:
         return main(sys.argv[2:], "mosaic queue")
     own = Path(sys.argv[0]).resolve()
-    for folder in os.get_exec_path():
+    path = os.get_exec_path()
+    here = [at for at, folder in enumerate(path) if (Path(folder) / "mosaic").resolve() == own]
+    # Only what comes after this one: two installations would hand over to each other for ever.
+    for folder in path[here[-1] + 1 :] if here else path:
         other = Path(folder) / "mosaic"
         if os.access(other, os.X_OK) and other.is_file() and other.resolve() != own:
             os.execv(other, [str(other), *sys.argv[1:]])

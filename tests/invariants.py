@@ -8,10 +8,12 @@ is a problem of its own.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from typing import Any
 
 import redis
@@ -62,6 +64,7 @@ def scores(flat: list[Any]) -> dict[str, int]:
     return {name: int(float(score)) for name, score in pairs(flat).items()}
 
 
+@functools.cache
 def dictionary() -> dict[str, tuple[str, bool]]:
     """Kind of key -> its type and whether a name follows it, as the prelude's head says."""
     text = (mq.lua_folder() / "prelude.lua").read_text()
@@ -104,6 +107,16 @@ class Project:
 
     def unfinished(self) -> Iterator[str]:
         return (task for task in self.tasks if self.status(task) != "completed")
+
+    def forget(self, task: str) -> None:
+        """Take the entries of a task that does not exist out of every index."""
+        for kind in ("text", "waits"):
+            self.of(kind).pop(task, None)
+        for kind in ("ready", "mission", "dependents"):
+            for entries in self.of(kind).values():
+                entries.pop(task, None)
+        for kind in ("delayed", "blocked"):
+            self.plain.get(kind, {}).pop(task, None)
 
     @property
     def lanes(self) -> dict[str, int | None]:
@@ -154,6 +167,7 @@ def problems(
     *,
     gaps: int = 0,
     cut: bool = False,
+    unborn: Collection[str] = (),
     locks: bool = False,
     bells: bool = False,
 ) -> list[str]:
@@ -161,10 +175,14 @@ def problems(
 
     With `now_ms`, what is not due yet may not be ready.  `gaps` changes may have no event and with
     `cut` the log may tell of changes that were never made: what a call leaves that was cut off
-    in the middle.  `locks`: the locks have not expired (by real time, so not when a test turned
-    the clock).  `bells`: nobody waited, so every bell that was rung still sounds.
+    in the middle.  A task that is `unborn`, since its creation was cut off before its hash was
+    written, may have left entries that nobody can see.  `locks`: the locks have not expired (by
+    real time, so not when a test turned the clock).  `bells`: nobody waited, so every bell that
+    was rung still sounds.
     """
     found = read_project(db, project)
+    for task in set(unborn) - found.tasks.keys():
+        found.forget(task)
     return [
         *found.strange,
         *of_tasks(found),
@@ -269,10 +287,11 @@ def of_missions(found: Project) -> Iterator[str]:
 
 
 def of_edges(found: Project) -> Iterator[str]:
-    """`waits`, `dependents` and `blocked` follow from the dependencies; these have no cycle."""
+    """`waits`, `dependents` and `blocked` follow from the dependencies, which have no cycle."""
     graph = {task: found.dependencies(task) for task in found.tasks}
     try:
-        TopologicalSorter(graph).prepare()
+        # A completed task may name the id of one that was deleted and created anew.
+        TopologicalSorter({task: graph[task] for task in found.unfinished()}).prepare()
     except CycleError as cycle:
         yield f"cycle: {cycle.args[1]}"
 
@@ -302,7 +321,7 @@ def of_edges(found: Project) -> Iterator[str]:
     for other in expected.keys() | found.of("dependents").keys():
         has, wanted = found.of("dependents").get(other, {}), expected.get(other, {})
         late_ones = other in found.plain.get("unsettled", {})
-        if has.keys() != wanted.keys() or not late_ones and has != wanted:
+        if has.keys() != wanted.keys() or (not late_ones and has != wanted):
             yield f"dependents:{other} is {has}, not {wanted}"
 
 
@@ -341,10 +360,10 @@ def of_events(found: Project, gaps: int) -> Iterator[str]:
     last = int(found.meta.get("rev", 0))
     first = 1 if len(numbers) < TRIMMED else numbers[0]
     missing = set(range(first, last + 1)) - set(numbers)
-    if len(missing) > gaps or numbers and numbers[-1] > last:
+    if len(missing) > gaps or (numbers and numbers[-1] > last):
         yield f"events end at {numbers[-1:]}, rev is {last}, {sorted(missing)} are missing"
     fences = [one.fence for one in found.events if one.after == "claimed" and one.op != "progress"]
-    if any(later <= earlier for earlier, later in zip(fences, fences[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(fences)):
         yield f"fences of the claims do not rise: {fences}"
     if fences and max(fences) > int(found.meta.get("fence", 0)):
         yield f"meta has fence {found.meta.get('fence')}, a claim {max(fences)}"

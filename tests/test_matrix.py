@@ -91,37 +91,37 @@ OPERATIONS = {
     "complete": lambda queue: queue.complete("T", summary="done"),
     "complete force": lambda queue: queue.complete("T", summary="done", force=True),
     "fail": lambda queue: queue.fail("T", reason="broken"),
-    "fail for good": lambda queue: queue.fail("T", reason="broken", retry=False),
+    "fail hard": lambda queue: queue.fail("T", reason="broken", retry=False),
     "fail force": lambda queue: queue.fail("T", reason="broken", force=True),
     "fail delay force": lambda queue: queue.fail("T", reason="broken", force=True, delay=50),
-    "fail for good force": lambda queue: queue.fail("T", reason="x", force=True, retry=False),
+    "fail hard force": lambda queue: queue.fail("T", reason="x", force=True, retry=False),
     "reap": lambda queue: queue.reap(),
     "reap later": lambda queue: queue.reap(),
     "delete": lambda queue: queue.delete("T"),
     "delete force": lambda queue: queue.delete("T", force=True),
 }
 
-# W: WRONG_STATUS
+SHORT = {"N": "NOT_FOUND", "W": "WRONG_STATUS"}
 MATRIX = """
-                    absent    pending   delayed   blocked   claimed   in-progress completed failed
-create              pending   EXISTS    EXISTS    EXISTS    EXISTS    EXISTS      EXISTS    EXISTS
-claim               NOT_FOUND claimed   NOT_DUE   BLOCKED   HELD      HELD        W         W
-start               NOT_FOUND W         W         W         in-progress W         W         W
-heartbeat           NOT_FOUND W         W         W         claimed   in-progress W         W
-progress            NOT_FOUND W         W         W         claimed   in-progress W         W
-release             NOT_FOUND W         W         W         pending   pending     W         W
-release_delay       NOT_FOUND W         W         W         pending   pending     W         W
-complete            NOT_FOUND W         W         W         completed completed   W         W
-complete_force      NOT_FOUND completed completed completed completed completed   W         completed
-fail                NOT_FOUND W         W         W         pending   pending     W         W
-fail_for_good       NOT_FOUND W         W         W         failed    failed      W         W
-fail_force          NOT_FOUND pending   pending   blocked   pending   pending     W         pending
-fail_delay_force    NOT_FOUND pending   pending   blocked   pending   pending     W         pending
-fail_for_good_force NOT_FOUND failed    failed    failed    failed    failed      W         failed
-reap                -         pending   pending   blocked   claimed   in-progress completed failed
-reap_later          -         pending   pending   blocked   pending   pending     completed failed
-delete              NOT_FOUND -         -         -         HELD      HELD        -         -
-delete_force        NOT_FOUND -         -         -         -         -           -         -
+                 absent  pending   delayed   blocked   claimed     in-progress completed failed
+create           pending EXISTS    EXISTS    EXISTS    EXISTS      EXISTS      EXISTS    EXISTS
+claim            N       claimed   NOT_DUE   BLOCKED   HELD        HELD        W         W
+start            N       W         W         W         in-progress W           W         W
+heartbeat        N       W         W         W         claimed     in-progress W         W
+progress         N       W         W         W         claimed     in-progress W         W
+release          N       W         W         W         pending     pending     W         W
+release_delay    N       W         W         W         pending     pending     W         W
+complete         N       W         W         W         completed   completed   W         W
+complete_force   N       completed completed completed completed   completed   W         completed
+fail             N       W         W         W         pending     pending     W         W
+fail_hard        N       W         W         W         failed      failed      W         W
+fail_force       N       pending   pending   blocked   pending     pending     W         pending
+fail_delay_force N       pending   pending   blocked   pending     pending     W         pending
+fail_hard_force  N       failed    failed    failed    failed      failed      W         failed
+reap             -       pending   pending   blocked   claimed     in-progress completed failed
+reap_later       -       pending   pending   blocked   pending     pending     completed failed
+delete           N       -         -         -         HELD        HELD        -         -
+delete_force     N       -         -         -         -           -           -         -
 """
 
 
@@ -131,7 +131,7 @@ def cells() -> list[Any]:
     for row in rows:
         name, *outcomes = row.split()
         for status, outcome in zip(head.split(), outcomes, strict=True):
-            outcome = {"W": "WRONG_STATUS"}.get(outcome, outcome)
+            outcome = SHORT.get(outcome, outcome)
             name = name.replace("_", " ")
             made.append(pytest.param(name, status, outcome, id=f"{name}-{status}"))
     assert len({case.values[0] for case in made}) == len(OPERATIONS)
@@ -328,7 +328,8 @@ async def test_a_dead_letter_may_be_completed_late(
 
 
 @pytest.mark.parametrize(
-    "who", [{}, {"agent": "bob"}, {"agent": "alice", "session": "s2"}, {"agent": "alice", "fence": 1}]
+    "who",
+    [{}, {"agent": "bob"}, {"agent": "alice", "session": "s2"}, {"agent": "alice", "fence": 1}],
 )
 async def test_late_completion_by_another_is_refused(
     queue: mq.Queue, server: Server, shim: Shim, who: dict[str, Any]

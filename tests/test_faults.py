@@ -1,0 +1,525 @@
+"""The k-th call of every script fails, for every k.
+
+Valkey has no rollback, so what a script wrote before it was cut off stays.  The promise (DESIGN
+section 5) is that every such prefix is either invisible or finished, by the same call sent again
+or by `reap` without it.  For each scenario and each k:
+
+- nothing written before k: the key space is as it was;
+- the same call is sent again: it answers, and after the lease everything is as if nothing had
+  happened in between;
+- it is never sent again: after the lease every task looks as if the call had been made, or as if
+  it had not, and whoever works on can bring every task to its end.
+
+A follower reads along: what it copied when the last event came is what stands in Valkey at the
+end, so no change goes without an event after it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import redis
+from conftest import READS, Server, Shim, key_space
+from invariants import Project, problems, read_project
+
+import mosaic_queue as mq
+
+pytestmark = pytest.mark.anyio
+
+TTL, EXPIRED, LATER = 60, 100, 10_000  # s: a lease; when it is over; when all leases and delays are
+MOST = 200  # calls of a script in these scenarios
+Call = Callable[[mq.Queue], Awaitable[Any]]
+
+
+# ---- scenarios ----
+
+
+async def create(queue: mq.Queue, task: str, *dependencies: str, **options: Any) -> Any:
+    return await queue.create(
+        "p", "m", task, title="a task", dependencies=list(dependencies), **options
+    )
+
+
+async def reach(queue: mq.Queue, status: str, shape: str) -> None:
+    """Task `T` in a status: `plain`, or `linked` - in a capped lane with another task ready, after
+    a dependency, before three tasks that wait for it, two of them for it alone."""
+    linked = shape == "linked"
+    who = {"session": "s1"} if linked else {}
+    options: dict[str, Any] = {"delay": 1000} if status == "delayed" else {}
+    before = ["done"] if linked else []
+    if linked:
+        await create(queue, "done")
+        await queue.complete("done", force=True)
+        await create(queue, "rival", lane="coding")
+        options |= {"lane": "coding", "priority": "high"}
+    if status == "blocked":
+        await create(queue, "first")
+        before.append("first")
+    await create(queue, "T", *before, **options)
+    if linked:
+        for waiter, others in (("W1", []), ("W2", ["rival"]), ("W3", ["done"])):
+            await create(queue, waiter, "T", *others)
+    if status in ("claimed", "in-progress", "completed", "failed"):
+        await queue.claim("T", "alice", ttl=TTL, **who)
+    if status == "in-progress":
+        await queue.heartbeat("T", checkpoint="page 3", progress="half", **who)
+        await queue.start("T", **who)
+    elif status == "completed":
+        await queue.complete("T", summary="done", **who)
+    elif status == "failed":
+        await queue.fail("T", reason="no", retry=False, **who)
+
+
+@dataclass
+class Scenario:
+    """What stands there, the call that is cut off, and when it comes (s after the start)."""
+
+    name: str
+    status: str
+    shape: str
+    call: Call
+    seconds: int = 0
+    extra: Callable[[mq.Queue, Shim], Awaitable[Any]] | None = None
+    gone: set[str] = field(default_factory=set)  # tasks that the call takes away
+
+    async def prepare(self, queue: mq.Queue, shim: Shim) -> None:
+        await create(queue, "bystander")
+        if self.status != "absent":
+            await reach(queue, self.status, self.shape)
+        if self.extra:
+            await self.extra(queue, shim)
+
+
+def scenarios() -> list[Scenario]:
+    made: list[Scenario] = []
+
+    def add(
+        name: str, statuses: str, call: Call, shapes: str = "plain linked", **more: Any
+    ) -> None:
+        for status in statuses.split():
+            for shape in shapes.split():
+                made.append(Scenario(f"{name} {status} {shape}", status, shape, call, **more))
+
+    def vary(name: str, call: Call, **more: Any) -> None:
+        """A variation of a holder's call, from each status and in each shape once."""
+        add(name, "claimed", call, "plain", **more)
+        add(name, "in-progress", call, "linked", **more)
+
+    def by_holder(method: str, **options: Any) -> Call:
+        """The call as its holder makes it: in a linked scenario he names his session."""
+
+        async def call(queue: mq.Queue) -> Any:
+            return await getattr(queue, method)("T", agent="alice", op="same", **options)
+
+        return call
+
+    held, loose = "claimed in-progress", "pending delayed blocked failed"
+    add("create", "absent", lambda q: create(q, "T", op="same"), "plain")
+    add("create delayed", "absent", lambda q: create(q, "T", delay=50, op="same"), "plain")
+    add("create blocked", "absent", lambda q: create(q, "T", "bystander", op="same"), "plain")
+    add("create after", "completed", lambda q: create(q, "N", "T", op="same"))
+    add("create before", "blocked", lambda q: create(q, "N", "T", "first", op="same"))
+    add("create batch", "absent", batch, "plain")
+
+    add("claim", "pending", lambda q: q.claim("T", "alice", ttl=TTL, op="same"))
+    add("claim due", "delayed", lambda q: q.claim("T", "alice", ttl=TTL, op="same"), seconds=2000)
+    add("claim again", "claimed", lambda q: q.claim("T", "bob", ttl=TTL, op="same"),
+        seconds=EXPIRED, extra=reap_later)
+    add("start", "claimed", by_holder("start"))
+    add("heartbeat", held, by_holder("heartbeat"))
+    vary("heartbeat ttl", by_holder("heartbeat", ttl=2 * TTL))
+    vary("progress", by_holder("heartbeat", progress="more", checkpoint="page 4"))
+    add("release", held, by_holder("release"))
+    vary("release delay", by_holder("release", delay=50))
+    add("complete", held, by_holder("complete"))
+    vary("complete summary", by_holder("complete", summary="it works"))
+    by_hand = by_holder("complete", force=True, summary="by hand")
+    add("complete force", "pending blocked", by_hand)
+    add("complete force", "delayed failed", by_hand, "plain")
+    vary("complete late", by_holder("complete"), seconds=EXPIRED, extra=reap_later)
+    add("fail", held, by_holder("fail", reason="broken"))
+    vary("fail delay", by_holder("fail", reason="broken", delay=50))
+    vary("fail hard", by_holder("fail", reason="broken", retry=False))
+    add("fail force", loose, by_holder("fail", reason="broken", force=True))
+    hard = by_holder("fail", reason="broken", force=True, retry=False)
+    add("fail hard force", "pending delayed", hard, "plain")
+    add("fail hard force", "blocked failed", hard, "linked")
+    vary("reap", lambda q: q.reap(), seconds=EXPIRED)
+    add("reap two", "claimed", lambda q: q.reap(), seconds=EXPIRED, extra=another_lease)
+    add("reap dead", "claimed", lambda q: q.reap(), seconds=5 * EXPIRED, extra=last_lease)
+    add("delete", "pending delayed blocked completed failed",
+        partial(mq.Queue.delete, task="T", op="same"), "plain", gone={"T"})
+    gone = partial(mq.Queue.delete, task="T", op="same", force=True)
+    add("delete force", "pending blocked completed", gone, gone={"T"})
+    add("delete force", "delayed claimed", gone, "plain", gone={"T"})
+    add("delete force", "failed in-progress", gone, "linked", gone={"T"})
+    return made
+
+
+async def batch(queue: mq.Queue) -> Any:
+    """Four tasks in one call, named before what they depend on."""
+    new = {"mission": "m", "title": "a task", "lane": "coding"}
+    edges = {"B4": ["B2", "B3"], "B3": ["B1"], "B2": ["B1", "bystander"], "B1": []}
+    tasks: Any = [new | {"taskId": task, "dependencies": on} for task, on in edges.items()]
+    return await queue.create_all(tasks, project="p", op="same")
+
+
+async def reap_later(queue: mq.Queue, shim: Shim) -> None:
+    shim.seconds = EXPIRED
+    await queue.reap()
+
+
+async def another_lease(queue: mq.Queue, shim: Shim) -> None:
+    await create(queue, "U", lane="coding")
+    await queue.claim("U", "bob", ttl=TTL)
+    await queue.heartbeat("U", checkpoint="page 7")
+
+
+async def last_lease(queue: mq.Queue, shim: Shim) -> None:
+    """Two leases of `T` ended, the third is running out: deadLetterAfter is 3."""
+    for seconds in (EXPIRED, 2 * EXPIRED):
+        shim.seconds = seconds
+        await queue.reap()
+        await queue.claim("T", "alice", ttl=TTL)
+
+
+# ---- the stage: a prepared key space, as often as it is needed ----
+
+
+class Follower:
+    """Copies the tasks that new events name, as a follower of the stream does."""
+
+    def __init__(self, db: redis.Redis) -> None:
+        self.db, self.cursor = db, "0-0"
+        self.copies: dict[str, Any] = {}
+
+    def read(self) -> None:
+        events = self.db.xrange("mosaic:queue:project:{p}:events", f"({self.cursor}")
+        now = seen(read_project(self.db, "p")) if events else {}
+        for entry, fields in events:
+            self.cursor, task = entry, fields["e"].split("\t")[0]
+            self.copies[task] = now.get(task)
+
+    def behind(self) -> list[str]:
+        now = seen(read_project(self.db, "p"))
+        copies = {task: copy for task, copy in self.copies.items() if copy}
+        return [
+            f"a follower has {task} as {copies.get(task)}, it is {now.get(task)}"
+            for task in sorted(now.keys() | copies.keys())
+            if now.get(task) != copies.get(task)
+        ]
+
+
+def seen(found: Project) -> dict[str, Any]:
+    """What people can see of each task, without the numbers that depend on when it happened."""
+    while_held = ("claimedBy", "claimTTL", "session")
+    always = ("status", "lane", "priority", "mission", "retryCount", "expiryCount", "late")
+    views = {}
+    for task, values in found.tasks.items():
+        held = values["status"] in ("claimed", "in-progress")
+        names = always + (while_held if held else ())
+        view = {name: values[name] for name in names if values.get(name)}
+        view |= {name: "yes" for name in ("notBefore", "failedAt") if values.get(name)}
+        views[task] = view | found.of("text").get(task, {}) | found.of("work").get(task, {})
+    return views
+
+
+@dataclass
+class Stage:
+    """The prepared key space of a scenario, which can be set up again in one round trip."""
+
+    scenario: Scenario
+    queue: mq.Queue
+    server: Server
+    db: redis.Redis
+    shim: Shim
+
+    async def prepare(self) -> None:
+        await self.scenario.prepare(self.queue, self.shim)
+        with self.server.client(encoding="latin-1") as raw:
+            keys = list(raw.scan_iter(count=1000))
+            dumped = [(key, max(raw.pttl(key), 0), self.dump(key)) for key in keys]
+        self.dumped = dumped
+        self.follower = Follower(self.db)
+
+    def dump(self, key: str) -> bytes:
+        with redis.Redis(unix_socket_path=str(self.server.socket)) as raw:
+            value = raw.dump(key)
+        assert isinstance(value, bytes)
+        return value
+
+    def reset(self) -> None:
+        pipe = self.db.pipeline(transaction=False)
+        pipe.flushall()
+        for key, ttl, value in self.dumped:
+            pipe.restore(key, ttl, value)
+        pipe.execute()
+        self.shim.seconds, self.shim.fail_at = self.scenario.seconds, 0
+        self.follower = Follower(self.db)
+        self.follower.read()
+
+    async def cut(self, k: int) -> str | None:
+        """Make the call with its k-th Valkey call failing: that command, or None if it got by."""
+        self.reset()
+        self.shim.fail_at, said = k, ""
+        try:
+            await self.scenario.call(self.queue)
+        except redis.ResponseError as problem:
+            said = str(problem)
+        self.shim.fail_at = 0
+        if not said:
+            return None
+        self.follower.read()
+        found = re.search(r"SHIM call (\d+) (\w+) fails", said)
+        assert found, said
+        assert int(found[1]) == k
+        return found[2]
+
+    async def settle(self) -> None:
+        """Turn the clock past every lease and delay, and reap until nothing is left to do."""
+        self.shim.seconds = LATER
+        for _ in range(10):
+            answer = await self.queue.reap()
+            self.follower.read()
+            if not answer["reaped"] and not answer["settled"]:
+                return
+        raise AssertionError("reap finds work forever")
+
+    def seen(self) -> dict[str, Any]:
+        return seen(read_project(self.db, "p"))
+
+    def problems(self, unborn: Collection[str] = ()) -> list[str]:
+        self.follower.read()
+        found = problems(self.db, "p", gaps=1, cut=True, unborn=unborn)
+        return found + self.follower.behind()
+
+    async def drain(self) -> None:
+        """Bring every task to its end, as agents and a person would."""
+        for _ in range(10):
+            statuses = {task: view["status"] for task, view in self.seen().items()}
+            self.follower.read()
+            if set(statuses.values()) <= {"completed"}:
+                break
+            for task, status in statuses.items():
+                if status == "pending":
+                    try:
+                        await self.queue.claim(task, "carol")
+                    except mq.Refused as problem:
+                        if problem.code != "NOT_DUE":
+                            raise
+                    else:
+                        await self.queue.complete(task, agent="carol")
+                elif status in ("claimed", "in-progress"):
+                    await self.queue.complete(task)
+                elif status == "failed":
+                    await self.queue.complete(task, force=True)
+
+    def unended(self) -> list[str]:
+        return [f"{task} is {view['status']} and cannot be brought to its end"
+                for task, view in self.seen().items() if view["status"] != "completed"]
+
+
+@pytest.fixture
+async def stage(
+    config: mq.Config, server: Server, db: redis.Redis, shim: Shim, request: pytest.FixtureRequest
+) -> AsyncIterator[Stage]:
+    config.set("lanes.coding.maxConcurrent", 2, "test")
+    scenario = request.param
+    session = "s1" if scenario.shape == "linked" else None
+    async with mq.Queue(config, deadline=2, session=session) as queue:
+        made = Stage(scenario, queue, server, db, shim)
+        await made.prepare()
+        yield made
+
+
+# ---- the tests ----
+
+POINTS: dict[tuple[str, str], int] = {}  # (binary, scenario) -> points after the first write
+SCENARIOS = scenarios()
+
+
+@pytest.mark.parametrize("stage", SCENARIOS, indirect=True, ids=lambda scenario: scenario.name)
+async def test_every_prefix_is_invisible_or_finished(stage: Stage) -> None:
+    stage.reset()
+    start = key_space(stage.server)
+    tasks = set(stage.seen())
+    assert problems(stage.db, "p") == []
+    await stage.settle()
+    not_made = stage.seen()
+    stage.reset()
+    await stage.scenario.call(stage.queue)
+    done = stage.seen()
+    await stage.settle()
+    made = stage.seen()
+    assert stage.problems() == []
+
+    expected = Expected(tasks, not_made, done, made)
+    points, wrote = 0, False
+    found: dict[str, list[str]] = {}  # what is wrong -> the calls whose failure led to it
+    for k in range(1, MOST):
+        command = await stage.cut(k)
+        if command is None:
+            break
+        if not wrote:
+            assert key_space(stage.server) == start, f"call {k}, {command}"
+        else:
+            points += 1
+            ways = (sent_again, left_alone, worked_on)
+            for way in ways if "T" in made and "T" in not_made else ways[:2]:
+                if way is not sent_again:
+                    await stage.cut(k)
+                for told in await way(stage, expected):
+                    found.setdefault(f"{way.__name__}: {told}", []).append(f"{k} {command}")
+        wrote = wrote or command not in READS
+    else:
+        pytest.fail("the script makes more calls than expected")
+    POINTS[stage.server.binary, stage.scenario.name] = points
+    told = [f"calls {', '.join(calls)}: {what}" for what, calls in found.items()]
+    assert not found, f"{len(found)} problems at {points} points\n" + "\n".join(told)
+    assert points, "the call writes, so there is a point after its first write"
+
+
+@dataclass
+class Expected:
+    """What the scenario leads to without a fault; `made` and `not_made` with its leases over."""
+
+    tasks: set[str]
+    not_made: dict[str, Any]
+    done: dict[str, Any]
+    made: dict[str, Any]
+
+
+async def sent_again(stage: Stage, expected: Expected) -> list[str]:
+    """The cut-off call is sent again with its op id: it is as if it had been made once."""
+    try:
+        await stage.scenario.call(stage.queue)
+        stage.follower.read()
+        before = stage.seen()
+        told = [
+            f"{task} is {before.get(task)}, not {expected.done.get(task)}"
+            for task in ("T", "N")
+            if before.get(task) != expected.done.get(task)
+        ]
+        await stage.settle()
+    except (mq.Refused, redis.ResponseError) as problem:
+        return [f"{problem}"]
+    return told + differences(stage.seen(), expected.made) + stage.problems()
+
+
+async def worked_on(stage: Stage, expected: Expected) -> list[str]:
+    """It is sent again, and work goes on at once, long before a lease ends."""
+    try:
+        await stage.scenario.call(stage.queue)
+        await stage.drain()
+        await stage.settle()
+        await stage.drain()
+    except (mq.Refused, redis.ResponseError) as problem:
+        return [f"{problem}"]
+    return stage.problems() + stage.unended()
+
+
+async def left_alone(stage: Stage, expected: Expected) -> list[str]:
+    """Nobody sends it again: each task is as before or as after, and work goes on."""
+    unborn = expected.made.keys() - expected.tasks
+    try:
+        await stage.settle()
+        told = differences(stage.seen(), expected.made, expected.not_made)
+        told += stage.problems(unborn)
+        await stage.drain()
+    except (mq.Refused, redis.ResponseError) as problem:
+        return [f"{problem}"]
+    lost = expected.tasks - stage.scenario.gone - stage.seen().keys()
+    told += stage.problems(unborn) + stage.unended()
+    return sorted({*told, *(f"lost: {task}" for task in lost)})
+
+
+async def points_of(stage: Stage) -> AsyncIterator[str]:
+    """Each point after the first write of the call, cut off there."""
+    wrote = False
+    for k in range(1, MOST):
+        command = await stage.cut(k)
+        if command is None:
+            return
+        if wrote:
+            yield f"{k} {command}"
+        wrote = wrote or command not in READS
+
+
+def differences(has: dict[str, Any], *wanted: dict[str, Any]) -> list[str]:
+    """Tasks that look as in none of the wanted."""
+    return [
+        f"{task} is {has.get(task)}, not " + " or ".join(str(one.get(task)) for one in wanted)
+        for task in sorted(set(has).union(*wanted))
+        if all(has.get(task) != one.get(task) for one in wanted)
+    ]
+
+
+CREATIONS = [one for one in SCENARIOS if one.name.startswith("create ") and one.status == "absent"]
+creations = pytest.mark.parametrize(
+    "stage", CREATIONS, indirect=True, ids=[scenario.name for scenario in CREATIONS]
+)
+
+
+@creations
+async def test_a_creation_that_was_cut_off_is_invisible(stage: Stage) -> None:
+    """Of a task without a hash nobody hears, and nothing is refused for its sake."""
+    wrong = []
+    async for point in points_of(stage):
+        found = read_project(stage.db, "p")
+        page = await stage.queue.list(project="p")
+        counts = (await stage.queue.status(project="p"))["projects"][0]["tasks"]
+        if {task["taskId"] for task in page["tasks"]} != found.tasks.keys():
+            wrong.append(f"{point}: listed are {page['tasks']}")
+        if page.get("total", len(found.tasks)) != len(found.tasks):
+            wrong.append(f"{point}: {page['total']} of {len(found.tasks)} tasks are listed")
+        if sum(counts.values()) != len(found.tasks):
+            wrong.append(f"{point}: status counts {counts} of {len(found.tasks)} tasks")
+        try:
+            if not any(map(found.dependencies, found.tasks)):
+                await stage.queue.delete("bystander")
+        except mq.Refused as problem:
+            wrong.append(f"{point}: delete of what it would depend on: {problem}")
+    assert not wrong, "\n".join(wrong)
+
+
+@creations
+async def test_a_creation_that_was_cut_off_leaves_the_id_free(stage: Stage) -> None:
+    """Another call may create the task otherwise, and nothing of the first shows up."""
+    wrong = []
+    async for point in points_of(stage):
+        found = read_project(stage.db, "p")
+        others = {"priority": "low", "lane": "planning"}
+        for task in {"T", "B1", "B2", "B3", "B4"} - found.tasks.keys():
+            await stage.queue.create("p", "other", task, title="another", **others)
+        wrong += [f"{point}: {problem}" for problem in stage.problems()]
+    assert not wrong, "\n".join(wrong)
+
+
+@creations
+async def test_a_creation_is_repeated_though_its_first_task_moved_on(stage: Stage) -> None:
+    """Somebody waited: what exists of a batch is claimed before the call is sent again."""
+    wrong = []
+    async for point in points_of(stage):
+        before = stage.seen()
+        for task, view in before.items():
+            if view["status"] == "pending" and task != "bystander":
+                await stage.queue.claim(task, "carol")
+        try:
+            await stage.scenario.call(stage.queue)
+        except mq.Refused as problem:
+            wrong.append(f"{point}: {problem}")
+            continue
+        wrong += [f"{point}: {problem}" for problem in stage.problems()]
+    assert not wrong, "\n".join(wrong)
+
+
+async def test_enough_points(server: Server) -> None:
+    """When the whole file has run: that the scenarios do reach behind the first writes."""
+    counted = [points for (binary, _), points in POINTS.items() if binary == server.binary]
+    if len(counted) == len(SCENARIOS):
+        assert sum(counted) >= 150, f"{sum(counted)} points"

@@ -1,0 +1,525 @@
+"""The private server: started by the first use, adopted by the rest, safe from every kill.
+
+Each test has a data folder of its own in a short path (a socket's path is bounded), and whatever
+server lives there at the end is killed by the id in its pid file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+import mosaic_queue as mq
+
+PROGRAM = [sys.executable, str(Path(mq.__file__))]
+Done = subprocess.CompletedProcess[str]
+
+
+class Home:
+    """A user's empty home, and the command line in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = path / "d"
+        self.folder = self.data / "mosaic-queue"
+        self.environ = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(path),
+            "XDG_DATA_HOME": str(self.data),
+            "MOSAIC_PROJECT": "p",
+        }
+
+    @property
+    def socket(self) -> Path:
+        """As `server status` says."""
+        return Path(json.loads(self.run("server", "status", "--json").stdout)["socket"])
+
+    def spawn(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*PROGRAM, *words], env=self.environ, cwd=self.path, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *words: str) -> Done:
+        return subprocess.run(
+            [*PROGRAM, *words], env=self.environ, cwd=self.path, text=True,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    def task(self, *words: str) -> dict[str, Any]:
+        """The one task of a command's answer."""
+        done = self.run(*words, "--json")
+        assert done.returncode == 0, done.stderr
+        return dict(json.loads(done.stdout)["tasks"][0])
+
+    def create(self, task: str = "T1") -> Done:
+        return self.run("create", "p", "m", task, "--title", "t")
+
+    def pid(self) -> int:
+        return int((self.folder / "valkey.pid").read_text())
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        pid = self.pid()
+        os.kill(pid, signal.SIGKILL)
+        while alive(pid):
+            time.sleep(0.01)
+
+    def client(self) -> redis.Redis:
+        return redis.Redis(unix_socket_path=str(self.socket), decode_responses=True)
+
+    def close(self) -> None:
+        with suppress(OSError, ValueError):
+            self.kill()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    return ps("stat", pid)[:1] not in ("", "Z")
+
+
+def ps(what: str, pid: int) -> str:
+    done = subprocess.run(
+        ["ps", "-o", f"{what}=", "-p", str(pid)], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
+
+
+def servers_of(folder: Path) -> list[int]:
+    """The processes that write this folder's log."""
+    log = (folder / "valkey.log").read_text()
+    started = {int(line.split(":")[0]) for line in log.splitlines() if "Server initialized" in line}
+    return [pid for pid in started if alive(pid)]
+
+
+def mode(path: Path) -> str:
+    return oct(stat.S_IMODE(path.lstat().st_mode))
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    made = Home(Path(tempfile.mkdtemp(prefix="mq-", dir="/tmp")))
+    yield made
+    made.close()
+
+
+# ---- start and adopt ----
+
+
+def test_the_first_use_starts_it_and_says_where(home: Home) -> None:
+    done = home.create()
+    assert done.returncode == 0
+    assert done.stderr == f"mosaic-queue: a private Valkey lives in {home.folder}\n"
+    first = home.pid()
+    done = home.run("claim", "T1", "--agent", "alice")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert home.pid() == first
+    assert "Valkey" in home.run("status").stdout
+
+
+def test_racing_first_uses_start_exactly_one(home: Home) -> None:
+    racers = [
+        home.spawn("create", "p", "m", f"T{i}", "--title", "t", "--agent", f"a{i}")
+        for i in range(10)
+    ]
+    said = [racer.communicate(timeout=60) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0] * 10, said
+    assert len(servers_of(home.folder)) == 1
+    log = (home.folder / "valkey.log").read_text()
+    assert log.count("Server initialized") == 1
+    assert sum("a private Valkey lives in" in err for _, err in said) == 1
+    assert json.loads(home.run("list", "--json").stdout)["total"] == 10
+
+
+def test_racing_uses_after_a_kill_start_exactly_one(home: Home) -> None:
+    for i in range(6):
+        home.create(f"T{i}")
+    home.kill()
+    racers = [home.spawn("claim", f"T{i}", "--agent", f"a{i}") for i in range(6)]
+    said = [racer.communicate(timeout=60) for racer in racers]
+    assert [racer.returncode for racer in racers] == [0] * 6, said
+    assert len(servers_of(home.folder)) == 1
+
+
+def test_it_outlives_the_command_in_a_session_of_its_own(home: Home) -> None:
+    """Ctrl-C in the terminal and the end of the agent's process group do not reach it."""
+    process = subprocess.Popen(
+        [*PROGRAM, "create", "p", "m", "T1", "--title", "t"], env=home.environ, cwd=home.path,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.wait(30) == 0
+    pid = home.pid()
+    assert alive(pid)
+    group = int(ps("pgid", pid))
+    assert group not in (process.pid, os.getpgrp())
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    assert home.task("show", "T1")["status"] == "pending"
+    assert home.pid() == pid
+
+
+def test_it_holds_no_pipe_of_the_command_that_started_it(home: Home) -> None:
+    """Else `$(mosaic-queue ...)` would wait for the server's end."""
+    began = time.monotonic()
+    done = subprocess.run(
+        f"{sys.executable} {mq.__file__} create p m T1 --title t 2>&1 | cat", shell=True,
+        env=home.environ, cwd=home.path, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert "pending" in done.stdout
+    assert time.monotonic() - began < 20
+    with open(home.path / "note", "w") as note, subprocess.Popen(
+        [*PROGRAM, "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
+        pass_fds=[note.fileno()],
+    ) as process:  # fmt: skip
+        process.wait(30)
+    home.kill()
+    read, write = os.pipe()
+    with subprocess.Popen(
+        [*PROGRAM, "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
+        pass_fds=[write],
+    ) as process:  # fmt: skip
+        process.wait(30)
+    os.close(write)
+    os.set_blocking(read, False)
+    assert os.read(read, 1) == b""  # the end: nobody else has the other side
+    os.close(read)
+
+
+# ---- kills ----
+
+
+def test_a_kill_between_any_two_commands_loses_nothing(home: Home) -> None:
+    """What was acknowledged is there, and the next command just works."""
+    assert home.create().returncode == 0
+    steps: list[tuple[tuple[str, ...], dict[str, Any]]] = [
+        (("claim", "T1", "--agent", "alice", "--ttl", "600"), {"status": "claimed"}),
+        (("start", "T1", "--agent", "alice"), {"status": "in-progress"}),
+        (("heartbeat", "T1", "--progress", "half", "--checkpoint", "c"), {"progress": "half"}),
+        (("release", "T1", "--agent", "alice"), {"status": "pending"}),
+        (("claim", "T1", "--agent", "bob"), {"claimedBy": "bob"}),
+        (("fail", "T1", "--agent", "bob", "--reason", "broken"), {"failureReason": "broken"}),
+        (("claim", "T1", "--agent", "carol"), {"claimedBy": "carol", "retryCount": 1}),
+        (("complete", "T1", "--agent", "carol", "--summary", "done"), {"summary": "done"}),
+    ]
+    before = home.task("show", "T1")
+    for words, expected in steps:
+        home.kill()
+        done = home.run(*words)
+        assert (done.returncode, done.stderr) == (0, ""), words
+        home.kill()
+        task = home.task("show", "T1")
+        assert expected.items() <= task.items(), words
+        assert task["rev"] > before["rev"] or words[0] == "heartbeat"
+        assert task.get("fence", 0) >= before.get("fence", 0) or task["status"] == "pending"
+        before = task
+    assert before["status"] == "completed"
+
+
+def test_a_kill_in_the_middle_of_a_stream_of_commands(home: Home) -> None:
+    """Every create that was acknowledged is there after the kills."""
+    home.create("first")
+    script = (
+        "import asyncio, sys; sys.path.insert(0, sys.argv[1]); import mosaic_queue as mq\n"
+        "async def go():\n"
+        "    async with mq.Queue() as queue:\n"
+        "        for i in range(300):\n"
+        "            task = await queue.create('p', 'm', f'N{i}', title='t')\n"
+        "            print(task['taskId'], flush=True)\n"
+        "asyncio.run(go())\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(Path(mq.__file__).parent)], env=home.environ,
+        cwd=home.path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout
+        told = []
+        for line in process.stdout:
+            told.append(line.strip())
+            if len(told) in (50, 150):
+                home.kill()
+        assert process.stderr
+        assert process.wait(30) == 0, process.stderr.read()
+    assert told == [f"N{i}" for i in range(300)]
+    assert json.loads(home.run("list", "--json").stdout)["total"] == 301
+
+
+def test_a_stale_socket_is_no_server(home: Home) -> None:
+    home.folder.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(home.folder / "valkey.sock"))
+    (home.folder / "valkey.pid").write_text("1\n")
+    (home.folder / "lock").write_text("a-host-that-is-gone 12345\n")
+    assert home.create().returncode == 0
+    assert home.task("show", "T1")["status"] == "pending"
+
+
+def test_a_torn_log_is_repaired(home: Home) -> None:
+    """A crash of the machine may cut the last write off."""
+    home.create()
+    home.kill()
+    (log,) = (home.folder / "appendonlydir").glob("*.incr.aof")
+    with log.open("ab") as file:
+        file.write(b"*3\r\n$3\r\nSET\r\n$1")
+    assert home.task("show", "T1")["status"] == "pending"
+
+
+# ---- stop and status ----
+
+
+def test_status_and_stop(home: Home) -> None:
+    done = home.run("server", "status", "--json")
+    assert done.returncode == 5
+    assert json.loads(done.stdout)["running"] is False
+    assert not home.folder.exists()  # to ask is no use
+    home.create()
+    done = home.run("server", "status", "--json")
+    assert done.returncode == 0
+    facts = json.loads(done.stdout)
+    expected = {"running": True, "pid": home.pid(), "folder": str(home.folder)}
+    assert expected.items() <= facts.items()
+    pid = home.pid()
+    done = home.run("server", "stop")
+    assert done.returncode == 0
+    give_up = time.monotonic() + 1
+    while alive(pid):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    assert home.run("server", "stop").returncode == 5
+    assert home.run("server", "status").returncode == 5
+
+
+def test_a_server_that_was_stopped_starts_again(home: Home) -> None:
+    home.create()
+    first = home.pid()
+    home.run("server", "stop")
+    assert home.task("show", "T1")["status"] == "pending"
+    assert home.pid() != first
+
+
+def test_a_server_that_somebody_shuts_down_starts_again(home: Home) -> None:
+    home.create()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(home.socket))
+        sock.sendall(b"SHUTDOWN\r\n")
+        sock.recv(100)
+    assert home.task("show", "T1")["status"] == "pending"
+
+
+# ---- two hosts ----
+
+HOLD = """
+import fcntl, os, sys
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o600)
+fcntl.flock(lock, fcntl.LOCK_EX)
+os.truncate(lock, 0)
+os.write(lock, sys.argv[2].encode())
+print('held', flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_lock_that_is_held_where_nobody_answers(home: Home) -> None:
+    """As on a shared home whose server runs on another host: never two on one folder.  A host
+    that is not this one is told at once; what may be a server that just starts, after a while."""
+    this = socket.gethostname()
+    cases = {
+        "node-17 4711\n": ("host node-17, process 4711", 4.0),
+        f"{this} 4711\n": (f"host {this}, process 4711", 13.0),
+        "": ("an unknown host", 13.0),
+    }
+    waiting = []
+    for i, (told, expected) in enumerate(cases.items()):
+        user = Home(home.path / str(i))
+        user.folder.mkdir(parents=True)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(user.folder / "lock"), told],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert holder.stdout
+        assert holder.stdout.readline() == "held\n"
+        process = user.spawn("create", "p", "m", "T1", "--title", "t")
+        waiting.append((user, holder, process, expected))
+    began, slow = time.monotonic(), []
+    for user, holder, process, (part, limit) in waiting:
+        out, err = process.communicate(timeout=60)
+        if time.monotonic() - began > limit:
+            slow.append(f"{part}: {time.monotonic() - began:.0f} s")
+        assert (process.returncode, out) == (6, "")
+        assert err.startswith("UNREACHABLE: ")
+        assert part in err.splitlines()[0]
+        assert str(user.folder) in err.splitlines()[0]
+        assert "hint: " in err
+        assert not (user.folder / "appendonlydir").exists()
+        holder.communicate()
+        try:
+            assert user.create().returncode == 0
+        finally:
+            user.close()
+    assert not slow
+
+
+# ---- what it is ----
+
+
+def test_only_its_user_may_enter(home: Home) -> None:
+    os.umask(os.umask(0o022))
+    home.create()
+    assert mode(home.folder) == "0o700"
+    assert mode(home.socket) == "0o700"
+    files = [path for path in home.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"lock", "valkey.log", "valkey.pid"}
+    for path in files:
+        assert mode(path) == "0o600", path
+    for path in home.folder.rglob("*"):
+        if path.is_dir():
+            assert mode(path) == "0o700", path
+
+
+def test_a_folder_that_is_open_to_others_is_closed(home: Home) -> None:
+    home.folder.mkdir(parents=True, mode=0o755)
+    home.folder.chmod(0o777)
+    assert home.create().returncode == 0
+    assert mode(home.folder) == "0o700"
+
+
+def test_a_folder_that_cannot_be_made(home: Home) -> None:
+    home.data.write_text("a file")
+    done = home.create()
+    assert done.returncode == 6
+    assert done.stderr.startswith(f"UNREACHABLE: {home.folder}")
+    assert "Traceback" not in done.stderr
+
+
+def test_its_settings(home: Home) -> None:
+    """Every write is on disk before its answer, nothing is evicted, and no port is open."""
+    home.create()
+    expected = {
+        "appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction",
+        "port": "0", "tls-port": "0", "databases": "1", "save": "",
+    }  # fmt: skip
+    with home.client() as client:
+        for name, value in expected.items():
+            assert client.config_get(name)[name] == value, name
+        assert client.info("persistence")["aof_enabled"] == 1
+    facts = json.loads(home.run("status", "--json").stdout)["server"]
+    assert facts["backend"] == "private"
+    assert facts["evictionPolicy"] == "noeviction"
+    if shutil.which("lsof"):
+        said = subprocess.run(
+            ["lsof", "-nP", "-a", "-i", "-p", str(home.pid())],
+            capture_output=True, text=True, check=False,
+        ).stdout  # fmt: skip
+        assert said == ""
+
+
+def test_embedded_false_starts_none(home: Home) -> None:
+    file = home.path / "queue.yaml"
+    file.write_text("embedded: false\n")
+    done = home.run("list", "--config", str(file))
+    assert done.returncode == 6
+    assert "embedded: false" in done.stderr
+    assert "--url" in done.stderr
+    assert not home.folder.exists()
+
+
+def test_commands_that_need_no_server_start_none(home: Home) -> None:
+    for words in (("--help",), ("version",), ("config",), ("claim", "--help"), ("claim", "a b")):
+        home.run(*words)
+    assert not home.folder.exists()
+
+
+# ---- long paths ----
+
+
+@pytest.mark.parametrize("runtime", [True, False])
+def test_a_long_path_puts_the_socket_elsewhere(home: Home, runtime: bool) -> None:
+    """A socket's path holds 108 bytes on Linux and 104 on macOS."""
+    long = home.path / ("x" * 60) / ("y" * 60)
+    long.mkdir(parents=True)
+    home.folder = long / "mosaic-queue"
+    home.environ["XDG_DATA_HOME"] = str(long)
+    if runtime:
+        (home.path / "run").mkdir(mode=0o700)
+        home.environ["XDG_RUNTIME_DIR"] = str(home.path / "run")
+    assert home.create().returncode == 0
+    path = home.socket
+    try:
+        assert len(str(path)) <= 100
+        assert path.is_socket()
+        assert mode(path.parent) == "0o700"
+        assert path.is_relative_to(home.path / "run") is runtime
+        assert (home.folder / "appendonlydir").is_dir()
+        first = home.pid()
+        assert home.task("show", "T1")["status"] == "pending"
+        assert home.pid() == first
+        home.kill()
+        assert home.task("show", "T1")["status"] == "pending"
+    finally:
+        home.run("server", "stop")
+        shutil.rmtree(path.parent)
+
+
+def test_a_home_of_120_characters(home: Home) -> None:
+    """Without XDG_DATA_HOME the folder is ~/.local/share/mosaic-queue."""
+    long = home.path / ("x" * (120 - len(str(home.path)) - 1))
+    long.mkdir()
+    home.environ["HOME"] = str(long)
+    del home.environ["XDG_DATA_HOME"]
+    home.folder = long / ".local/share/mosaic-queue"
+    assert home.create().returncode == 0
+    path = home.socket
+    try:
+        assert (home.folder / "appendonlydir").is_dir()
+        assert len(str(path)) <= 100
+    finally:
+        home.run("server", "stop")
+        shutil.rmtree(path.parent)
+
+
+def test_a_folder_of_somebody_else_is_not_used(home: Home) -> None:
+    """Anybody may make a directory in /tmp before we do."""
+    if os.getuid():
+        pytest.fail("needs root to give a folder away; run the tests in a container")
+    home.folder.mkdir(parents=True)
+    os.chown(home.folder, 12345, 12345)
+    done = home.create()
+    assert done.returncode == 6
+    assert "belongs to another user (uid 12345)" in done.stderr
+    assert not (home.folder / "appendonlydir").exists()
+
+
+def test_a_link_in_place_of_the_sockets_folder_is_not_followed(home: Home) -> None:
+    """In /tmp a link of another user could lead the socket into a folder of his choice."""
+    long = home.path / ("x" * 60) / ("y" * 60)
+    home.environ["XDG_DATA_HOME"] = str(long)
+    home.folder = long / "mosaic-queue"
+    path = home.socket.parent
+    target = home.path / "target"
+    target.mkdir()
+    path.symlink_to(target)
+    if os.getuid() == 0:
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+    try:
+        done = home.create()
+        assert done.returncode == 6, done.stdout
+        assert list(target.iterdir()) == []
+    finally:
+        home.run("server", "stop")
+        path.unlink()
