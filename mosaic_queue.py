@@ -295,8 +295,8 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
         return
     if not isinstance(tree, dict):
         where = f"{prefix.rstrip('.')} is" if prefix else "the file is"
-        kind = type(tree).__name__
-        raise ConfigError(f"{source}: {where} a {kind}; accepted: a mapping of keys")
+        shown = masked(repr(tree))
+        raise ConfigError(f"{source}: {where} {shown}; accepted: a mapping of keys")
     for name, value in tree.items():
         key = f"{prefix}{name}"
         inner = any(known.startswith(key + ".") for known in KEYS)
@@ -1486,8 +1486,12 @@ class Queue:
         batch = list(each)
         argv += [as_text(one.get(key)) for one in batch for key in lua.each]
         if "op" in lua.args:
-            # Two hashes of fixed length: the id for this project, and what it is used for.
-            used_for = hashlib.blake2b("\0".join([name, *argv]).encode(), digest_size=6)
+            # Two hashes of fixed length: the id for this project, and what it is used for; who
+            # proves to be the holder, and how, is no part of that.
+            proof = ("session", "fence")
+            told = ["" if key in proof else a for key, a in zip(lua.args, argv, strict=False)]
+            told += [name, *argv[len(lua.args) :]]
+            used_for = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("op")] = f"{mark} {used_for.hexdigest()}"
         root = root or f"mosaic:queue:project:{{{project}}}"
         try:
@@ -2482,7 +2486,7 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def new_task_row(task: NewTask, project: str) -> dict[str, Any]:
+def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
     """A task to create, checked, with the names that create.lua gives its arguments."""
     rest: dict[str, Any] = dict(task)
     row: dict[str, Any] = {}
@@ -3180,21 +3184,22 @@ def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
     groups: dict[str, list[NewTask]] = {}
     number = 0
     try:
-        with contextlib.nullcontext(sys.stdin) if source == "-" else open(source) as lines:
+        stdin = contextlib.nullcontext(sys.stdin.buffer)
+        with stdin if source == "-" else open(source, "rb") as lines:
             for line in lines:
                 number += 1
                 if line.strip():
-                    task = {**defaults, **json.loads(line)}
+                    task = {**defaults, **json.loads(line.decode())}
                     project = task.get("project")
+                    new_task_row(cast(NewTask, task), project)
                     if project is None:
                         raise Refused("INVALID", "there is no project", "name it: --project P")
                     ARGUMENTS["project"].check("project", project)
-                    new_task_row(cast(NewTask, task), project)
                     groups.setdefault(project, []).append(cast(NewTask, task))
     except OSError as problem:
         raise Refused("INVALID", f"{source} cannot be read: {problem.strerror}") from None
     except UnicodeDecodeError:
-        raise Refused("INVALID", f"line {number + 1} of {source} is not UTF-8") from None
+        raise Refused("INVALID", f"line {number} of {source} is not UTF-8") from None
     except (ValueError, TypeError, RecursionError):
         raise Refused("INVALID", f"line {number} of {source} is not a JSON object") from None
     except Refused as problem:

@@ -9,6 +9,7 @@ is a problem of its own.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -26,22 +27,11 @@ RANK = {"critical": 0, "high": 2**51, "medium": 2 * 2**51, "low": 3 * 2**51}
 BUILT_IN_LANES = "any coding planning"
 TRIMMED = 9_000  # events; a longer stream may have lost its head
 
-# Every key of the project with its type and value; msgpack texts as flat names and values.
+# Every key of the project with its type and value.
 DUMP = """
 local keys, all = redis.call('KEYS', KEYS[1] .. '*'), {}
 local readers = {
-  string = function(key)
-    local value = redis.call('GET', key)
-    if not key:find('^:text:', #KEYS[1] + 1) and not key:find('^:work:', #KEYS[1] + 1) then
-      return value
-    end
-    local flat = {}
-    for name, text in pairs(cmsgpack.unpack(value)) do
-      flat[#flat + 1] = name
-      flat[#flat + 1] = text
-    end
-    return flat
-  end,
+  string = function(key) return redis.call('GET', key) end,
   hash = function(key) return redis.call('HGETALL', key) end,
   set = function(key) return redis.call('SMEMBERS', key) end,
   zset = function(key) return redis.call('ZRANGE', key, 0, -1, 'WITHSCORES') end,
@@ -119,6 +109,11 @@ class Project:
             self.plain.get(kind, {}).pop(task, None)
 
     @property
+    def reopened(self) -> set[str]:
+        """Tasks that were completed once more than they are: what they freed stays free."""
+        return {one.task for one in self.events if one.op == "reopen"}
+
+    @property
     def lanes(self) -> dict[str, int | None]:
         words = (self.meta.get("lanes") or BUILT_IN_LANES).split()
         split = (word.partition("=") for word in words)
@@ -136,7 +131,7 @@ def read_project(db: redis.Redis, project: str) -> Project:
             found.strange.append(f"{key} ({type_}) is not in the dictionary")
             continue
         if type_ == "string":
-            value = pairs(value) if kind in ("text", "work") else value
+            value = json.loads(value) if kind in ("text", "work") else value
         else:
             value = decode[type_](value)
         if kind == "task":
@@ -191,6 +186,7 @@ def problems(
         *of_edges(found),
         *of_locks(found, locks),
         *of_lanes(found, bells),
+        *of_assignments(found),
         *of_events(found, gaps),
         *([] if cut else of_histories(found)),
     ]
@@ -213,9 +209,11 @@ def of_tasks(found: Project) -> Iterator[str]:
             yield f"task {task} has rev {values['rev']}, the project {found.meta.get('rev')}"
         if not found.of("text").get(task, {}).get("title"):
             yield f"task {task} has no title"
-        if found.dependencies(task) and not values.get("edges"):
-            yield f"task {task} has dependencies and no edges"
-    for kind in ("text", "work", "waits", "dependents"):
+        if len(found.dependencies(task)) != int(values.get("edges") or 0):
+            yield f"task {task} has {found.dependencies(task)} and edges {values.get('edges')!r}"
+        if status == "completed" and task in found.of("work"):
+            yield f"task {task} is completed and has {found.of('work')[task]}"
+    for kind in ("text", "work", "summary", "waits", "dependents"):
         for name in found.of(kind):
             if name not in found.tasks:
                 yield f"{kind}:{name} belongs to no task"
@@ -287,25 +285,27 @@ def of_missions(found: Project) -> Iterator[str]:
 
 
 def of_edges(found: Project) -> Iterator[str]:
-    """`waits`, `dependents` and `blocked` follow from the dependencies, which have no cycle."""
+    """`waits`, `dependents` and `blocked` follow from the dependencies; no task waits for itself.
+
+    What a completion freed stays free when it is taken back.
+    """
     graph = {task: found.dependencies(task) for task in found.tasks}
+    unsettled, reopened = found.plain.get("unsettled", {}), found.reopened
     try:
-        # A completed task may name the id of one that was deleted and created anew.
-        TopologicalSorter({task: graph[task] for task in found.unfinished()}).prepare()
+        TopologicalSorter(found.of("waits")).prepare()
     except CycleError as cycle:
         yield f"cycle: {cycle.args[1]}"
 
     for task, values in found.tasks.items():
         waits = found.of("waits").get(task, set())
         needed = {one for one in graph[task] if found.status(one) not in (None, "completed")}
-        late = {one for one in graph[task] if one in found.plain.get("unsettled", {})}
+        late = {one for one in graph[task] if one in unsettled}
         status = values["status"]
         if status == "completed":
-            # By force, while it waited: what it waits for no longer matters to it.
-            if waits - needed - late:
-                yield f"waits:{task} has {waits - needed}, and {task} is completed"
+            if waits:
+                yield f"waits:{task} has {waits}, and {task} is completed"
             continue
-        if waits - late != needed:
+        if not needed - reopened <= waits <= needed | late:
             yield f"waits:{task} is {waits}, not {needed}"
         if None in map(found.status, graph[task]):
             yield f"{task} is {status} and depends on what does not exist: {graph[task]}"
@@ -316,12 +316,11 @@ def of_edges(found: Project) -> Iterator[str]:
     expected: dict[str, dict[str, int]] = {}
     for task in found.unfinished():
         for other in graph[task]:
-            freed = found.status(other) == "completed"
-            expected.setdefault(other, {})[task] = int(freed)
+            waits = other in found.of("waits").get(task, set())
+            expected.setdefault(other, {})[task] = int(not waits)
     for other in expected.keys() | found.of("dependents").keys():
         has, wanted = found.of("dependents").get(other, {}), expected.get(other, {})
-        late_ones = other in found.plain.get("unsettled", {})
-        if has.keys() != wanted.keys() or (not late_ones and has != wanted):
+        if has.keys() != wanted.keys() or (other not in unsettled and has != wanted):
             yield f"dependents:{other} is {has}, not {wanted}"
 
 
@@ -354,6 +353,20 @@ def of_lanes(found: Project, bells: bool) -> Iterator[str]:
             yield f"bell:{lane} is silent, and lane {lane} has work and room"
 
 
+def of_assignments(found: Project) -> Iterator[str]:
+    """What is assigned and not picked up stands in the set of its agent; one token at most in an
+    inbox.  What stands there besides is taken out by the agent's next look."""
+    for task, values in found.tasks.items():
+        if values["status"] in HELD and values.get("assigned"):
+            if task not in found.of("assigned").get(values["claimedBy"], set()):
+                yield f"{task} is assigned and not among those of {values['claimedBy']}"
+            if values.get("session") or values["status"] != "claimed":
+                yield f"{task} is assigned, {values['status']}, session {values.get('session')}"
+    for agent, tokens in found.of("inbox").items():
+        if len(tokens) > 1:
+            yield f"inbox:{agent} has {len(tokens)} tokens"
+
+
 def of_events(found: Project, gaps: int) -> Iterator[str]:
     """One event per change number up to the project's own; every claim has a higher fence."""
     numbers = [one.number for one in found.events]
@@ -362,7 +375,7 @@ def of_events(found: Project, gaps: int) -> Iterator[str]:
     missing = set(range(first, last + 1)) - set(numbers)
     if len(missing) > gaps or (numbers and numbers[-1] > last):
         yield f"events end at {numbers[-1:]}, rev is {last}, {sorted(missing)} are missing"
-    fences = [one.fence for one in found.events if one.after == "claimed" and one.op != "progress"]
+    fences = [one.fence for one in found.events if one.op in ("claim", "assign")]
     if any(later <= earlier for earlier, later in pairwise(fences)):
         yield f"fences of the claims do not rise: {fences}"
     if fences and max(fences) > int(found.meta.get("fence", 0)):

@@ -547,9 +547,7 @@ def test_an_op_id_makes_a_command_repeatable(tell: Tell) -> None:
 
 
 def every_command() -> list[str]:
-    return [mq.command_name(of) for of in mq.OPERATIONS.values()] + [
-        "mcp", "server", "config", "version",
-    ]  # fmt: skip
+    return [*map(mq.command_name, mq.OPERATIONS.values()), *mq.ALSO]
 
 
 @pytest.mark.parametrize("line", ["--help", "-h", "help", ""])
@@ -559,10 +557,7 @@ def test_help_mentions_every_command(tell: Tell, line: str) -> None:
     named = re.findall(r"^  (\w+)  +\S", out, re.MULTILINE)
     assert sorted(named) == sorted(every_command())
     first, operators = out.split("operators:")
-    assert re.findall(r"^  (\w+) ", first, re.MULTILINE) == [
-        "create", "list", "show", "claim", "start", "heartbeat", "release", "complete", "fail",
-        "status",
-    ]  # fmt: skip
+    assert re.findall(r"^  (\w+) ", first, re.MULTILINE) == mq.FIRST
     assert "\n  delete " in operators
 
 

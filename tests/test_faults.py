@@ -216,16 +216,26 @@ class Follower:
 
 
 def seen(found: Project) -> dict[str, Any]:
-    """What people can see of each task, without the numbers that depend on when it happened."""
+    """What people can see of each task, without the numbers that depend on when it happened.
+
+    A task whose deletion was cut off is as good as gone; a reason is that of a mark in the hash.
+    """
     while_held = ("claimedBy", "claimTTL", "session")
     always = ("status", "lane", "priority", "mission", "retryCount", "expiryCount", "late")
     views = {}
     for task, values in found.tasks.items():
+        if values["status"] == "deleted":
+            continue
         held = values["status"] in ("claimed", "in-progress")
         names = always + (while_held if held else ())
         view = {name: values[name] for name in names if values.get(name)}
         view |= {name: "yes" for name in ("notBefore", "failedAt") if values.get(name)}
-        views[task] = view | found.of("text").get(task, {}) | found.of("work").get(task, {})
+        marks = {"failureReason": "failedAt", "blockedReason": "blocked"}
+        work = found.of("work").get(task, {}) if values["status"] != "completed" else {}
+        view |= {name: text for name, text in work.items() if values.get(marks.get(name, "rev"))}
+        if values["status"] == "completed":
+            view["summary"] = found.of("summary").get(task)
+        views[task] = view | found.of("text").get(task, {})
     return views
 
 

@@ -32,8 +32,9 @@ COMMAND = shlex.split(os.environ.get("MOSAIC_QUEUE_COMMAND", "")) or [
 ]
 ERAS = ("legacy", "2026-07-28", "auto")
 NAMES = [
-    "queue_create", "queue_list", "queue_get", "queue_claim", "queue_start", "queue_heartbeat",
-    "queue_release", "queue_complete", "queue_fail", "queue_status",
+    "queue_create", "queue_list", "queue_get", "queue_claim", "queue_next", "queue_start",
+    "queue_heartbeat", "queue_release", "queue_complete", "queue_fail", "queue_note",
+    "queue_status", "queue_explain",
 ]  # fmt: skip
 DEAD = "redis://127.0.0.1:1"  # where nobody listens
 

@@ -14,7 +14,7 @@ require_id(arg.agent, 'agent')
 local done = recall(nil, true)
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
-  return replay(done)
+  return replay(done, true)
 end
 
 local function best()

@@ -3,7 +3,7 @@
 -- State    any -> (unchanged)
 -- Args     ids
 -- Returns  a sentence for each rule that is broken
--- Rejects  SCHEMA NOT_FOUND
+-- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
 --

@@ -12,7 +12,7 @@ local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl
 local done = recall(nil, true)
 local task = load(arg.task, '*')
 if done and tonumber(task.fence) and tonumber(task.fence) >= tonumber(done.fence) then
-  return replay(done)
+  return replay(done, true)
 end
 require_claimable(task)
 require_lane_room(task)

@@ -36,9 +36,9 @@ if late ~= '' then past = {'late', late, 'reaped', ''} end
 move(task, 'completed', '', 'completedAt', at, unpack(past))
 if task.edges ~= '' then remove_edges(task) end
 local freed, more = free_dependents(task)
-if task.status == 'blocked' then write('DEL', key('waits', task.id)) end
 local texts = {key('work', task.id)}
-if arg.summary == '' then texts[2] = key('summary', task.id) end
+if arg.summary == '' then append(texts, key('summary', task.id)) end
+if task.edges ~= '' then append(texts, key('waits', task.id)) end
 finish(task, more, unpack(texts))
 return show(task, 'status', 'completed', 'fence', task.fence, 'completedAt', at, 'late', late,
             'freed', table.concat(freed, ' '))

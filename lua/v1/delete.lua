@@ -12,7 +12,10 @@ meta = project()
 require_text(arg.reason, 'reason', 4096)
 require_id(arg.task, 'taskId')
 local done = recall(nil, true)
-if done and not fields(arg.task) then return replay(done) end
+local again = done and fields(arg.task)
+if done and (not again or tonumber(again.rev) > tonumber(done.rev)) then
+  return {'REPEATED', row('taskId', done.task, 'rev', done.rev)}
+end
 local task = load(arg.task, 'fence', 'mission', 'notBefore', 'edges')
 local dependents = {}
 for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do

@@ -2,7 +2,7 @@
 --
 -- State    claimed | in-progress -> (unchanged)
 -- Args     op actor task agent session fence force ttl progress checkpoint orphaned
--- Returns  status, leaseExpiresAt, rev when it changed
+-- Returns  status, rev, leaseExpiresAt
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
 -- Emits    progress, when progress or checkpoint came with it
@@ -13,7 +13,8 @@ meta = project()
 local ttl = arg.ttl ~= '' and require_integer(arg.ttl, 'ttl', 1, WEEK)
 require_text(arg.progress, 'progress', 4096)
 require_text(arg.checkpoint, 'checkpoint', 65536)
-local task = load(arg.task, 'op', 'claimedBy', 'session', 'claimTTL', 'maxRuntime', 'assigned')
+local task = load(arg.task, 'op', 'claimedBy', 'session', 'claimTTL', 'maxRuntime', 'assigned',
+                  'rev')
 local done = recall(task)
 if done then return replay(done) end
 require_status(task, 'claimed', 'in-progress')
@@ -40,4 +41,4 @@ else
 end
 return {'OK', row('taskId', task.id, 'status', task.status,
                   'leaseExpiresAt', rawget(task, 'leaseExpiresAt') or '',
-                  'rev', rawget(task, 'rev') or '')}
+                  'rev', task.rev)}

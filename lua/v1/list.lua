@@ -40,7 +40,7 @@ for _, status in ipairs({'blocked', 'failed', 'completed'}) do
   if any or wanted == status then add(status) end
 end
 if #indexes == 0 then
-  reject('INVALID', 'status is ' .. wanted:sub(1, 40) ..
+  reject('INVALID', 'status is ' .. wanted:sub(1, 40):gsub('[^ -~]', '?') ..
          '; accepted: pending, claimed, in-progress, completed, failed, blocked')
 end
 
@@ -69,7 +69,7 @@ if arg.cursor ~= '' then
     if name == index then at = i end
   end
   if at == 0 then
-    reject('INVALID', 'cursor is ' .. arg.cursor:sub(1, 80):gsub('[%c]', '?') ..
+    reject('INVALID', 'cursor is ' .. arg.cursor:sub(1, 80):gsub('[^ -~]', '?') ..
            '; accepted: the cursor of the last answer to the same question')
   end
   local place = root .. ':' .. index

@@ -20,7 +20,7 @@ local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600)
 local done = recall(nil, true)
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
-  return replay(done)
+  return replay(done, true)
 end
 
 promote()

@@ -3,7 +3,7 @@
 -- State    project
 -- Args     paused
 -- Returns  since when it is paused
--- Rejects  SCHEMA NOT_FOUND
+-- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 --
 -- With paused `0` claims are granted again, and every lane that has ready tasks rings.

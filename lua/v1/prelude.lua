@@ -271,9 +271,9 @@ local function require_lane_room(task)
   end
 end
 
--- A receipt of its own has a call that chooses its task, and one that names no holder: its repeat
+-- A receipt of its own has a call that chooses its task, and one that names no fence: its repeat
 -- would end the claim of whoever holds the task by then.
-local anonymous = arg.session == '' and arg.fence == ''
+local anonymous = arg.fence == ''
 
 -- What is left of this very call if it was carried out before.  `arg.op` is `op digest`; the
 -- receipt in a task's hash goes on with `fence rev` and lasts until the next change.
@@ -490,12 +490,12 @@ end
 -- Between emit and finish: the new status, its index, other fields as names and values.
 local function move(task, status, notBefore, ...)
   begin(task)
+  displace(task)
   if held(task) and notBefore == '' then
     change(task, 'status', status, ...)
   else
     change(task, 'status', status, 'notBefore', notBefore, ...)
   end
-  displace(task)
   task.notBefore = notBefore
   place(task, status)
 end
@@ -562,6 +562,21 @@ local function write_edges(task, edges, needs)
   write('DEL', key('waits', task.id))
   for _, id in ipairs(edges) do write('ZADD', key('dependents', id), needs[id] and 0 or 1, task.id) end
   for id in pairs(needs) do write('SADD', key('waits', task.id), id) end
+end
+
+-- Derives both from the task's text again: what a completion freed stays free.
+local function restore_edges(task)
+  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
+  local edges, needs = {}, {}
+  for id in (text.dependencies or ''):gmatch('%S+') do
+    local other = fields(id)
+    if other then edges[#edges + 1] = id end
+    if other and other.status ~= 'completed' and
+       read('ZSCORE', key('dependents', id), task.id) ~= '1' then needs[id] = true end
+  end
+  write_edges(task, edges, needs)
+  task.edges = text.dependencies and select(2, text.dependencies:gsub('%S+', '')) or ''
+  write('HSET', task.key, 'edges', task.edges)
 end
 
 local function remove_edges(task)
@@ -677,14 +692,16 @@ local function policy()
   return table.concat(values, '\t')
 end
 
--- The answer to a call that was carried out before: its own fence and rev, the task as it is.
-local function replay(done)
+-- The answer to a call that was carried out before: its own fence and rev, the task as it is.  A
+-- claim that has ended since is superseded too.
+local function replay(done, claims)
   local task = fields(done.task, 'fence')
   if not task then
     return {'SUPERSEDED', table.concat({'taskId', done.task, 'opFence', done.fence,
                                         'opRev', done.rev}, '\t')}
   end
   local reply = whole(task, 'opFence', done.fence, 'opRev', done.rev)
-  reply[1] = task.fence == done.fence and 'REPEATED' or 'SUPERSEDED'
+  local ended = claims and (task.status == 'pending' or task.status == 'blocked')
+  reply[1] = task.fence == done.fence and not ended and 'REPEATED' or 'SUPERSEDED'
   return reply
 end

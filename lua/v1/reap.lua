@@ -4,7 +4,7 @@
 --          failed when expiryCount reaches deadLetterAfter
 -- Args     actor
 -- Returns  the ids it reaped, how many it settled, seconds of grace left, when the next lease ends
--- Rejects  SCHEMA NOT_FOUND
+-- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    reap for each ended lease, release for an assignment that was not picked up, free
 -- Flags    allow-oom
 --

@@ -3,7 +3,7 @@
 -- State    any -> (unchanged), but blocked <-> pending as the dependencies say
 -- Args     ids
 -- Returns  how many tasks it set right
--- Rejects  SCHEMA NOT_FOUND
+-- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 --
 -- A task without a hash is taken out of everything; a held one without a lease gets one that has

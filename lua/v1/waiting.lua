@@ -3,7 +3,7 @@
 -- State    project
 -- Args     actor
 -- Returns  `agent lane` of each; at most BATCH
--- Rejects  SCHEMA NOT_FOUND
+-- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 
 meta = project()

@@ -1,0 +1,77 @@
+"""How long a command takes, beside what nobody can avoid.
+
+    python tests/bench/cli.py [--runs N]
+
+`--help` beside `python -c pass`; `list --json` of 25 tasks beside a Python that imports redis and
+sends a PING.  The least of alternating runs, so that a busy machine makes all of them slow or
+none.  Goals: --help about 50 ms; a command at most 1.5 times `import redis` + PING.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from conftest import Server
+from scripts import Ours
+
+import mosaic_queue as mq
+
+GOAL = 1.5
+
+
+def least(commands: dict[str, list[str]], runs: int) -> dict[str, float]:
+    """The shortest time of each command, in ms.  Each has to succeed."""
+    shortest = dict.fromkeys(commands, float("inf"))
+    with tempfile.TemporaryDirectory() as folder:
+        environ = {"PATH": os.environ["PATH"], "HOME": folder}
+        for _ in range(runs):
+            for name, command in commands.items():
+                began = time.perf_counter()
+                subprocess.run(command, env=environ, cwd=folder, check=True, capture_output=True)
+                took = (time.perf_counter() - began) * 1000
+                shortest[name] = min(shortest[name], took)
+    return shortest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--runs", type=int, default=20)
+    runs = parser.parse_args().runs
+    server = Server(mq.server_binary())
+    try:
+        with server.client() as client:
+            ours = Ours(client)
+            for n in range(25):
+                ours.run("create", n)
+        program = [sys.executable, str(Path(mq.__file__))]
+        ping = f"import redis; redis.Redis(unix_socket_path={str(server.socket)!r}).ping()"
+        listing = ["list", "--project", "bench", "--json", "--url", server.url]
+        ms = least(
+            {
+                "python -c pass": [sys.executable, "-c", "pass"],
+                "--help": [*program, "--help"],
+                "import redis + PING": [sys.executable, "-c", ping],
+                "list --json": [*program, *listing],
+            },
+            runs,
+        )
+    finally:
+        server.close()
+    for name, took in ms.items():
+        print(f"{name:22}{took:8.1f} ms")
+    print(f"--help / python -c pass             {ms['--help'] / ms['python -c pass']:5.2f}")
+    ratio = ms["list --json"] / ms["import redis + PING"]
+    print(f"list --json / import redis + PING   {ratio:5.2f} (goal: {GOAL})")
+
+
+if __name__ == "__main__":
+    main()

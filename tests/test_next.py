@@ -1,0 +1,493 @@
+"""`next`: waiting for work, being told why there is none, and giving up without a trace.
+
+What 200 waiters cost is counted in commands of clients (EVALSHA, BLPOP), as the server's own
+statistics have them: a script's inner calls are another matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import BINARIES, Server, Shim
+
+import mosaic_queue as mq
+
+pytestmark = pytest.mark.anyio
+ROOT = "mosaic:queue:project:{p}"
+PROGRAM = Path(mq.__file__)
+WAITERS = 200
+OURS = ("evalsha", "eval", "blpop", "info")  # all that a waiter may send
+Offers = Sequence["asyncio.Task[mq.Offer]"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One engine: what is tested here knows of none."""
+    running = Server(str(BINARIES["valkey"]()))
+    yield running
+    running.close()
+
+
+def commands(db: redis.Redis) -> Counter[str]:
+    """How often clients have sent each command of a waiter."""
+    stats = db.info("commandstats")
+    rows = {name: stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in OURS}
+    return Counter(rows)
+
+
+async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
+    for at in range(0, len(names), mq.BATCH):
+        rows: list[Any] = [
+            {"mission": "m", "title": "a task", "taskId": name, **rest}
+            for name in names[at : at + mq.BATCH]
+        ]
+        await queue.create_all(rows, project="p")
+
+
+async def until(true: Any, limit: float = 10) -> None:
+    """Wait until a condition holds; fails when it does not in time."""
+    give_up = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < give_up, "it did not come true"
+        await asyncio.sleep(0.02)
+
+
+def blocked(db: redis.Redis) -> int:
+    return int(db.info("clients")["blocked_clients"])
+
+
+@contextlib.asynccontextmanager
+async def waiters(
+    config: mq.Config, db: redis.Redis, many: int = WAITERS, **wants: Any
+) -> AsyncIterator[list[asyncio.Task[mq.Offer]]]:
+    """Agents that wait for a task, each with connections of its own as if in its own process."""
+    async with contextlib.AsyncExitStack() as stack:
+        waiting = []
+        for n in range(many):
+            queue = await stack.enter_async_context(mq.Queue(config, session=f"s{n}"))
+            asked = queue.next(f"agent-{n}", **{"wait": 60} | wants)
+            waiting.append(asyncio.create_task(asked))
+        try:
+            if "mission" not in wants:
+                await until(lambda: blocked(db) == many)
+            yield waiting
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def given(waiting: Offers) -> list[str]:
+    """The tasks that were handed out so far."""
+    done = [task.result() for task in waiting if task.done()]
+    return [task["taskId"] for offer in done for task in offer["tasks"]]
+
+
+# ---- 200 waiters ----
+
+
+async def test_one_task_wakes_one_of_200_waiters(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    await create(queue, "T0", delay=604800)  # the project is there, and nothing is ready
+    async with waiters(config, db) as waiting:
+        before = commands(db)
+        await create(queue, "T1")
+        await until(lambda: given(waiting))
+        await asyncio.sleep(0.5)
+        assert given(waiting) == ["T1"]
+        assert blocked(db) == WAITERS - 1
+        sent = commands(db) - before
+        # create, next of the one, and a next of one more whom its ring may have woken.
+        assert sent["evalsha"] <= 4, sent
+        assert sent["blpop"] <= 2, sent
+
+
+async def test_200_waiters_and_200_tasks(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    names = [f"T{n}" for n in range(WAITERS)]
+    await create(queue, "later", delay=604800)
+    async with waiters(config, db) as waiting:
+        await create(queue, *names)
+        await until(lambda: all(task.done() for task in waiting), 30)
+        assert sorted(given(waiting)) == sorted(names)
+    assert db.zcard(f"{ROOT}:running:any") == WAITERS
+    assert not db.exists(f"{ROOT}:ready:any")
+
+
+async def test_200_idle_waiters_cost_45_commands_a_second_at_most(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    """They began together and so ask together, every 10 s: the window is a round and a bit."""
+    await create(queue, "later", delay=604800)
+    async with waiters(config, db) as waiting:
+        before, began = commands(db), time.monotonic()
+        await asyncio.sleep(11)
+        sent = (commands(db) - before).total()
+        assert not given(waiting)
+        took = time.monotonic() - began
+    assert WAITERS <= sent <= 45 * took, f"{sent / took:.1f} commands a second"
+
+
+async def test_a_mission_without_work_beside_one_with_work_is_no_busy_loop(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    """Bells ring for every mission; who wants one alone asks once a second."""
+    await create(queue, *(f"T{n}" for n in range(50)), mission="other")
+    async with waiters(config, db, 20, mission="mine") as waiting:
+        await asyncio.sleep(0.5)
+        before = commands(db)
+        await asyncio.sleep(3)
+        sent = (commands(db) - before).total()
+        assert sent <= 20 * 4, sent
+        await create(queue, "M1", mission="mine")
+        await until(lambda: given(waiting), 3)
+        assert given(waiting) == ["M1"]
+
+
+async def test_150_waiters_of_one_process(queue: mq.Queue, db: redis.Redis) -> None:
+    """A server for many agents has one Queue; each of its waiters needs a connection."""
+    await create(queue, "later", delay=604800)
+    waiting = [asyncio.create_task(queue.next(f"agent-{n}", wait=60)) for n in range(150)]
+    try:
+        await until(lambda: blocked(db) == 150, 8)
+        await create(queue, *(f"T{n}" for n in range(150)))
+        await until(lambda: all(task.done() for task in waiting), 20)
+        assert len(set(given(waiting))) == 150
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+# ---- what wakes a waiter ----
+
+
+async def test_waiters_survive_a_killed_server(tmp_path: Path) -> None:
+    own = Server(str(BINARIES["valkey"]()), "--appendonly", "yes", "--appendfsync", "always")
+    config = mq.Config(environ={}).set("redis.url", own.url, "t").set("project", "p", "t")
+    try:
+        async with mq.Queue(config, session="boss") as queue:
+            await create(queue, "later", delay=604800)
+            async with waiters(config, own.client(), 20) as waiting:
+                own.kill()
+                await asyncio.sleep(1)
+                own.start()
+                assert not any(task.done() for task in waiting)
+                await create(queue, *(f"T{n}" for n in range(20)))
+                await until(lambda: all(task.done() for task in waiting), 15)
+                assert len(set(given(waiting))) == 20
+    finally:
+        own.close()
+
+
+async def test_a_delayed_task_reaches_a_waiter_without_a_monitor(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    await create(queue, "T1", delay=1)
+    began = time.monotonic()
+    async with waiters(config, db, 3) as waiting:
+        await until(lambda: given(waiting), 3)
+        assert 0.8 < time.monotonic() - began < 1.8
+
+
+async def test_a_task_delayed_while_somebody_waits_reaches_it(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    """A block lasts 10 s at most, so this is the worst that a due time can be missed by."""
+    await create(queue, "later", delay=604800)
+    async with waiters(config, db, 1) as waiting:
+        await create(queue, "T1", delay=1)
+        await until(lambda: given(waiting), 11)
+
+
+async def test_what_makes_a_task_ready_wakes_a_waiter_at_once(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    """Release, redrive, reopen, unblock, unpause, completion, room in a lane."""
+    await create(queue, "done", "T1")
+    await queue.claim("done", "x")
+    await queue.complete("done", agent="x")
+    await queue.claim("T1", "x")
+    await create(queue, "after", dependencies=["T1"])
+
+    async def wakes(step: Any, name: str) -> None:
+        """The step makes the task ready, and a waiter has it in no time."""
+        async with waiters(config, db, 2) as waiting:
+            await step
+            await until(lambda: given(waiting), 3)
+            assert given(waiting) == [name]
+        await queue.release(name, force=True)
+        await queue.claim(name, "x")
+
+    await wakes(queue.release("T1", agent="x"), "T1")
+    await queue.fail("T1", agent="x", reason="no", retry=False)
+    await wakes(queue.redrive("T1"), "T1")
+    await queue.block("T1", agent="x", reason="wait")
+    await wakes(queue.unblock("T1"), "T1")
+    await wakes(queue.reopen("done", reason="not yet"), "done")
+    await wakes(queue.complete("T1", agent="x"), "after")
+    await queue.release("after", agent="x")
+    await queue.pause()
+    await wakes(queue.unpause(), "after")
+
+
+async def test_room_in_a_full_lane_wakes_a_waiter(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    config.set("lanes.coding.maxConcurrent", 1, "file")
+    await create(queue, "T1", "T2", lane="coding")
+    await queue.claim("T1", "x")
+    async with waiters(config, db, 2, lane="coding") as waiting:
+        await queue.complete("T1", agent="x")
+        await until(lambda: given(waiting), 3)
+        assert given(waiting) == ["T2"]
+
+
+# ---- why there is nothing ----
+
+
+async def why(queue: mq.Queue, **wants: Any) -> str:
+    offer = await queue.next("alice", **wants)
+    assert offer["tasks"] == []
+    return offer["why"]
+
+
+async def test_it_says_that_nothing_is_ready(queue: mq.Queue) -> None:
+    await create(queue, "T1")
+    await queue.claim("T1", "bob")
+    assert await why(queue) == "nothing is ready"
+
+
+async def test_it_says_who_fills_a_lane(queue: mq.Queue, config: mq.Config) -> None:
+    config.set("lanes.coding.maxConcurrent", 1, "file")
+    await create(queue, "T1", "T2", lane="coding")
+    await queue.claim("T1", "bob")
+    said = await why(queue, lane="coding")
+    for part in ("coding", "1 held", "T1", "bob"):
+        assert part in said, said
+
+
+async def test_it_does_not_blame_a_full_lane_that_has_nothing_ready(
+    queue: mq.Queue, config: mq.Config
+) -> None:
+    config.set("lanes.coding.maxConcurrent", 1, "file")
+    await create(queue, "T1", lane="coding")
+    await queue.claim("T1", "bob")
+    assert (await why(queue)).startswith("nothing is ready")
+
+
+async def test_it_says_since_when_a_project_is_paused(queue: mq.Queue) -> None:
+    await create(queue, "T1")
+    await queue.pause()
+    said = await why(queue)
+    assert "paused since 2" in said
+    assert "ago)" in said
+
+
+async def test_it_says_when_the_next_task_is_due(queue: mq.Queue) -> None:
+    await create(queue, "T1", delay=90)
+    said = await why(queue)
+    assert "due at 2" in said
+    assert "(1 min from now)" in said
+
+
+async def test_it_says_that_a_mission_is_not_among_the_first_1000(queue: mq.Queue) -> None:
+    """Looking further would cost everybody time; the claimer learns why its task is not found."""
+    await create(queue, *(f"T{n}" for n in range(1000)), mission="other")
+    await create(queue, "M1", mission="mine")
+    said = await why(queue, mission="mine")
+    assert said == "nothing of mission mine is among the first 1000 ready tasks"
+    await queue.claim("T0", "bob")
+    assert (await queue.next("alice", mission="mine"))["tasks"][0]["taskId"] == "M1"
+
+
+@pytest.mark.parametrize("wait", [-1, 10**9, 3601])
+async def test_a_wait_out_of_range_is_refused(queue: mq.Queue, wait: int) -> None:
+    await create(queue, "T1")
+    with pytest.raises(mq.Refused, match=f"wait is '?{wait}'?; accepted: .*0 to 3600") as refused:
+        await queue.next("alice", wait=wait)
+    assert refused.value.code == "INVALID"
+
+
+@pytest.mark.parametrize("wait", ["-1", "1000000000", "1.5", "x"])
+def test_a_wait_out_of_range_ends_a_command_with_2(
+    config: mq.Config, tmp_path: Path, wait: str
+) -> None:
+    words = ["next", "--project", "p", "--url", config["redis.url"], "--wait", wait]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), *words], capture_output=True, text=True, env=environ
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("INVALID: ")
+
+
+# ---- assignments ----
+
+
+async def test_with_policy_assign_a_waiter_takes_nothing_itself(
+    queue: mq.Queue, config: mq.Config
+) -> None:
+    """Also not in the last moment of its wait: the orchestrator decides who gets what."""
+    config.set("defaults.assign", True, "file")
+    await create(queue, "T1")
+    assert await queue.next("alice", wait=1) == {"tasks": [], "why": "nothing was assigned"}
+
+
+async def test_who_does_not_wait_takes_the_best_itself(queue: mq.Queue, config: mq.Config) -> None:
+    config.set("defaults.assign", True, "file")
+    await create(queue, "T1")
+    assert (await queue.next("alice"))["tasks"][0]["taskId"] == "T1"
+
+
+# ---- one name, two processes ----
+
+TWIN = f"""
+import asyncio, json, sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import mosaic_queue as mq
+
+async def main():
+    config = mq.Config(environ={{}}).set("redis.url", sys.argv[1], "t").set("project", "p", "t")
+    async with mq.Queue(config, session=sys.argv[2]) as queue:
+        sys.stdin.readline()
+        while tasks := (await queue.next("twin"))["tasks"]:
+            print(json.dumps([tasks[0]["taskId"], tasks[0]["fence"]]), flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_two_processes_of_one_name_never_hold_one_task(
+    queue: mq.Queue, server: Server
+) -> None:
+    names = [f"T{n}" for n in range(200)]
+    await create(queue, *names)
+    twins = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWIN, server.url, f"session{n}"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        for n in range(3)
+    ]  # fmt: skip
+    for twin in twins:
+        assert twin.stdin
+        twin.stdin.write("go\n")
+        twin.stdin.flush()
+    said = [twin.communicate(timeout=30)[0].splitlines() for twin in twins]
+    held = [json.loads(line) for lines in said for line in lines]
+    assert sorted(task for task, _ in held) == sorted(names)
+    assert len({fence for _, fence in held}) == 200
+
+
+# ---- what an earlier session left behind ----
+
+
+async def test_a_later_session_takes_over_what_an_earlier_one_left(config: mq.Config) -> None:
+    async with mq.Queue(config, session="s1") as old, mq.Queue(config, session="s2") as new:
+        await create(old, "T1", "T2")
+        first = (await old.next("alice"))["tasks"][0]
+        await old.leave()
+        again = (await new.next("alice"))["tasks"][0]
+        assert again["taskId"] == first["taskId"] == "T1"
+        assert again["fence"] > first["fence"]
+        with pytest.raises(mq.Refused) as refused:
+            await old.complete("T1", agent="alice")
+        assert refused.value.code == "STALE_SESSION"
+        assert (await new.next("alice"))["tasks"][0]["taskId"] == "T2"
+        assert (await new.complete("T1", agent="alice"))["status"] == "completed"
+
+
+async def test_what_a_living_session_holds_is_not_taken_over(config: mq.Config) -> None:
+    async with mq.Queue(config, session="s1") as old, mq.Queue(config, session="s2") as new:
+        await create(old, "T1")
+        await old.next("alice")
+        assert not (await new.next("alice"))["tasks"]
+        assert not (await old.next("alice"))["tasks"]
+
+
+async def test_two_thirds_of_a_lease_without_renewal_are_as_good_as_a_word(
+    config: mq.Config, shim: Shim
+) -> None:
+    async with mq.Queue(config, session="s1") as old:
+        await create(old, "T1")
+        await old.next("alice", ttl=300)
+        shim.seconds = 190
+        async with mq.Queue(config, session="s2") as other:
+            assert not (await other.next("bob"))["tasks"]
+        shim.seconds = 210
+        async with mq.Queue(config, session="s3") as new:
+            assert (await new.next("alice"))["tasks"][0]["taskId"] == "T1"
+
+
+async def test_resume_gives_back_what_this_session_holds(config: mq.Config) -> None:
+    async with mq.Queue(config, session="s1") as queue:
+        await create(queue, "T1", "T2")
+        first = (await queue.next("alice"))["tasks"][0]
+        again = (await queue.next("alice", resume=True))["tasks"][0]
+        assert again["taskId"] == first["taskId"]
+        assert again["fence"] > first["fence"]
+
+
+# ---- cancelled ----
+
+
+async def moment(seconds: float) -> None:
+    """Let others run so long; a timer of the loop is no finer than a millisecond."""
+    over = time.monotonic() + seconds
+    while time.monotonic() < over:
+        await asyncio.sleep(0)
+
+
+async def test_a_cancelled_next_leaves_nothing_claimed(queue: mq.Queue, db: redis.Redis) -> None:
+    """At 200 random moments; what was answered in time is released by hand."""
+    await create(queue, "T1", "T2")
+    await queue.get("T1")
+    rng, cut = random.Random(3), 0
+    for n in range(200):
+        asked = asyncio.create_task(queue.next("alice"))
+        await moment(rng.uniform(0, 0.0015))
+        asked.cancel()
+        try:
+            await queue.release((await asked)["tasks"][0]["id"], agent="alice")
+        except asyncio.CancelledError:
+            cut += 1
+        assert not db.exists(f"{ROOT}:running:any"), f"round {n}"
+        assert db.zcard(f"{ROOT}:ready:any") == 2
+    assert cut > 20, "hardly anything was cut off: no test"
+    assert not queue.leases
+
+
+async def test_a_cancelled_wait_leaves_nothing_claimed(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis
+) -> None:
+    """The task comes at about the moment of the cancellation, which comes from asyncio itself."""
+    await create(queue, "later", delay=604800)
+    rng = random.Random(4)
+    async with mq.Queue(config, session="s") as other:
+        for n in range(100):
+            waiting = asyncio.create_task(other.next("alice", wait=20))
+            await moment(rng.uniform(0, 0.003))
+            await create(queue, f"T{n}")
+            await moment(rng.uniform(0, 0.002))
+            waiting.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                offer = await waiting
+                await other.release(offer["tasks"][0]["id"], agent="alice")
+            assert not db.exists(f"{ROOT}:running:any"), f"round {n}"
+            await queue.delete(f"T{n}")
