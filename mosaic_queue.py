@@ -3030,7 +3030,7 @@ def id_of(line: bytes) -> str | int | None:
         found = message.get("id") if isinstance(message, dict) else None
     except (ValueError, RecursionError):
         version, own = rb'"jsonrpc"\s*:\s*"2.0"\s*,\s*', rb'(\d{1,15}|"[^"\\]{0,100}")\s*,'
-        first = re.match(rb'\s*\{\s*(?:' + version + rb')?"id"\s*:\s*' + own, line)
+        first = re.match(rb"\s*\{\s*(?:" + version + rb')?"id"\s*:\s*' + own, line)
         found = json.loads(first[1]) if first else None
     return found if isinstance(found, (str, int)) and not isinstance(found, bool) else None
 

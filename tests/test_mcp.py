@@ -190,7 +190,7 @@ async def test_tools(connect: Connect, mode: str) -> None:
         assert hints is not None
         for hint in ("read_only", "destructive", "idempotent", "open_world"):
             assert isinstance(getattr(hints, hint + "_hint"), bool), (tool.name, hint)
-        reads = tool.name in ("queue_list", "queue_get", "queue_status")
+        reads = tool.name in ("queue_list", "queue_get", "queue_status", "queue_explain")
         assert hints.read_only_hint is reads
         assert hints.open_world_hint is False
         assert tool.input_schema["type"] == "object"

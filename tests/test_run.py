@@ -220,7 +220,8 @@ def test_bytes_that_are_no_text_are_passed_on_and_told(
 def test_a_lot_of_output_does_not_block(run: Tell, server: Server) -> None:
     """More than pipes hold, on both at once; the summary has its limit."""
     create(server, "T1")
-    code = "import sys\nfor n in range(2000):\n    print('o' * 999)\n    sys.stderr.write('e' * 1000)\n"
+    code = "import sys\n"
+    code += "for n in range(2000): print('o' * 999); sys.stderr.write('e' * 1000)\n"
     status, out, err = run(code + "print('s' * 100_000)")
     assert status == 0
     assert (len(out), len(err) > 2_000_000) == (2_100_001, True)

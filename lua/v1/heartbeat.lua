@@ -14,7 +14,7 @@ local ttl = arg.ttl ~= '' and require_integer(arg.ttl, 'ttl', 1, WEEK)
 require_text(arg.progress, 'progress', 4096)
 require_text(arg.checkpoint, 'checkpoint', 65536)
 local task = load(arg.task, 'op', 'claimedBy', 'session', 'claimTTL', 'maxRuntime', 'assigned',
-                  'rev')
+                  'rev', 'fence')
 local done = recall(task)
 if done then return replay(done) end
 require_status(task, 'claimed', 'in-progress')

@@ -606,9 +606,10 @@ local function free_dependents(task)
   return freed, false
 end
 
--- Takes a task out of everything.  Its status `deleted` goes first, so that reap finishes what is
--- cut off, and its hash last.  Tasks that depended on it do not any more; BATCH of them at most.
+-- Takes a task out of everything.  Once its status is `deleted` reap finishes what is cut off; its
+-- hash goes last.  Tasks that depended on it do not any more; BATCH of them at most.
 local function bury(task)
+  displace(task)
   write('HSET', task.key, 'status', 'deleted')
   for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do
     local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked')
@@ -634,7 +635,6 @@ local function bury(task)
     write('ZREM', key('dependents', task.id), id)
   end
   if task.edges ~= '' then remove_edges(task) end
-  displace(task)
   write('ZREM', key('mission', task.mission), task.id)
   for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents'}) do
     write('DEL', key(kind, task.id))

@@ -99,14 +99,20 @@ class Ours:
         self.scripts = {step: mq.script(step.split()[0]) for step in self.steps}
         for lua in self.scripts.values():
             client.script_load(lua.text)
+        self.fences: dict[int, str] = {}
 
     def run(self, step: str, n: int) -> None:
         lua = self.scripts[step]
         op = hashlib.blake2b(f"{step} {n}".encode(), digest_size=12).hexdigest()
         said = SAID | {"task": f"T{n:05}", "op": f"{op} {op[:12]}", "epoch": op}
+        # Queue names the fence of a claim of its own, as every session does.
+        said["fence"] = self.fences.get(n, "")
         argv = [said.get(word, "") for word in (*lua.args, *lua.each)]
         reply = self.client.evalsha(lua.sha, 1, ROOT, *argv)
         assert reply[0] == "OK", (step, reply)
+        if step.startswith("claim"):
+            row = reply[1].split("\t")
+            self.fences[n] = dict(zip(row[::2], row[1::2], strict=True))["fence"]
 
 
 class Floor:
