@@ -22,7 +22,7 @@ Sections, in the order in which they build on each other; each starts with a ban
     VOCABULARY      what an argument may be, by its name; the results
     SCRIPTS         the Lua files composed and pinned by their hash
     SERVER          the private valkey-server
-    CONNECTION      URLs, preflight
+    CONNECTION      the way to one Valkey: URLs, sending again, what it has to be
     QUEUE           the typed operations; the only code that talks to Valkey
     MONITOR         the one process that watches: expired leases, assignments
     RUN             a command under a lease
@@ -792,8 +792,8 @@ def explained(
         for one in waits:
             holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
             why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
-            if one["status"] == "failed":
-                todo.append(f"mosaic-queue redrive {task['project']}/{one['taskId']}")
+            step = "redrive" if one["status"] == "failed" else "explain"
+            todo.append(f"mosaic-queue {step} {task['project']}/{one['taskId']}")
     if status in ("claimed", "in-progress"):
         ended = task["leaseExpiresAt"] <= facts["now"]
         why.append(
@@ -1177,7 +1177,7 @@ def connect(url: str) -> Any:
     }
     try:
         if scheme == "redis+cluster":
-            return RedisCluster.from_url("redis://" + rest, **options)
+            return patient(RedisCluster).from_url("redis://" + rest, **options)
         if scheme == "redis+sentinel":
             login, _, places = rest.rpartition("@")
             hosts, _, service = places.partition("/")
@@ -1190,6 +1190,171 @@ def connect(url: str) -> Any:
         return redis.asyncio.Redis.from_url(f"{scheme}://{rest}", **options)
     except ValueError:
         invalid("URL", masked(url), "scheme://[user:password@]host:port/db")
+
+
+def patient(cluster: Any) -> Any:
+    """A cluster client that follows no ASK: while a slot moves, a root of which half the keys have
+    moved looks empty.  The error goes to Link, which waits and sends the same op id again."""
+
+    class Patient(cluster):  # type: ignore[misc]
+        async def _execute_command(self, node: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return await node.execute_command(*args, **kwargs)
+            except Exception:
+                self._initialize = True  # reads the slots again before the next command
+                raise
+
+    return Patient
+
+
+class Link:
+    """The way to one Valkey: connects, sends again, starts the private server when it is down.
+
+    Only commands that may be repeated go through here.  `deadline` (s) bounds each of them.
+    """
+
+    def __init__(self, config: Config, deadline: float, unsafe: bool) -> None:
+        self.config, self.deadline, self.unsafe = config, deadline, unsafe
+        self.server: PrivateServer | None = None
+        self.fit: dict[str, str] = {}  # what `check` has found
+        self._client: Any = None
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
+        self._client = None
+
+    def _open(self) -> Any:
+        url = self.config["redis.url"]
+        if url:
+            return connect(url)
+        if not self.config["embedded"]:
+            raise Refused(
+                "UNREACHABLE",
+                "no Valkey is named, and the configuration says embedded: false",
+                "name one: --url redis://HOST:6379, $MOSAIC_VALKEY_URL or redis.url",
+            )
+        self.server = PrivateServer()
+        return connect(f"unix://{self.server.socket}")
+
+    @property
+    def address(self) -> str:
+        """Where Valkey is, without a password."""
+        return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
+
+    async def send(self, *command: Any) -> Any:
+        """One command to Valkey, sent again until an answer or the deadline comes; refuses
+        UNREACHABLE and UNFIT."""
+        import asyncio
+
+        import redis.exceptions as errors
+
+        fleeting = (
+            errors.ConnectionError,
+            errors.TimeoutError,
+            errors.BusyLoadingError,
+            errors.ReadOnlyError,
+            errors.TryAgainError,
+            errors.ClusterDownError,
+            errors.MasterDownError,
+            errors.SlotNotCoveredError,
+            errors.MovedError,
+            errors.AskError,
+            TimeoutError,
+            OSError,
+        )
+        give_up = time.monotonic() + self.deadline
+        pause = 0.01
+        while True:
+            left = give_up - time.monotonic()
+            try:
+                if self._client is None:
+                    self._client = self._open()
+                async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
+                    return await self._client.execute_command(*command)
+            except errors.NoPermissionError as problem:
+                said = f"{self.address}: {problem}"
+                raise Refused("UNFIT", said, "extend the user's ACL") from None
+            except (*fleeting, errors.ResponseError) as problem:
+                # A script stops where its slot is half moved; sent again, it heals what it began.
+                if not isinstance(problem, fleeting) and "non local key" not in str(problem):
+                    raise
+                # Over a Unix socket redis-py has no class of its own for a refused login.
+                refused = ("username-password", "HELLO must be called", "AUTH", "invalid password")
+                if any(words in str(problem) for words in refused):
+                    said = f"{self.address} refused the login: {problem}"
+                    hint = "check user and password of the URL"
+                    raise Refused("UNREACHABLE", said, hint) from None
+                if left <= 0:
+                    said = str(problem) or "no answer in time"
+                    raise Refused("UNREACHABLE", f"{self.address}: {said}") from None
+                if self.server:
+                    # It starts if need be; what it takes to read its data is not counted.
+                    began = time.monotonic()
+                    await asyncio.to_thread(self.server.ensure)
+                    give_up += time.monotonic() - began
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.5)
+
+    async def check(self) -> dict[str, str]:
+        """Version and eviction policy of the server, read once; refuses UNFIT."""
+        from redis.exceptions import ResponseError
+
+        if self.fit:
+            return self.fit
+        try:
+            info = await self.send("INFO", "server", "memory")
+        except (Refused, ResponseError) as problem:
+            if isinstance(problem, Refused) and problem.code != "UNFIT":
+                raise
+            info = {}
+        if isinstance(info, str):
+            lines = (line.partition(":") for line in info.splitlines())
+            info = {name: value for name, _, value in lines}
+        elif info and "redis_version" not in info:
+            info = next(iter(info.values()))  # of a cluster: the first node's
+        valkey = info.get("valkey_version")
+        version = str(valkey or info.get("redis_version") or "unknown")
+        policy = str(info.get("maxmemory_policy") or "unknown")
+        number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        needed = (7, 2) if valkey else (7, 0)
+        if number and number < needed and not self.unsafe:
+            raise Refused(
+                "UNFIT",
+                f"{self.address} is {'Valkey' if valkey else 'Redis'} {version}; accepted: "
+                "Valkey 7.2 or newer, Redis 7.0 or newer",
+            )
+        if policy not in ("noeviction", "unknown") and not self.unsafe:
+            raise Refused(
+                "UNFIT",
+                f"{self.address} evicts keys when its memory is full (maxmemory-policy {policy}); "
+                "accepted: noeviction",
+                "CONFIG SET maxmemory-policy noeviction, or override with --unsafe",
+            )
+        name = "Valkey" if valkey else "Redis" if number else ""
+        self.fit = {"version": f"{name} {version}".strip(), "policy": policy}
+        return self.fit
+
+    async def listen(self, bells: Sequence[str], seconds: float) -> None:
+        """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
+        import asyncio
+
+        from redis.exceptions import RedisError
+
+        try:
+            async with asyncio.timeout(seconds + 2):
+                await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
+        except (RedisError, OSError):
+            await asyncio.sleep(min(0.2, seconds))
+
+    def scan(self, pattern: str) -> AsyncIterator[str]:
+        """All keys that match a pattern, some perhaps twice."""
+        return cast(AsyncIterator[str], self._client.scan_iter(match=pattern, count=1000))
+
+    def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
+        """All members of a sorted set with their scores, some perhaps twice."""
+        return cast(AsyncIterator[tuple[str, float]], self._client.zscan_iter(key, count=1000))
 
 
 # ==== QUEUE ==================================================================================
@@ -1328,14 +1493,10 @@ class Queue:
         self.agent: str | None = self.config["agent"]
         self.session = session
         self.actor = user_at_host()
-        self.deadline = deadline
-        self.unsafe = unsafe
-        self.server: PrivateServer | None = None
-        self._client: Any = None
+        self.link = Link(self.config, deadline, unsafe)
         self.ttl: int | None = None  # of claims that name none; else the project's claimTTL
         self.leases: dict[str, Lease] = {}
         self.lost: list[str] = []
-        self._fit: dict[str, str] = {}
         self._came_back: set[tuple[str, str]] = set()
         self._registered: set[str] = set()
 
@@ -1347,119 +1508,7 @@ class Queue:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._client is not None:
-            await self._client.aclose()
-        self._client = None
-
-    # ---- the way to Valkey ----
-
-    def _open(self) -> Any:
-        url = self.config["redis.url"]
-        if url:
-            return connect(url)
-        if not self.config["embedded"]:
-            raise Refused(
-                "UNREACHABLE",
-                "no Valkey is named, and the configuration says embedded: false",
-                "name one: --url redis://HOST:6379, $MOSAIC_VALKEY_URL or redis.url",
-            )
-        self.server = PrivateServer()
-        return connect(f"unix://{self.server.socket}")
-
-    @property
-    def address(self) -> str:
-        """Where Valkey is, without a password."""
-        return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
-
-    async def _send(self, *command: Any) -> Any:
-        """One command to Valkey, sent again until an answer or the deadline comes.
-
-        Only commands that may be repeated go through here.  Refuses UNREACHABLE and UNFIT.
-        """
-        import asyncio
-
-        import redis.exceptions as errors
-
-        fleeting = (
-            errors.ConnectionError,
-            errors.TimeoutError,
-            errors.BusyLoadingError,
-            errors.ReadOnlyError,
-            errors.TryAgainError,
-            errors.ClusterDownError,
-            errors.MasterDownError,
-            errors.SlotNotCoveredError,
-            TimeoutError,
-            OSError,
-        )
-        give_up = time.monotonic() + self.deadline
-        pause = 0.01
-        while True:
-            left = give_up - time.monotonic()
-            try:
-                if self._client is None:
-                    self._client = self._open()
-                async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
-                    return await self._client.execute_command(*command)
-            except errors.NoPermissionError as problem:
-                said = f"{self.address}: {problem}"
-                raise Refused("UNFIT", said, "extend the user's ACL") from None
-            except fleeting as problem:
-                # Over a Unix socket redis-py has no class of its own for a refused login.
-                refused = ("username-password", "HELLO must be called", "AUTH", "invalid password")
-                if any(words in str(problem) for words in refused):
-                    said = f"{self.address} refused the login: {problem}"
-                    hint = "check user and password of the URL"
-                    raise Refused("UNREACHABLE", said, hint) from None
-                if left <= 0:
-                    said = str(problem) or "no answer in time"
-                    raise Refused("UNREACHABLE", f"{self.address}: {said}") from None
-                if self.server:
-                    # It starts if need be; what it takes to read its data is not counted.
-                    began = time.monotonic()
-                    await asyncio.to_thread(self.server.ensure)
-                    give_up += time.monotonic() - began
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 0.5)
-
-    async def _preflight(self) -> dict[str, str]:
-        """Version and eviction policy of the server, read once; refuses UNFIT."""
-        from redis.exceptions import ResponseError
-
-        if self._fit:
-            return self._fit
-        try:
-            info = await self._send("INFO", "server", "memory")
-        except (Refused, ResponseError) as problem:
-            if isinstance(problem, Refused) and problem.code != "UNFIT":
-                raise
-            info = {}
-        if isinstance(info, str):
-            lines = (line.partition(":") for line in info.splitlines())
-            info = {name: value for name, _, value in lines}
-        elif info and "redis_version" not in info:
-            info = next(iter(info.values()))  # of a cluster: the first node's
-        valkey = info.get("valkey_version")
-        version = str(valkey or info.get("redis_version") or "unknown")
-        policy = str(info.get("maxmemory_policy") or "unknown")
-        number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-        needed = (7, 2) if valkey else (7, 0)
-        if number and number < needed and not self.unsafe:
-            raise Refused(
-                "UNFIT",
-                f"{self.address} is {'Valkey' if valkey else 'Redis'} {version}; accepted: "
-                "Valkey 7.2 or newer, Redis 7.0 or newer",
-            )
-        if policy not in ("noeviction", "unknown") and not self.unsafe:
-            raise Refused(
-                "UNFIT",
-                f"{self.address} evicts keys when its memory is full (maxmemory-policy {policy}); "
-                "accepted: noeviction",
-                "CONFIG SET maxmemory-policy noeviction, or override with --unsafe",
-            )
-        name = "Valkey" if valkey else "Redis" if number else ""
-        self._fit = {"version": f"{name} {version}".strip(), "policy": policy}
-        return self._fit
+        await self.link.close()
 
     async def _call(
         self,
@@ -1472,7 +1521,7 @@ class Queue:
         """Run a script on a project's root and return its reply; raises the refusal it gives."""
         from redis.exceptions import NoScriptError, ResponseError
 
-        await self._preflight()
+        await self.link.check()
         lua = script(name)
         values = {camel(key): value for key, value in arguments.items() if value is not None}
         agent = values.get("agent") or self.agent
@@ -1496,12 +1545,13 @@ class Queue:
         root = root or f"mosaic:queue:project:{{{project}}}"
         try:
             try:
-                reply = await self._send("EVALSHA", lua.sha, 1, root, *argv)
+                reply = await self.link.send("EVALSHA", lua.sha, 1, root, *argv)
             except NoScriptError:
-                reply = await self._send("EVAL", lua.text, 1, root, *argv)
+                reply = await self.link.send("EVAL", lua.text, 1, root, *argv)
         except ResponseError as problem:
             if str(problem).startswith(("OOM", "MISCONF", "NOREPLICAS")):
-                raise Refused("UNFIT", f"{self.address}: {problem}", "free or add memory") from None
+                said = f"{self.link.address}: {problem}"
+                raise Refused("UNFIT", said, "free or add memory") from None
             raise
         if reply[0] in CODES:
             code, sentence, due = reply
@@ -1565,12 +1615,9 @@ class Queue:
             reply = await self._call(name, project, arguments)
             if reply[0] in ("OK", "REPEATED"):
                 task = task_from(project, reply)
-                given = {
-                    "task": task["taskId"],
-                    "agent": arguments["agent"],
-                    "fence": task["fence"],
-                }
-                await self._call("release", project, given | {"session": arguments.get("session")})
+                given = {key: arguments.get(key) for key in ("agent", "session")}
+                given |= {"task": task["taskId"], "fence": task["fence"]}
+                await self._call("release", project, given)
 
     async def _claimed(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
         """The reply of a script that claims; when leases that ran out are in the way, they are
@@ -1599,7 +1646,7 @@ class Queue:
     async def projects(self) -> list[str]:
         """The names of all projects, sorted; those that the server's ACL shows."""
         try:
-            names = await self._send("SMEMBERS", REGISTRY)
+            names = await self.link.send("SMEMBERS", REGISTRY)
         except Refused as problem:
             if problem.code != "UNFIT":
                 raise
@@ -1656,9 +1703,9 @@ class Queue:
             from redis.exceptions import ResponseError
 
             # A hint for those who list all projects; an ACL may keep it from us.
-            await self._preflight()
+            await self.link.check()
             try:
-                await self._send("SADD", REGISTRY, project)
+                await self.link.send("SADD", REGISTRY, project)
             except ResponseError:
                 pass
             except Refused as problem:
@@ -1820,19 +1867,7 @@ class Queue:
             root = f"mosaic:queue:project:{{{project}}}"
             bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
             block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
-            await self._listen([f"{root}:inbox:{agent}", *bells], block)
-
-    async def _listen(self, bells: Sequence[str], seconds: float) -> None:
-        """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
-        import asyncio
-
-        from redis.exceptions import RedisError
-
-        try:
-            async with asyncio.timeout(seconds + 2):
-                await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
-        except (RedisError, OSError):
-            await asyncio.sleep(min(0.2, seconds))
+            await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
 
     @operation(tool="orchestrator", group="operators")
     async def assign(
@@ -2167,13 +2202,13 @@ class Queue:
 
         Example: mosaic-queue status --project web
         """
-        fit = await self._preflight()
+        fit = await self.link.check()
         began = time.perf_counter()
-        await self._send("PING")
+        await self.link.send("PING")
         took = (time.perf_counter() - began) * 1000
         server: Server = {
-            "backend": "private" if self.server else "url",
-            "address": self.address,
+            "backend": "private" if self.link.server else "url",
+            "address": self.link.address,
             "version": fit["version"],
             "evictionPolicy": fit["policy"],
             "roundTripMs": round(took, 3),
@@ -2316,19 +2351,20 @@ class Queue:
             pages = [await self.events(project=one, limit=limit) for one in await self.projects()]
             merged = [event for page in pages for event in page["events"]]
             return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
-        await self._preflight()
+        await self.link.check()
         stream = f"mosaic:queue:project:{{{project}}}:events"
         found: list[Event] = []
         if since is None:
-            rows = await self._send("XREVRANGE", stream, "+", "-", "COUNT", 1000 if task else limit)
+            most = 1000 if task else limit
+            rows = await self.link.send("XREVRANGE", stream, "+", "-", "COUNT", most)
             found = [event for row in reversed(rows) if (event := event_from(project, row, task))]
             last = found[-1]["rev"] if found else 0
             return {"events": found[-limit:], "since": last}
-        first = await self._send("XRANGE", stream, "-", "+", "COUNT", 1)
+        first = await self.link.send("XRANGE", stream, "-", "+", "COUNT", 1)
         lost = max(0, int(first[0][0].partition("-")[0]) - since - 1) if first else 0
         give_up = time.monotonic() + wait
         while True:
-            rows = await self._send("XRANGE", stream, f"({since}-0", "+", "COUNT", limit)
+            rows = await self.link.send("XRANGE", stream, f"({since}-0", "+", "COUNT", limit)
             found += [event for row in rows if (event := event_from(project, row, task))]
             since = int(rows[-1][0].partition("-")[0]) if rows else since
             left = give_up - time.monotonic()
@@ -2337,7 +2373,7 @@ class Queue:
                 return answer | {"lost": lost} if lost else answer
             if not rows:
                 block = round(min(left, 1) * 1000)
-                await self._send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
+                await self.link.send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
 
     @operation(tool="", group="operators")
     async def doctor(self, *, project: str | None = None) -> Findings:
@@ -2345,7 +2381,7 @@ class Queue:
 
         Example: mosaic-queue doctor
         """
-        fit = await self._preflight()
+        fit = await self.link.check()
         answer: Findings = {"findings": [], "checked": 0}
         if fit["policy"] not in ("noeviction", "unknown"):
             answer["findings"].append(f"the server evicts keys: maxmemory-policy {fit['policy']}")
@@ -2380,21 +2416,22 @@ class Queue:
     async def _setting(self, name: str) -> str:
         """One setting of the server, or unknown."""
         try:
-            found = await self._send("CONFIG", "GET", name)
+            found = await self.link.send("CONFIG GET", name)
         except Refused:
             return "unknown"
         return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
 
     async def _checked(self, project: str) -> AsyncIterator[tuple[Any, Any]]:
         """All ids that any key of a project knows, 100 at a time, with what is wrong with them."""
+        await self.link.check()
         root = f"mosaic:queue:project:{{{project}}}"
         ids: set[str] = set()
-        async for key in self._client.scan_iter(match=f"{root}:*", count=1000):
+        async for key in self.link.scan(f"{root}:*"):
             kind, _, name = key[len(root) + 1 :].partition(":")
             if kind in ("task", "text", "work", "waits", "dependents", "lock"):
                 ids.add(name)
             if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
-                ids |= {row[0] async for row in self._client.zscan_iter(key, count=1000)}
+                ids |= {row[0] async for row in self.link.members(key)}
         known = sorted(ids)
         for at in range(0, len(known), 100):
             part = known[at : at + 100]
@@ -3320,11 +3357,17 @@ def human(name: str, result: Any) -> str:
             for one in result["agents"]
         ]
         return table(("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE"), holders)
+    places = {key: place for place, key in enumerate(Task.__annotations__)}
     lines = []
-    for key, value in result.items():
+    for key in sorted(result, key=lambda key: places.get(key, len(places))):
+        value = result[key]
+        if value in ([], {}) or (key in ("project", "taskId") and "id" in result):
+            continue
         if key.endswith("At") or key == "notBefore":
             value = spelled_out(f"@{value}@")
-        elif isinstance(value, (dict, list)):
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        elif isinstance(value, dict):
             value = json.dumps(value, ensure_ascii=False)
         text = "\n".join(printable(line) for line in str(value).split("\n"))
         lines.append(f"{key + ':':<16} {text}")
