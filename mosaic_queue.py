@@ -1171,6 +1171,7 @@ def connect(url: str) -> Any:
         invalid("URL scheme", scheme if colon else masked(url), ", ".join(SCHEMES))
     options: dict[str, Any] = {
         "decode_responses": True,
+        "max_connections": 10_000,  # every waiter blocks one; redis-py's default is 100
         "socket_timeout": None,
         "socket_connect_timeout": DEADLINE,
         "retry": Retry(NoBackoff(), 0),
@@ -1851,7 +1852,9 @@ class Queue:
             left = give_up - time.monotonic()
             # Once in a session: later on whatever the agent holds is its own.
             orphans = "" if (project, agent) in self._came_back else "orphans"
-            given |= {"resume": "1" if resume else orphans, "wait": max(0, round(left))}
+            # In ms, and never 0 for who waits: the last look waits too, as the policy may say.
+            waits = max(1, round(left * 1000)) if wait else 0
+            given |= {"resume": "1" if resume else orphans, "wait": waits}
             reply = await self._claimed("next", project, given)
             self._came_back.add((project, agent))
             if reply[0] != "NOTHING":
@@ -2888,10 +2891,13 @@ def for_tools(text: str) -> str:
     return text.replace(" --", " ")
 
 
-def as_tool_text(result: Any) -> str:
-    """What an agent reads: lines for a list, compact JSON for the rest."""
-    if not (isinstance(result, dict) and "tasks" in result and isinstance(result["tasks"], list)):
-        return json.dumps(result, ensure_ascii=False, separators=(",", ":"))
+def as_tool_text(of: Operation, result: Any) -> str:
+    """What an agent reads: lines for a list, the task that `next` found or why there is none,
+    compact JSON for the rest."""
+    if of.signature.return_annotation == "Offer":
+        return compact(result["tasks"][0]) if result["tasks"] else str(result["why"])
+    if of.signature.return_annotation != "TaskList" or of.name == "redrive":
+        return compact(result)
     lines = []
     for task in result["tasks"]:
         words = [task["id"], task["status"], task["priority"], task["lane"]]
@@ -2951,7 +2957,7 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
         refused = False
         try:
             arguments = tool_arguments(of, call.arguments or {}, queue.config)
-            text = as_tool_text(await getattr(queue, of.name)(**arguments))
+            text = as_tool_text(of, await getattr(queue, of.name)(**arguments))
         except Refused as refusal:
             refused, text = True, f"{refusal.code}: {refusal.message}"
             if refusal.hint:

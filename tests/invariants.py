@@ -58,7 +58,7 @@ def scores(flat: list[Any]) -> dict[str, int]:
 def dictionary() -> dict[str, tuple[str, bool]]:
     """Kind of key -> its type and whether a name follows it, as the prelude's head says."""
     text = (mq.lua_folder() / "prelude.lua").read_text()
-    rows = re.findall(r"^--   <root>(?::(\w+))?(:<\w+>)?  +(\w+) ", text, re.MULTILINE)
+    rows = re.findall(r"^--   <root>(?::(\w+))?(:<\w+>)? +(\w+) ", text, re.MULTILINE)
     return {kind: (type_, bool(name)) for kind, name, type_ in rows}
 
 

@@ -98,9 +98,9 @@ async def test_a_half_moved_root_is_waited_for(
     """While the slot moves nothing is answered from half of the keys: every call waits, and is
     carried out once when the slot has arrived."""
     slot = int(nodes[0].db.execute_command("CLUSTER KEYSLOT", "{p}"))
-    owner = next(n for n in nodes if any(
-        row[0] <= slot <= row[1] and row[2][1] == n.port for row in n.db.execute_command("CLUSTER SLOTS")
-    ))  # fmt: skip
+    rows = nodes[0].db.execute_command("CLUSTER SLOTS")
+    port = next(row[2][1] for row in rows if row[0] <= slot <= row[1])
+    owner = next(node for node in nodes if node.port == port)
     other = next(node for node in nodes if node is not owner)
     async with mq.Queue(config, deadline=15) as queue:
         for i in range(20):

@@ -66,6 +66,10 @@ async def reach(queue: mq.Queue, status: str, shape: str) -> None:
             await create(queue, waiter, "T", *others)
     if status in ("claimed", "in-progress", "completed", "failed"):
         await queue.claim("T", "alice", ttl=TTL, **who)
+    if status == "by-hand":
+        await queue.block("T", reason="wait")
+    elif status == "assigned":
+        await queue.assign("T", agent="alice")
     if status == "in-progress":
         await queue.heartbeat("T", checkpoint="page 3", progress="half", **who)
         await queue.start("T", **who)
@@ -87,6 +91,8 @@ class Scenario:
     extra: Callable[[mq.Queue, Shim], Awaitable[Any]] | None = None
     gone: set[str] = field(default_factory=set)  # tasks that the call takes away
     mixed: bool = False  # cut off, it may have changed some of what it says of a task already
+    chooses: bool = False  # sent again, it may choose another task: `T` is back after its lease
+    broken: bool = False  # the key space is not sound before
 
     async def prepare(self, queue: mq.Queue, shim: Shim) -> None:
         await create(queue, "bystander")
@@ -152,6 +158,49 @@ def scenarios() -> list[Scenario]:
     hard = by_holder("fail", reason="broken", force=True, retry=False)
     add("fail hard force", "pending delayed", hard, "plain")
     add("fail hard force", "blocked failed", hard, "linked")
+    later = {"resume": True, "ttl": 2 * TTL, "op": "same"}
+    add("claim resume", "in-progress", lambda q: q.claim("T", "alice", **later), "linked")
+    add("claim assigned", "assigned", lambda q: q.claim("T", "alice", ttl=TTL, op="same"))
+    add("next", "pending", lambda q: q.next("alice", ttl=TTL, op="same"), chooses=True)
+    add("next due", "delayed", lambda q: q.next("alice", lane="coding", ttl=TTL, op="same"),
+        seconds=2000, chooses=True)
+    add("next resume", "claimed", lambda q: q.next("alice", **later), "linked", chooses=True)
+    add("next assigned", "assigned", lambda q: q.next("alice", ttl=TTL, op="same"), chooses=True)
+    add("next stale", "pending", lambda q: q.next("alice", ttl=TTL, op="same"), "plain",
+        extra=stale_entries, chooses=True, broken=True)
+    add("assign", "pending", lambda q: q.assign("T", agent="alice", op="same"))
+    add("assign best", "pending", lambda q: q.assign(agent="alice", op="same"), "linked", chooses=True)
+    add("start assigned", "assigned", by_holder("start"))
+    add("heartbeat assigned", "assigned", by_holder("heartbeat"))
+    add("reap assigned", "assigned", lambda q: q.reap(), seconds=EXPIRED)
+    add("note", "pending", lambda q: q.note("T", "seen", op="same"), "plain")
+    add("note", "claimed", lambda q: q.note("T", "seen", op="same"), "linked")
+
+    def update(**options: Any) -> Call:
+        return lambda q: q.update("T", op="same", **options)
+
+    texts = update(title="new", description="more", priority="low", mission="n")
+    add("update", "pending blocked", texts, "plain", mixed=True)
+    add("update", "delayed in-progress", texts, "linked", mixed=True)
+    add("update lane", "pending claimed", update(lane="planning"))
+    add("update delay", "pending delayed", update(delay=500))
+    edges = {"mixed": True, "extra": two_more}
+    add("update edges", "pending blocked claimed failed", update(dependencies=["X", "Y"]), **edges)
+    add("update no edges", "blocked in-progress", update(dependencies=[]), "linked", **edges)
+    block = by_holder("block", reason="stop")
+    add("block", "pending claimed", block)
+    add("block", "delayed blocked in-progress", block, "linked")
+    add("block", "by-hand", block, "plain", mixed=True)
+    add("unblock", "by-hand", lambda q: q.unblock("T", op="same"))
+    add("redrive", "failed", lambda q: q.redrive("T", op="same"))
+    add("redrive delay", "failed", lambda q: q.redrive("T", delay=50, op="same"), "plain")
+    add("reopen", "completed", lambda q: q.reopen("T", reason="blank", op="same"))
+    add("purge", "completed", lambda q: q.purge(older=0), "plain", gone={"T"})
+    add("purge failed", "failed", lambda q: q.purge(older=0, status="failed"), gone={"T"})
+    add("pause", "pending", lambda q: q.pause(), "plain")
+    add("unpause", "pending", lambda q: q.unpause(), "plain", extra=paused)
+    add("repair", "blocked claimed", lambda q: q.repair(), "linked",
+        extra=damage, broken=True)
     vary("reap", lambda q: q.reap(), seconds=EXPIRED)
     add("reap two", "claimed", lambda q: q.reap(), seconds=EXPIRED, extra=another_lease)
     add("reap dead", "claimed", lambda q: q.reap(), seconds=5 * EXPIRED, extra=last_lease)
@@ -181,6 +230,30 @@ async def another_lease(queue: mq.Queue, shim: Shim) -> None:
     await create(queue, "U", lane="coding")
     await queue.claim("U", "bob", ttl=TTL)
     await queue.heartbeat("U", checkpoint="page 7")
+
+
+async def two_more(queue: mq.Queue, shim: Shim) -> None:
+    await create(queue, "X")
+    await queue.complete("X", force=True)
+    await create(queue, "Y")
+
+
+async def stale_entries(queue: mq.Queue, shim: Shim) -> None:
+    """What is in front of `T` among the ready and does not exist."""
+    with redis.Redis.from_url(queue.config["redis.url"]) as raw:
+        raw.zadd("mosaic:queue:project:{p}:ready:any", {"ghost": 1, "spook": 2})
+        raw.sadd("mosaic:queue:project:{p}:assigned:alice", "ghost", "T")
+
+
+async def paused(queue: mq.Queue, shim: Shim) -> None:
+    await queue.pause()
+
+
+async def damage(queue: mq.Queue, shim: Shim) -> None:
+    """Something for `repair`: indexes of `T` and of the tasks around it that are gone."""
+    with redis.Redis.from_url(queue.config["redis.url"]) as raw:
+        raw.delete("mosaic:queue:project:{p}:blocked", "mosaic:queue:project:{p}:waits:T")
+        raw.zadd("mosaic:queue:project:{p}:failed", {"T": 7})
 
 
 async def last_lease(queue: mq.Queue, shim: Shim) -> None:
@@ -309,6 +382,8 @@ class Stage:
     def problems(self, unborn: Collection[str] = ()) -> list[str]:
         self.follower.read()
         found = problems(self.db, "p", gaps=1, cut=True, unborn=unborn)
+        if self.scenario.mixed:  # the mission that it left, or was to enter, may still list it
+            found = [one for one in found if not one.startswith("mission has")]
         return found + self.follower.behind()
 
     async def drain(self) -> None:
@@ -361,7 +436,7 @@ async def test_every_prefix_is_invisible_or_finished(stage: Stage) -> None:
     stage.reset()
     start = key_space(stage.server)
     tasks = set(stage.seen())
-    assert problems(stage.db, "p") == []
+    assert stage.scenario.broken or problems(stage.db, "p") == []
     await stage.settle()
     not_made = stage.seen()
     stage.reset()
@@ -416,11 +491,14 @@ async def sent_again(stage: Stage, expected: Expected) -> list[str]:
         told = [
             f"{task} is {before.get(task)}, not {expected.done.get(task)}"
             for task in ("T", "N")
-            if before.get(task) != expected.done.get(task)
+            if before.get(task) != expected.done.get(task) and not stage.scenario.chooses
         ]
         await stage.settle()
     except (mq.Refused, redis.ResponseError) as problem:
         return [f"{problem}"]
+    if stage.scenario.chooses:
+        held = [view for view in before.values() if view["status"] == "claimed"]
+        return [f"claimed are {held}"] * (len(held) != 1) + stage.problems()
     return told + differences(stage.seen(), expected.made) + stage.problems()
 
 
@@ -448,11 +526,10 @@ async def left_alone(stage: Stage, expected: Expected) -> list[str]:
         await stage.queue.repair()
         findings = (await stage.queue.doctor())["findings"]
         told += [f"doctor: {one}" for one in findings if one.startswith("p/")]
-        await stage.drain()
     except (mq.Refused, redis.ResponseError) as problem:
         return [f"{problem}"]
     lost = expected.tasks - stage.scenario.gone - stage.seen().keys()
-    told += stage.problems() + stage.unended()
+    told += stage.problems(unborn)
     return sorted({*told, *(f"lost: {task}" for task in lost)})
 
 
@@ -511,14 +588,24 @@ async def test_a_creation_that_was_cut_off_is_invisible(stage: Stage) -> None:
 
 @creations
 async def test_a_creation_that_was_cut_off_leaves_the_id_free(stage: Stage) -> None:
-    """Another call may create the task otherwise, and nothing of the first shows up."""
+    """Another call may create the task otherwise, and nothing of the first shows up but that
+    what the first named has the task among its dependents: nothing tells any more that it should
+    not."""
     wrong = []
     async for point in points_of(stage):
         found = read_project(stage.db, "p")
-        others = {"priority": "low", "lane": "planning"}
-        for task in {"T", "B1", "B2", "B3", "B4"} - found.tasks.keys():
-            await stage.queue.create("p", "other", task, title="another", **others)
-        wrong += [f"{point}: {problem}" for problem in stage.problems()]
+        others = {"priority": "low", "lane": "planning", "title": "another"}
+        new = {"T", "B1", "B2", "B3", "B4"} - found.tasks.keys()
+        for task in new:
+            await stage.queue.create("p", "m", task, **others)
+        await stage.queue.repair()
+        for task in new:
+            shown = await stage.queue.get(task)
+            wanted = others | {"status": "pending", "dependencies": []}
+            if any(shown[name] != value for name, value in wanted.items()):
+                wrong.append(f"{point}: {shown}")
+        told = [one for one in stage.problems() if not one.startswith("dependents:")]
+        wrong += [f"{point}: {problem}" for problem in told]
     assert not wrong, "\n".join(wrong)
 
 

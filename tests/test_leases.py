@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -101,11 +102,11 @@ async def until(true: Any, limit: float = 10) -> None:
 
 
 async def taken(client: Client, **wants: Any) -> dict[str, Any]:
-    """The task that `queue_next` hands out."""
+    """The task that `queue_next` hands out, read whole."""
     text = text_of(await client.call_tool("queue_next", wants))
-    assert text.startswith("{"), text
-    offer = json.loads(text)
-    return dict(offer["tasks"][0] if "tasks" in offer else offer)
+    found = re.search(r"\bp/(T\d+)", text)
+    assert found, text
+    return dict(json.loads(text_of(await client.call_tool("queue_get", {"task": found[1]}))))
 
 
 # ---- an agent that thinks ----
@@ -135,9 +136,17 @@ async def test_next_hands_an_agent_its_whole_task(connect: Connect, boss: mq.Que
     await boss.heartbeat("T1", agent="bob", checkpoint="at page 3")
     await boss.release("T1", agent="bob")
     async with connect() as client:
-        task = await taken(client)
-    expected = {"description": "all of it", "metadata": {"a": 1}, "checkpoint": "at page 3"}
-    assert expected.items() <= task.items()
+        text = text_of(await client.call_tool("queue_next", {}))
+        for part in ("p/T1", "all of it", '"a":1', "at page 3"):
+            assert part in text, text
+
+
+async def test_next_tells_an_agent_why_there_is_nothing(connect: Connect, boss: mq.Queue) -> None:
+    await create(boss, "T1", delay=90)
+    async with connect() as client:
+        result = await client.call_tool("queue_next", {})
+        assert not result.is_error, "no refusal: an answer"
+        assert "nothing is ready; the next task is due at 2" in text_of(result)
 
 
 async def test_claims_over_stdio_are_short_by_default(

@@ -25,9 +25,9 @@ TTL, LATER = 60, 100  # s: a lease, and a time when it is over
 
 @pytest.fixture
 async def queue(config: mq.Config, shim: Shim) -> AsyncIterator[mq.Queue]:
-    """A queue whose project has one task `other` that nothing depends on."""
+    """A queue whose project has one task `other` that nothing depends on and few are offered."""
     async with mq.Queue(config) as opened:
-        await create(opened, "other")
+        await create(opened, "other", lane="planning")
         yield opened
 
 
@@ -72,6 +72,10 @@ async def reach(queue: mq.Queue, status: str) -> None:
     await create(queue, "T", **options.get(status, {}))
     if status in ("claimed", "in-progress", "completed", "failed"):
         await queue.claim("T", "alice", ttl=TTL)
+    if status == "by hand":
+        await queue.block("T", reason="wait")
+    if status == "assigned":
+        await queue.assign("T", agent="alice")
     if status == "in-progress":
         await queue.start("T", agent="alice")
     elif status == "completed":
@@ -93,46 +97,88 @@ OPERATIONS = {
     "fail": lambda queue: queue.fail("T", reason="broken"),
     "fail hard": lambda queue: queue.fail("T", reason="broken", retry=False),
     "fail force": lambda queue: queue.fail("T", reason="broken", force=True),
-    "fail delay force": lambda queue: queue.fail("T", reason="broken", force=True, delay=50),
+    "fail wait force": lambda queue: queue.fail("T", reason="broken", force=True, delay=50),
     "fail hard force": lambda queue: queue.fail("T", reason="x", force=True, retry=False),
+    "next": lambda queue: queue.next("bob", lane="coding"),
+    "assign": lambda queue: queue.assign("T", agent="bob"),
+    "note": lambda queue: queue.note("T", "seen"),
+    "update": lambda queue: queue.update("T", title="new", metadata={"a": 1}, mission="n"),
+    "update place": lambda queue: queue.update("T", lane="coding", priority="high"),
+    "update edges": lambda queue: queue.update("T", dependencies=["other"]),
+    "update no edges": lambda queue: queue.update("T", dependencies=[]),
+    "update delay": lambda queue: queue.update("T", delay=500),
+    "block": lambda queue: queue.block("T", reason="wait"),
+    "unblock": lambda queue: queue.unblock("T"),
+    "redrive": lambda queue: queue.redrive("T"),
+    "redrive delay": lambda queue: queue.redrive("T", delay=50),
+    "reopen": lambda queue: queue.reopen("T", reason="blank"),
+    "purge": lambda queue: queue.purge(older=0),
+    "purge failed": lambda queue: queue.purge(older=0, status="failed"),
+    "pause": lambda queue: queue.pause(),
+    "unpause": lambda queue: queue.unpause(),
+    "doctor": lambda queue: queue.doctor(),
+    "repair": lambda queue: queue.repair(),
     "reap": lambda queue: queue.reap(),
     "reap later": lambda queue: queue.reap(),
     "delete": lambda queue: queue.delete("T"),
     "delete force": lambda queue: queue.delete("T", force=True),
 }
 
-SHORT = {"N": "NOT_FOUND", "W": "WRONG_STATUS"}
+SHORT = {
+    "P": "pending", "C": "claimed", "I": "in-progress", "D": "completed", "F": "failed",
+    "B": "blocked", "N": "NOT_FOUND", "W": "WRONG_STATUS",
+}
 MATRIX = """
-                 absent  pending   delayed   blocked   claimed     in-progress completed failed
-create           pending EXISTS    EXISTS    EXISTS    EXISTS      EXISTS      EXISTS    EXISTS
-claim            N       claimed   NOT_DUE   BLOCKED   HELD        HELD        W         W
-start            N       W         W         W         in-progress W           W         W
-heartbeat        N       W         W         W         claimed     in-progress W         W
-progress         N       W         W         W         claimed     in-progress W         W
-release          N       W         W         W         pending     pending     W         W
-release_delay    N       W         W         W         pending     pending     W         W
-complete         N       W         W         W         completed   completed   W         W
-complete_force   N       completed completed completed completed   completed   W         completed
-fail             N       W         W         W         pending     pending     W         W
-fail_hard        N       W         W         W         failed      failed      W         W
-fail_force       N       pending   pending   blocked   pending     pending     W         pending
-fail_delay_force N       pending   pending   blocked   pending     pending     W         pending
-fail_hard_force  N       failed    failed    failed    failed      failed      W         failed
-reap             -       pending   pending   blocked   claimed     in-progress completed failed
-reap_later       -       pending   pending   blocked   pending     pending     completed failed
-delete           N       -         -         -         HELD        HELD        -         -
-delete_force     N       -         -         -         -           -           -         -
+                absent pending delayed blocked by_hand assigned claimed in-progress completed failed
+create          P      EXISTS  EXISTS  EXISTS  EXISTS  EXISTS   EXISTS  EXISTS      EXISTS    EXISTS
+claim           N      C       NOT_DUE BLOCKED BLOCKED C        HELD    HELD        W         W
+next            -      C       P       B       B       C        C       I           D         F
+assign          N      C       NOT_DUE BLOCKED BLOCKED HELD     HELD    HELD        W         W
+start           N      W       W       W       W       I        I       W           W         W
+heartbeat       N      W       W       W       W       C        C       I           W         W
+progress        N      W       W       W       W       C        C       I           W         W
+note            N      P       P       B       B       C        C       I           D         F
+release         N      W       W       W       W       P        P       P           W         W
+release_delay   N      W       W       W       W       P        P       P           W         W
+complete        N      W       W       W       W       D        D       D           W         W
+complete_force  N      D       D       D       D       D        D       D           W         D
+fail            N      W       W       W       W       P        P       P           W         W
+fail_hard       N      W       W       W       W       F        F       F           W         W
+fail_force      N      P       P       B       B       P        P       P           W         P
+fail_wait_force N      P       P       B       B       P        P       P           W         P
+fail_hard_force N      F       F       F       F       F        F       F           W         F
+update          N      P       P       B       B       C        C       I           W         F
+update_place    N      P       P       B       B       C        C       I           W         F
+update_edges    N      B       B       B       B       C        C       I           W         F
+update_no_edges N      P       P       P       B       C        C       I           W         F
+update_delay    N      P       P       B       B       W        W       W           W         F
+block           N      B       B       B       B       B        B       B           W         W
+unblock         N      W       W       W       P       W        W       W           W         W
+redrive         N      W       W       W       W       W        W       W           W         P
+redrive_delay   N      W       W       W       W       W        W       W           W         P
+reopen          N      W       W       W       W       W        W       W           P         W
+purge           -      P       P       B       B       C        C       I           -         F
+purge_failed    -      P       P       B       B       C        C       I           D         -
+pause           -      P       P       B       B       C        C       I           D         F
+unpause         -      P       P       B       B       C        C       I           D         F
+doctor          -      P       P       B       B       C        C       I           D         F
+repair          -      P       P       B       B       C        C       I           D         F
+reap            -      P       P       B       B       C        C       I           D         F
+reap_later      -      P       P       B       B       P        P       P           D         F
+delete          N      -       -       -       -       HELD     HELD    HELD        -         -
+delete_force    N      -       -       -       -       -        -       -           -         -
 """
 
 
 def cells() -> list[Any]:
     head, *rows = MATRIX.strip("\n").splitlines()
+    statuses = [status.replace("_", " ") for status in head.split()]
     made = []
     for row in rows:
         name, *outcomes = row.split()
-        for status, outcome in zip(head.split(), outcomes, strict=True):
+        name = name.replace("_", " ")
+        for status, outcome in zip(statuses, outcomes, strict=True):
             outcome = SHORT.get(outcome, outcome)
-            name = name.replace("_", " ")
             made.append(pytest.param(name, status, outcome, id=f"{name}-{status}"))
     assert len({case.values[0] for case in made}) == len(OPERATIONS)
     return made
@@ -151,10 +197,10 @@ async def test_matrix(
     if outcome in mq.CODES:
         assert await refused(server, OPERATIONS[operation](queue)) == outcome
     else:
-        answer = await OPERATIONS[operation](queue)
+        answer: Any = await OPERATIONS[operation](queue)
         assert await fate(db) == outcome
-        if operation not in ("reap", "reap later", "delete", "delete force"):
-            assert answer["status"] == outcome
+        for task in answer.get("tasks", [answer]):
+            assert task.get("status", outcome) == outcome
     assert sound(db, shim) == []
 
 
@@ -513,3 +559,432 @@ async def test_whatever_ends_a_claim_makes_room(
         assert sound(db, shim) == []
         await queue.claim("next", "bob")
         assert sound(db, shim) == []
+
+
+# ---- next: which task, and whose ----
+
+
+async def given(queue: mq.Queue, **options: Any) -> str:
+    """The id of the task that `next` gives to bob, or ''."""
+    offer = await queue.next("bob", **options)
+    return offer["tasks"][0]["taskId"] if offer["tasks"] else ""
+
+
+async def test_priority_goes_before_age_and_a_task_that_comes_back_keeps_its_place(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    for task, priority in (("M1", "medium"), ("L", "low"), ("M2", "medium"), ("C", "critical")):
+        await create(queue, task, priority=priority, lane="coding")
+    assert [await given(queue, lane="coding") for _ in "ab"] == ["C", "M1"]
+    await queue.release("M1")
+    await queue.fail("C", reason="broken")
+    order = [await given(queue, lane="coding") for _ in range(5)]
+    assert order == ["C", "M1", "M2", "L", ""]
+    assert sound(db, shim) == []
+
+
+@pytest.mark.parametrize(("changes", "order"), [
+    ({"priority": "critical"}, ["T", "A", "B"]),
+    ({"priority": "low"}, ["A", "B", "T"]),
+    ({"lane": "any"}, ["A", "T", "B"]),
+    ({"lane": "planning"}, ["A", "B"]),
+    ({"dependencies": ["A"]}, ["A", "B"]),
+    ({"delay": 50}, ["A", "B"]),
+    ({"title": "new"}, ["A", "T", "B"]),
+])
+async def test_a_ready_task_that_is_updated_stands_in_its_new_place(
+    queue: mq.Queue, db: redis.Redis, shim: Shim, changes: Any, order: list[str]
+) -> None:
+    for task in ("A", "T", "B"):
+        await create(queue, task, lane="coding")
+    await queue.update("T", **changes)
+    assert sound(db, shim) == []
+    assert [await given(queue, lane="coding") for _ in order] == order
+    assert sound(db, shim) == []
+
+
+async def test_a_lane_gives_its_own_tasks_and_those_of_any(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    for task, lane in (("P", "planning"), ("C", "coding"), ("A", "any")):
+        await create(queue, task, lane=lane)
+    assert [await given(queue, lane="coding") for _ in range(3)] == ["C", "A", ""]
+    assert [await given(queue) for _ in range(3)] == ["other", "P", ""]
+    assert sound(db, shim) == []
+
+
+async def test_a_mission_gives_its_own_tasks(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await queue.create("p", "second", "S", title="a task", priority="low")
+    assert [await given(queue, mission="second") for _ in "ab"] == ["S", ""]
+    assert sound(db, shim) == []
+
+
+async def test_full_lanes_are_passed_over(config: mq.Config, db: redis.Redis, shim: Shim) -> None:
+    config.set("lanes.coding.maxConcurrent", 1, "test")
+    async with mq.Queue(config) as queue:
+        for task in ("C1", "C2"):
+            await create(queue, task, lane="coding", priority="critical")
+        await create(queue, "A")
+        assert [await given(queue) for _ in range(3)] == ["C1", "A", ""]
+        assert "C1" in (await queue.next("bob"))["why"]
+        await queue.complete("C1")
+        assert await given(queue, lane="coding") == "C2"
+        assert sound(db, shim) == []
+
+
+async def test_a_delayed_task_is_given_when_it_is_due(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await create(queue, "T", delay=50, lane="coding")
+    assert await given(queue, lane="coding") == ""
+    shim.seconds = 51
+    assert await given(queue, lane="coding") == "T"
+    assert sound(db, shim) == []
+
+
+async def test_entries_without_a_task_are_cleaned(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    """What a creation that was cut off leaves among the ready."""
+    await create(queue, "T", lane="coding")
+    db.zadd("mosaic:queue:project:{p}:ready:coding", {"ghost": 1, "other": 2})
+    assert await given(queue, lane="coding") == "T"
+    assert sound(db, shim) == []
+
+
+@pytest.mark.parametrize("how", ["claim", "next"])
+@pytest.mark.parametrize(("seconds", "stamp", "same", "outcome"), [
+    (0, False, False, "HELD"),  # another session of the same agent: it lives
+    (41, False, False, "s2"),  # two thirds of its lease passed
+    (0, True, False, "s2"),  # it said that it ends
+    (41, False, True, "HELD"),  # never inside one session
+    (0, True, True, "HELD"),
+])
+async def test_what_an_earlier_session_left_behind(
+    config: mq.Config, db: redis.Redis, shim: Shim,
+    how: str, seconds: int, stamp: bool, same: bool, outcome: str,
+) -> None:
+    async with mq.Queue(config, session="s1") as first, mq.Queue(config, session="s2") as second:
+        await create(first, "T")
+        before = await first.claim("T", "alice", ttl=TTL)
+        await first.start("T", agent="alice")
+        if stamp:
+            await first.leave()
+        shim.seconds = seconds
+        queue = first if same else second
+        if how == "next":
+            tasks = (await queue.next("alice"))["tasks"]
+        else:
+            try:
+                tasks = [await queue.claim("T", "alice")]
+            except mq.Refused as problem:
+                assert problem.code == outcome  # noqa: PT017 - both ways are in the table
+                tasks = []
+        assert [task["session"] for task in tasks] == ([outcome] if outcome == "s2" else [])
+        if tasks:
+            assert tasks[0]["fence"] > before["fence"]
+            assert await refusal_code(first.complete("T", agent="alice")) == "STALE_SESSION"
+        assert sound(db, shim) == []
+
+
+async def refusal_code(call: Any) -> str:
+    return (await refusal_of(call)).code
+
+
+# ---- assignments ----
+
+PICK_UPS = {
+    "next": lambda queue: queue.next("alice"),
+    "claim": lambda queue: queue.claim("T", "alice"),
+    "start": lambda queue: queue.start("T", agent="alice"),
+    "heartbeat": lambda queue: queue.heartbeat("T", agent="alice"),
+}
+
+
+@pytest.mark.parametrize("how", PICK_UPS)
+async def test_an_assignment_is_picked_up(
+    config: mq.Config, db: redis.Redis, shim: Shim, how: str
+) -> None:
+    """From then on it is a claim of that session like any other, with a lease of full length."""
+    async with mq.Queue(config, session="s1") as queue:
+        await create(queue, "T")
+        assigned = (await queue.assign("T", agent="alice"))["tasks"][0]
+        assert "session" not in assigned
+        assert assigned["claimTTL"] == 60
+        await PICK_UPS[how](queue)
+        assert db.keys("*:assigned:*") == []
+        shim.seconds = LATER
+        assert (await queue.reap())["settled"] == 0
+        task = await queue.get("T")
+        assert (task["session"], task["claimTTL"]) == ("s1", 3600)
+        assert sound(db, shim) == []
+
+
+async def test_an_assignment_that_nobody_picks_up_is_released_without_blame(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await create(queue, "T")
+    for _ in range(5):
+        await queue.assign("T", agent="alice")
+        shim.seconds += 61
+        assert (await queue.reap())["reaped"] == []
+        task = await queue.get("T")
+        assert (task["status"], task["retryCount"]) == ("pending", 0)
+        assert "expiryCount" not in task
+        assert db.keys("*:assigned:*") == []
+        assert sound(db, shim) == []
+    assert await refusal_code(queue.complete("T", agent="alice")) == "WRONG_STATUS"
+
+
+async def test_assign_chooses_by_priority_then_by_who_waits_for_it(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    for task, on in (("A", []), ("B", []), ("W", ["B"])):
+        await create(queue, task, dependencies=on, lane="coding")
+    await create(queue, "H", lane="coding", priority="high")
+    for expected in ("H", "B", "A"):
+        offer = await queue.assign(agent="alice", lane="coding")
+        assert offer["tasks"][0]["taskId"] == expected
+    assert "nothing" in (await queue.assign(agent="alice", lane="coding"))["why"]
+    assert sound(db, shim) == []
+
+
+async def test_assign_takes_nothing_from_the_agent(
+    config: mq.Config, db: redis.Redis, server: Server, shim: Shim
+) -> None:
+    """However old its lease, what the agent works on is no pending task."""
+    async with mq.Queue(config) as boss, mq.Queue(config, session="s1") as queue:
+        await create(queue, "T")
+        await queue.claim("T", "alice", ttl=TTL)
+        shim.seconds = 50
+        assert await refused(server, boss.assign("T", agent="alice")) == "HELD"
+
+
+# ---- what a task says of itself ----
+
+
+async def test_update_changes_and_clears_every_field(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await create(queue, "T", description="old", metadata={"a": 1}, dependencies=["other"])
+    new: dict[str, Any] = {
+        "title": "new", "description": "more", "priority": "low", "lane": "coding",
+        "mission": "n", "dependencies": [], "metadata": {"b": [{}, None]},
+    }
+    await queue.update("T", delay=500, **new)
+    task = await queue.get("T")
+    assert {name: task[name] for name in new} == new
+    assert task["notBefore"] == task["updatedAt"] + 500_000
+    assert sound(db, shim) == []
+    await queue.update("T", clear=["description", "metadata", "delay"])
+    assert not {"description", "metadata", "notBefore"} & (await queue.get("T")).keys()
+    assert sound(db, shim) == []
+
+
+async def test_update_refuses_another_rev(queue: mq.Queue, server: Server) -> None:
+    task = await create(queue, "T")
+    await queue.note("T", "something")
+    stale = queue.update("T", title="new", if_rev=task["rev"])
+    assert await refused(server, stale) == "STALE_REV"
+    await queue.update("T", title="new", if_rev=(await queue.get("T"))["rev"])
+
+
+@pytest.mark.parametrize("length", [1, 2, 200])
+async def test_update_refuses_a_cycle(queue: mq.Queue, server: Server, length: int) -> None:
+    rows: Any = [
+        {"taskId": f"A{i}", "mission": "m", "title": "a task",
+         "dependencies": [f"A{i - 1}"] if i else []}
+        for i in range(length)
+    ]
+    await queue.create_all(rows, project="p")
+    last = f"A{length - 1}"
+    assert await refused(server, queue.update("A0", dependencies=[last])) == "CYCLE"
+
+
+async def test_update_takes_200_dependencies(
+    queue: mq.Queue, db: redis.Redis, server: Server, shim: Shim
+) -> None:
+    await create(queue, "T")
+    rows: Any = [{"taskId": f"A{i}", "mission": "m", "title": "a task"} for i in range(200)]
+    await queue.create_all(rows, project="p")
+    names = [row["taskId"] for row in rows]
+    assert await refused(server, queue.update("T", dependencies=[*names, "other"])) == "TOO_LARGE"
+    await queue.update("T", dependencies=names)
+    assert await fate(db) == "blocked"
+    assert sound(db, shim) == []
+
+
+async def test_a_held_task_may_get_a_lane_and_dependencies(
+    config: mq.Config, db: redis.Redis, shim: Shim
+) -> None:
+    """It counts in its new lane at once; it waits once its holder gives it back."""
+    config.set("lanes.coding.maxConcurrent", 1, "test")
+    async with mq.Queue(config) as queue:
+        await create(queue, "first")
+        await create(queue, "rival", lane="coding")
+        await create(queue, "T")
+        await queue.claim("T", "alice", ttl=TTL)
+        await queue.update("T", lane="coding", dependencies=["first"])
+        assert await refusal_code(queue.claim("rival", "bob")) == "LANE_FULL"
+        assert sound(db, shim) == []
+        await queue.release("T", agent="alice")
+        assert await fate(db) == "blocked"
+        assert sound(db, shim) == []
+
+
+@pytest.mark.parametrize("before", ["claimed", "failed"])
+async def test_what_a_completed_task_waited_for_is_forgotten(
+    queue: mq.Queue, db: redis.Redis, shim: Shim, before: str
+) -> None:
+    await reach(queue, before)
+    await queue.update("T", dependencies=["other"])
+    await queue.complete("T", force=True)
+    assert sound(db, shim) == []
+    await queue.complete("other", force=True)
+    assert sound(db, shim) == []
+
+
+# ---- blocked by hand ----
+
+
+async def test_only_the_holder_blocks_what_is_held(
+    queue: mq.Queue, db: redis.Redis, server: Server, shim: Shim
+) -> None:
+    await reach(queue, "claimed")
+    assert await refused(server, queue.block("T", reason="x", agent="bob")) == "NOT_OWNER"
+    await queue.block("T", reason="waits for a key", agent="alice")
+    task = await queue.get("T")
+    assert (task["status"], task["blockedReason"]) == ("blocked", "waits for a key")
+    assert "claimedBy" not in task
+    assert sound(db, shim) == []
+    await queue.unblock("T")
+    task = await queue.get("T")
+    assert task["status"] == "pending"
+    assert "blockedReason" not in task
+    assert sound(db, shim) == []
+
+
+async def test_hand_and_dependency_block_each_for_itself(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    for freed_first in (True, False):
+        task = f"T{freed_first}"
+        await create(queue, f"A{freed_first}")
+        await create(queue, task, dependencies=[f"A{freed_first}"])
+        await queue.block(task, reason="wait")
+        steps = [
+            lambda on=f"A{freed_first}": queue.complete(on, force=True),
+            lambda task=task: queue.unblock(task),
+        ]
+        for step, status in zip(
+            steps if freed_first else steps[::-1], ("blocked", "pending"), strict=True
+        ):
+            await step()
+            assert (await queue.get(task))["status"] == status
+            assert sound(db, shim) == []
+
+
+# ---- second lives ----
+
+
+async def test_redrive_starts_the_counters_again(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await create(queue, "T")
+    await lapse(queue, shim)
+    for _ in range(4):
+        await queue.claim("T", "alice")
+        await queue.fail("T", agent="alice", reason="broken")
+    assert await fate(db) == "failed"
+    page = await queue.redrive(mission="m")
+    assert [task["taskId"] for task in page["tasks"]] == ["T"]
+    task = await queue.get("T")
+    assert (task["status"], task["retryCount"]) == ("pending", 0)
+    assert not {"expiryCount", "failedAt", "failureReason"} & task.keys()
+    assert sound(db, shim) == []
+
+
+async def test_reopen_leaves_the_freed_free(queue: mq.Queue, db: redis.Redis, shim: Shim) -> None:
+    await create(queue, "first")
+    await create(queue, "T", dependencies=["first"])
+    await create(queue, "N", dependencies=["T"])
+    for task in ("first", "T"):
+        await queue.complete(task, force=True)
+    await queue.reopen("T", reason="blank")
+    await queue.reopen("first", reason="blank")
+    assert [(await queue.get(task))["status"] for task in ("first", "T", "N")] == ["pending"] * 3
+    assert sound(db, shim) == []
+    await queue.complete("T", force=True)
+    await queue.reopen("T", reason="it needs the first")
+    assert (await queue.get("T"))["status"] == "blocked"
+    assert sound(db, shim) == []
+    await queue.complete("first", force=True)
+    assert [(await queue.get(task))["status"] for task in ("T", "N")] == ["pending"] * 2
+    assert sound(db, shim) == []
+
+
+async def test_reopen_without_what_it_depended_on(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    """A dependency that was purged was completed, and a new task of its name is another."""
+    await reach(queue, "blocked")
+    await queue.complete("other", force=True)
+    await queue.complete("T", force=True)
+    await queue.delete("other")
+    await queue.reopen("T", reason="blank")
+    await create(queue, "other")
+    task = await queue.get("T")
+    assert (task["status"], task["dependencies"]) == ("pending", [])
+    assert sound(db, shim) == []
+
+
+async def test_purge_keeps_what_unfinished_tasks_depend_on(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await reach(queue, "blocked")
+    await queue.complete("other", force=True)
+    assert await queue.purge(older=0) == {"purged": 0, "kept": 1}
+    assert await queue.purge(older=1000) == {"purged": 0, "kept": 0}
+    await queue.complete("T", force=True)
+    assert await queue.purge(older=0) == {"purged": 2, "kept": 0}
+    assert sound(db, shim) == []
+
+
+async def test_a_pause_grants_no_claims_and_ends_none(
+    queue: mq.Queue, db: redis.Redis, server: Server, shim: Shim
+) -> None:
+    await reach(queue, "claimed")
+    await create(queue, "N", lane="coding")
+    await queue.pause()
+    assert await refused(server, queue.claim("N", "bob")) == "PAUSED"
+    assert await refused(server, queue.assign("N", agent="bob")) == "PAUSED"
+    assert "paused" in (await queue.next("bob"))["why"]
+    assert (await queue.assign(agent="bob"))["tasks"] == []
+    await queue.heartbeat("T", agent="alice")
+    await queue.complete("T", agent="alice")
+    await queue.unpause()
+    assert await given(queue, lane="coding") == "N"
+    assert sound(db, shim) == []
+
+
+async def test_a_thousand_dependents_are_freed_a_hundred_at_a_time(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    await create(queue, "T")
+    for start in range(0, 1000, 200):
+        rows: Any = [
+            {"taskId": f"D{i}", "mission": "m", "title": "a task", "dependencies": ["T"]}
+            for i in range(start, start + 200)
+        ]
+        await queue.create_all(rows, project="p")
+    ready = "mosaic:queue:project:{p}:ready:any"
+    done = await queue.complete("T", force=True)
+    assert (len(done["freed"]), db.zcard(ready)) == (100, 100)
+    assert sound(db, shim) == []
+    for step in range(2, 11):
+        assert (await queue.reap())["settled"] == 1
+        assert db.zcard(ready) == 100 * step
+    assert (await queue.reap())["settled"] == 0
+    assert sound(db, shim) == []

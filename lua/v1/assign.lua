@@ -43,6 +43,7 @@ end
 local task
 if arg.task ~= '' then
   task = load(arg.task, '*')
+  if held(task) then reject('HELD', name_of(task, true), due(task.lane)) end
   require_claimable(task)
   require_lane_room(task)
 elseif not limit('paused') then

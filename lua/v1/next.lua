@@ -7,7 +7,7 @@
 -- Emits    claim
 --
 -- A claimer with a lane gets tasks of that lane and of `any`, one without gets all; full lanes are
--- passed over.  First comes what was assigned to the agent, then what an earlier session of it
+-- passed over.  `wait` is in ms.  First comes what was assigned to the agent, then what an earlier session of it
 -- left behind (resume: `orphans`) or all that it holds (`1`).  With a mission at most LOOK tasks
 -- are looked at.
 
@@ -16,7 +16,7 @@ require_id(arg.agent, 'agent')
 local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end
-local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600)
+local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600000)
 local done = recall(nil, true)
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
@@ -30,7 +30,7 @@ for lane in each_lane() do
   if arg.lane == '' or lane == arg.lane or lane == 'any' then
     local most = cap(lane)
     if most and read('ZCARD', key('running', lane)) >= most then
-      full[#full + 1] = lane
+      if read('ZCARD', key('ready', lane)) > 0 then full[#full + 1] = lane end
     else
       lanes[#lanes + 1] = lane
     end
@@ -113,7 +113,7 @@ if task then
   return reply
 end
 if limit('assign') == 1 and wait > 0 then
-  write('ZADD', root .. ':waiting', now + wait * 1000, arg.agent .. ' ' .. arg.lane)
+  write('ZADD', root .. ':waiting', now + wait, arg.agent .. ' ' .. arg.lane)
 end
 
 -- Why there is nothing.
@@ -122,8 +122,7 @@ local soonest = read('ZRANGE', root .. ':delayed', 0, 0, 'WITHSCORES')
 if limit('paused') then
   why = 'the project is paused since @' .. limit('paused') .. '@'
 elseif #full > 0 then
-  why = 'lane ' .. full[1] .. ' has its ' .. cap(full[1]) .. ' held tasks: ' ..
-        table.concat(read('ZRANGE', key('running', full[1]), 0, 9), ', ')
+  why = full_lane(full[1])
 elseif limited then
   why = 'nothing of mission ' .. arg.mission .. ' is among the first ' .. LOOK .. ' ready tasks'
 elseif limit('assign') == 1 and wait > 0 then

@@ -261,13 +261,22 @@ local function require_owner(task)
   end
 end
 
+-- Who fills a lane, for a person.
+local function full_lane(lane)
+  local holders = {}
+  for i, id in ipairs(read('ZRANGE', key('running', lane), 0, 9)) do
+    local other = fields(id, 'claimedBy')
+    holders[i] = id .. ' of ' .. (other and other.claimedBy or 'nobody')
+  end
+  return 'lane ' .. lane .. ' has its ' .. cap(lane) .. ' held tasks: ' .. table.concat(holders, ', ')
+end
+
 -- The held tasks of a lane are counted, never remembered; a task's own stale entry is no other.
 local function require_lane_room(task)
   local most = cap(task.lane)
   if most and read('ZCARD', key('running', task.lane)) >= most and
      not read('ZSCORE', key('running', task.lane), task.id) then
-    reject('LANE_FULL', 'lane ' .. task.lane .. ' has its ' .. most .. ' held tasks: ' ..
-           table.concat(read('ZRANGE', key('running', task.lane), 0, 9), ', '), due(task.lane))
+    reject('LANE_FULL', full_lane(task.lane), due(task.lane))
   end
 end
 
@@ -482,9 +491,9 @@ end
 -- A transition of a task that nobody holds leaves a mark, so that reap finishes it if need be.
 -- A mark that is there already stays for reap.
 local function begin(task)
-  if not held(task) and write('ZADD', root .. ':unsettled', at, task.id) == 0 then
-    task.marked = true
-  end
+  if held(task) or rawget(task, 'begun') then return end
+  task.begun = true
+  task.marked = write('ZADD', root .. ':unsettled', at, task.id) == 0
 end
 
 -- Between emit and finish: the new status, its index, other fields as names and values.
@@ -659,6 +668,7 @@ local function heal(task)
   for _, index in ipairs({'delayed', 'blocked', 'failed', 'completed'}) do
     write('ZREM', root .. ':' .. index, task.id)
   end
+  if task.status ~= 'completed' and task.status ~= 'deleted' then restore_edges(task) end
   if held(task) then return false end
   write('DEL', key('lock', task.id))
   if task.status == 'deleted' then
@@ -669,7 +679,10 @@ local function heal(task)
     place(task, task.status)
   else
     local status = settled(task)
-    if status ~= task.status then write('HSET', task.key, 'status', status) end
+    if status ~= task.status then
+      emit(task, 'update', status, 'dependencies')
+      write('HSET', task.key, 'status', status, 'rev', task.rev, 'updatedAt', at)
+    end
     place(task, status)
   end
   if task.status ~= 'completed' then return false end

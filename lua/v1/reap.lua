@@ -5,7 +5,8 @@
 -- Args     actor
 -- Returns  the ids it reaped, how many it settled, seconds of grace left, when the next lease ends
 -- Rejects  SCHEMA INVALID NOT_FOUND
--- Emits    reap for each ended lease, release for an assignment that was not picked up, free
+-- Emits    reap for each ended lease, release for an assignment that was not picked up; what the
+--          transitions that were cut off had left to emit
 -- Flags    allow-oom
 --
 -- At most BATCH tasks of each kind per call.  After a start of the server holders get GRACE

@@ -1,10 +1,10 @@
 -- repair.lua -- Derive everything that points at some tasks from their hashes again.
 --
 -- State    any -> (unchanged), but blocked <-> pending as the dependencies say
--- Args     ids
+-- Args     actor ids
 -- Returns  how many tasks it set right
 -- Rejects  SCHEMA INVALID NOT_FOUND
--- Emits    nothing
+-- Emits    update for each task that is blocked, or no longer, and free
 --
 -- A task without a hash is taken out of everything; a held one without a lease gets one that has
 -- ended, so that reap gives it back.
@@ -22,6 +22,7 @@ for id in arg.ids:gmatch('%S+') do
     write('ZREM', root .. ':' .. name, id)
   end
   if not task then
+    remove_edges({id = id})
     for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents', 'lock'}) do
       write('DEL', key(kind, id))
     end
@@ -31,25 +32,9 @@ for id in arg.ids:gmatch('%S+') do
       text.title = id
       write('SET', key('text', id), cjson.encode(text))
     end
-    local edges, needs, kept = {}, {}, {}
-    for other in (text.dependencies or ''):gmatch('%S+') do
-      local dependency = fields(other)
-      local freed = read('ZSCORE', key('dependents', other), id) == '1'
-      if dependency then edges[#edges + 1] = other end
-      if dependency and dependency.status ~= 'completed' and not freed then needs[other] = true end
-    end
-    if task.status == 'completed' then
-      write('DEL', key('waits', id))
-      for _, other in ipairs(edges) do write('ZREM', key('dependents', other), id) end
-    else
-      write_edges(task, edges, needs)
-    end
     write('ZADD', key('mission', task.mission), task.order, id)
-    if held(task) then
-      write('ZADD', key('running', task.lane), 'NX', now, id)
-    elseif heal(task) then
-      write('ZADD', root .. ':unsettled', now, id)
-    end
+    if held(task) then write('ZADD', key('running', task.lane), 'NX', now, id) end
+    if heal(task) then write('ZADD', root .. ':unsettled', now, id) end
   end
   repaired = repaired + 1
 end

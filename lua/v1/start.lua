@@ -14,9 +14,9 @@ require_status(task, 'claimed')
 require_owner(task)
 
 emit(task, 'start', 'in-progress')
-change(task, 'status', 'in-progress')
 if task.assigned == '1' then
   pick_up(task, limit('claimTTL'))
   lease(task, limit('claimTTL'))
 end
+change(task, 'status', 'in-progress')
 return show(task, 'status', 'in-progress', 'fence', task.fence)

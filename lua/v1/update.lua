@@ -27,6 +27,8 @@ local task = load(arg.task, 'op', 'rev', 'priority', 'order', 'mission', 'notBef
 local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'pending', 'blocked', 'claimed', 'in-progress', 'failed')
+-- What is held has begun; its holder releases it with a delay.
+if changes('delay') then require_status(task, 'pending', 'blocked', 'failed') end
 if arg.ifRev ~= '' and arg.ifRev ~= task.rev then
   reject('STALE_REV', name_of(task) .. ' has rev ' .. task.rev .. ', not ' .. arg.ifRev:sub(1, 40))
 end
@@ -44,24 +46,23 @@ end
 
 emit(task, 'update', status, arg.given)
 begin(task)
-local before = text.dependencies or ''
+local marks = edges and held(task)
+if marks then write('ZADD', root .. ':unsettled', at, task.id) end
+if edges then
+  local keeps = {}
+  for _, id in ipairs(edges) do keeps[id] = true end
+  for id in (text.dependencies or ''):gmatch('%S+') do
+    if not keeps[id] then write('ZREM', key('dependents', id), task.id) end
+  end
+end
 for name, value in pairs({title = arg.title, description = arg.description, metadata = arg.metadata}) do
   if changes(name) then text[name] = given(value) end
 end
 if edges then text.dependencies = given(table.concat(edges, ' ')) end
 write('SET', key('text', task.id), cjson.encode(text))
-if edges then
-  local keeps = {}
-  for _, id in ipairs(edges) do keeps[id] = true end
-  for id in before:gmatch('%S+') do
-    if not keeps[id] then write('ZREM', key('dependents', id), task.id) end
-  end
-  write_edges(task, edges, needs)
-end
-if changes('mission') and arg.mission ~= task.mission then
-  write('ZADD', key('mission', arg.mission), task.order, task.id)
-  write('ZREM', key('mission', task.mission), task.id)
-end
+if edges then write_edges(task, edges, needs) end
+local mission = changes('mission') and arg.mission or task.mission
+if mission ~= task.mission then write('ZADD', key('mission', mission), task.order, task.id) end
 local notBefore = task.notBefore
 if changes('delay') then notBefore = after(delay) end
 local new = {id = task.id, status = status, order = task.order, notBefore = notBefore,
@@ -70,14 +71,17 @@ local new = {id = task.id, status = status, order = task.order, notBefore = notB
 if held(task) and new.lane ~= task.lane then
   write('ZADD', key('running', new.lane), read('ZSCORE', key('running', task.lane), task.id), task.id)
 end
+local placed = task.status == 'pending' or task.status == 'blocked'
+if placed then displace(task) end
 change(task, 'status', status, 'lane', new.lane, 'priority', new.priority, 'notBefore', notBefore,
-       'mission', changes('mission') and arg.mission or task.mission,
+       'mission', mission,
        'edges', edges and (#edges > 0 and #edges or '') or task.edges)
-if held(task) then
-  if new.lane ~= task.lane then write('ZREM', key('running', task.lane), task.id) end
-elseif status == 'pending' or status == 'blocked' then
-  displace(task)
-  place(new, status)
+if mission ~= task.mission then write('ZREM', key('mission', task.mission), task.id) end
+if placed then place(new, status) end
+if not held(task) then
+  finish(task)
+elseif new.lane ~= task.lane then
+  write('ZREM', key('running', task.lane), task.id)
 end
-if not held(task) then finish(task) end
+if marks then write('ZREM', root .. ':unsettled', task.id) end
 return show(task, 'status', status)

@@ -1,0 +1,370 @@
+"""The monitor: one leads, others take over; it ends leases and serves agents that wait.
+
+Who leads and how it dies is shown with processes, on a leader's lease of 2 s; what it does is
+shown with a monitor in this process, behind the shim, since a Valkey that has just started ends
+no lease for a minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import BINARIES, Server, Shim
+
+import mosaic_queue as mq
+
+pytestmark = pytest.mark.anyio
+PROGRAM = Path(mq.__file__)
+ROOT = "mosaic:queue:project:{p}"
+LEADS = 2
+RUN = (
+    f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_queue as mq; "
+    f"mq.LEADS = {LEADS}; sys.exit(mq.main())"
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One engine: what is tested here knows of none."""
+    running = Server(str(BINARIES["valkey"]()))
+    yield running
+    running.close()
+
+
+class Monitor:
+    """A monitor in a process of its own."""
+
+    def __init__(self, url: str, folder: Path, *words: str) -> None:
+        self.log = folder / f"log-{os.urandom(4).hex()}"
+        environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "MOSAIC_VALKEY_URL": url}
+        with open(self.log, "w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", RUN, "monitor", *words], env=environ, cwd=folder,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+            )  # fmt: skip
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        """What it has logged of one kind; every line has to be JSON."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines(keepends=True)]
+        return [line for line in lines if line["event"] == event]
+
+
+Start = Callable[..., Monitor]
+
+
+@pytest.fixture
+def start(db: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Start]:
+    started: list[Monitor] = []
+
+    def make(*words: str, url: str = server.url) -> Monitor:
+        started.append(Monitor(url, tmp_path, *words))
+        return started[-1]
+
+    yield make
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def watching(config: mq.Config, assign: bool = False) -> AsyncIterator[None]:
+    """A monitor in this process."""
+    task = asyncio.create_task(mq.monitor(config, assign))
+    try:
+        yield
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
+    rows: list[Any] = [
+        {"mission": "m", "title": "a task", "taskId": name, **rest} for name in names
+    ]
+    await queue.create_all(rows, project="p")
+
+
+async def until(true: Callable[[], Any], limit: float = 10) -> float:
+    """Wait until a condition holds and say how long; fails when it does not in time."""
+    began = time.monotonic()
+    while not true():
+        assert time.monotonic() < began + limit, "it did not come true"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+def status(db: redis.Redis, name: str) -> str | None:
+    return db.hget(f"{ROOT}:task:{name}", "status")
+
+
+# ---- one leads ----
+
+
+async def test_one_leads_and_another_takes_over(start: Start, db: redis.Redis) -> None:
+    monitors = [start() for _ in range(3)]
+    await until(lambda: any(one.told("lead") for one in monitors))
+    await until(lambda: all(one.told("start") for one in monitors))
+    await asyncio.sleep(LEADS)
+    (leader,) = [one for one in monitors if one.told("lead")]
+    assert db.get(mq.LEADER) == leader.told("start")[0]["token"]
+    leader.process.kill()
+    others = [one for one in monitors if one is not leader]
+    took = await until(lambda: any(one.told("lead") for one in others))
+    assert took < LEADS * 4 / 3 + 1, "its lease, and the others' next look"
+    assert len([one for one in others if one.told("lead")]) == 1
+
+
+async def test_sigterm_hands_over_at_once(start: Start, db: redis.Redis) -> None:
+    leader = start()
+    await until(lambda: leader.told("lead"))
+    other = start()
+    await until(lambda: other.told("start"))
+    leader.process.send_signal(signal.SIGTERM)
+    out, _ = leader.process.communicate(timeout=5)
+    assert (leader.process.returncode, out) == (0, b"")
+    assert leader.told("stop")
+    assert await until(lambda: other.told("lead")) < LEADS
+    assert db.get(mq.LEADER) == other.told("start")[0]["token"]
+
+
+async def test_a_leader_that_slept_stands_by(start: Start) -> None:
+    """Two that believe they lead would be no harm, but not for long."""
+    first, second = start(), start()
+    await until(lambda: first.told("lead") or second.told("lead"))
+    leader, other = (first, second) if first.told("lead") else (second, first)
+    leader.process.send_signal(signal.SIGSTOP)
+    await until(lambda: other.told("lead"))
+    leader.process.send_signal(signal.SIGCONT)
+    await until(lambda: leader.told("stand by"))
+    assert not other.told("stand by")
+
+
+async def test_it_outlives_the_server(start: Start, tmp_path: Path) -> None:
+    own = Server(str(BINARIES["valkey"]()))
+    try:
+        one = start(url=own.url)
+        await until(lambda: one.told("lead"))
+        own.kill()
+        await until(lambda: one.told("error"), 15)
+        own.start()
+        await until(lambda: own.client().get(mq.LEADER))
+        assert one.process.poll() is None
+        one.process.terminate()
+        assert one.process.wait(5) == 0
+    finally:
+        own.close()
+
+
+async def test_it_stops_at_once_without_a_server(start: Start) -> None:
+    one = start("--url", "redis://127.0.0.1:1")
+    await until(lambda: one.told("error"), 15)
+    assert one.told("error")[0]["code"] == "UNREACHABLE"
+    one.process.terminate()
+    assert one.process.wait(5) == 0
+
+
+# ---- it ends leases ----
+
+
+async def test_a_lease_ends_within_the_interval(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis, shim: Shim
+) -> None:
+    """In every project, and although the claim came after the monitor's last look."""
+    config.set("watchdog.interval", 1, "test")
+    await create(queue, "T1")
+    await queue.create("q", "m", "T2", title="t")
+    everywhere = mq.Config(dict(config.values), {}).set("project", "p", "test")
+    everywhere.values.pop("project")
+    async with watching(everywhere):
+        await asyncio.sleep(0.3)
+        await queue.claim("T1", "bob", ttl=1)
+        await queue.claim("q/T2", "bob", ttl=1)
+        took = await until(lambda: status(db, "T1") == "pending")
+        assert 0.9 < took < 2.3
+        other = ROOT.replace("{p}", "{q}")
+        await until(lambda: db.hget(f"{other}:task:T2", "status") == "pending", 1)
+    assert (await queue.get("T1"))["expiryCount"] == 1
+
+
+async def test_a_lease_that_it_knows_of_ends_on_time(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis, shim: Shim
+) -> None:
+    """The interval is a minute; it looks again when the next lease ends."""
+    await create(queue, "T1")
+    await queue.claim("T1", "bob", ttl=1)
+    async with watching(config):
+        took = await until(lambda: status(db, "T1") == "pending")
+        assert took < 1.5
+
+
+async def test_a_lease_that_is_renewed_is_left_alone(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis, shim: Shim
+) -> None:
+    config.set("watchdog.interval", 1, "test")
+    await create(queue, "T1")
+    await queue.claim("T1", "bob", ttl=1)
+    renewing = asyncio.create_task(queue.renew_leases())
+    async with watching(config):
+        await asyncio.sleep(2.5)
+        assert status(db, "T1") == "claimed"
+    renewing.cancel()
+
+
+async def test_hundreds_of_leases_end_in_one_look(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis, shim: Shim
+) -> None:
+    names = [f"T{n}" for n in range(150)]
+    await create(queue, *names)
+    for name in names:
+        await queue.claim(name, "bob", ttl=60)
+    shim.seconds = 61
+    async with watching(config):
+        await until(lambda: db.zcard(f"{ROOT}:ready:any") == 150, 3)
+
+
+# ---- it assigns ----
+
+
+@pytest.fixture
+def assigning(config: mq.Config) -> mq.Config:
+    return config.set("defaults.assign", True, "file")
+
+
+async def handed(queue: mq.Queue, agent: str, **wants: Any) -> str | None:
+    tasks = (await queue.next(agent, **{"wait": 5} | wants))["tasks"]
+    return tasks[0]["taskId"] if tasks else None
+
+
+async def test_it_serves_by_priority_then_dependents_then_age(
+    queue: mq.Queue, assigning: mq.Config
+) -> None:
+    await create(queue, "low")
+    await queue.update("low", priority="low")
+    await create(queue, "old", "young", "one", "two", priority="high")
+    await create(queue, "w1", dependencies=["one"])
+    await create(queue, "w2", "w3", dependencies=["two"])
+    async with watching(assigning, assign=True):
+        got = [await handed(queue, f"agent-{n}") for n in range(5)]
+        assert got == ["two", "one", "old", "young", "low"]
+    events = (await queue.events(project="p", since=0, limit=1000))["events"]
+    assert [one["task"] for one in events if one["op"] == "assign"] == got
+
+
+async def test_waiters_listen_to_their_inbox_alone(
+    queue: mq.Queue, assigning: mq.Config, db: redis.Redis
+) -> None:
+    await create(queue, "T0", delay=604800)
+    waiting = [asyncio.create_task(handed(queue, f"agent-{n}", wait=30)) for n in range(10)]
+    await until(lambda: db.zcard(f"{ROOT}:waiting") == 10)
+    names = [f"T{n}" for n in range(1, 11)]
+    await create(queue, *names)
+    await asyncio.sleep(0.5)
+    assert not any(task.done() for task in waiting), "nobody has assigned anything yet"
+    async with watching(assigning, assign=True):
+        got = await asyncio.wait_for(asyncio.gather(*waiting), 5)
+    assert sorted(map(str, got)) == sorted(names)
+    assert not db.exists(f"{ROOT}:waiting")
+
+
+async def test_who_waits_with_a_lane_gets_its_tasks(
+    queue: mq.Queue, assigning: mq.Config
+) -> None:
+    await create(queue, "C1", lane="coding", priority="critical")
+    await create(queue, "P1", lane="planning")
+    async with watching(assigning, assign=True):
+        assert await handed(queue, "alice", lane="planning") == "P1"
+        assert await handed(queue, "alice", lane="planning", wait=1) is None
+        assert await handed(queue, "alice", lane="coding") == "C1"
+
+
+async def test_who_waits_for_a_mission_gets_nothing_of_another(
+    queue: mq.Queue, assigning: mq.Config
+) -> None:
+    await create(queue, "O1", mission="other", priority="critical")
+    await create(queue, "M1", mission="mine")
+    async with watching(assigning, assign=True):
+        assert await handed(queue, "alice", mission="mine", wait=3) == "M1"
+
+
+async def test_two_of_one_name_get_a_task_each(queue: mq.Queue, assigning: mq.Config) -> None:
+    """Sub-agents of one client share its name."""
+    await create(queue, "T1", "T2")
+    async with watching(assigning, assign=True):
+        both = asyncio.gather(handed(queue, "alice", wait=20), handed(queue, "alice", wait=20))
+        assert sorted(map(str, await asyncio.wait_for(both, 15))) == ["T1", "T2"]
+
+
+async def test_who_gave_up_is_assigned_nothing(
+    queue: mq.Queue, assigning: mq.Config, db: redis.Redis
+) -> None:
+    await create(queue, "later", delay=604800)
+    assert await handed(queue, "alice", wait=1) is None
+    await create(queue, "T1")
+    async with watching(assigning, assign=True):
+        await asyncio.sleep(1)
+        assert status(db, "T1") == "pending"
+
+
+async def test_a_paused_project_is_assigned_nothing(
+    queue: mq.Queue, assigning: mq.Config, db: redis.Redis
+) -> None:
+    await create(queue, "T1")
+    await queue.pause()
+    async with watching(assigning, assign=True):
+        waiting = asyncio.create_task(handed(queue, "alice", wait=10))
+        await asyncio.sleep(0.8)
+        assert status(db, "T1") == "pending"
+        await queue.unpause()
+        assert await asyncio.wait_for(waiting, 3) == "T1"
+
+
+async def test_a_monitor_killed_while_it_assigns_loses_nothing(
+    queue: mq.Queue, assigning: mq.Config, db: redis.Redis, start: Start, shim: Shim
+) -> None:
+    """The agents are gone with it: what was assigned and not picked up is back after 60 s."""
+    names = [f"T{n}" for n in range(200)]
+    await create(queue, *names)
+    rng, taken = random.Random(6), set()
+    for n in range(4):
+        agents = [f"agent-{n}-{i}" for i in range(40)]
+        waiting = [asyncio.create_task(handed(queue, agent, wait=30)) for agent in agents]
+        await until(lambda: db.zcard(f"{ROOT}:waiting") == 40)
+        before = db.xlen(f"{ROOT}:events")
+        one = start("--assign")
+        await until(lambda: db.xlen(f"{ROOT}:events") > before + 3)  # noqa: B023
+        await asyncio.sleep(rng.uniform(0, 0.02))
+        one.process.kill()
+        for task in waiting:
+            task.cancel()
+        got = await asyncio.gather(*waiting, return_exceptions=True)
+        taken |= {name for name in got if isinstance(name, str)}
+        db.delete(f"{ROOT}:waiting", mq.LEADER)  # both would time out
+    shim.seconds = 61
+    await queue.reap(project="p")
+    for name in names:
+        task = await queue.get(name)
+        if name in taken:
+            assert (task["status"], task["claimTTL"]) == ("claimed", 3600)
+        else:
+            assert task["status"] == "pending", name
+            assert not {"failureReason", "claimedBy", "claimTTL"} & task.keys()
+            assert (task["retryCount"], task.get("expiryCount", 0)) == (0, 0), "no blame"
+    assert 0 < len(taken) < 200
+    assert not db.keys(f"{ROOT}:assigned:*")
+    found = (await queue.doctor(project="p"))["findings"]
+    assert [one for one in found if "append-only" not in one] == []
