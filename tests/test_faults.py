@@ -195,11 +195,14 @@ def scenarios() -> list[Scenario]:
     add("redrive", "failed", lambda q: q.redrive("T", op="same"))
     add("redrive delay", "failed", lambda q: q.redrive("T", delay=50, op="same"), "plain")
     add("reopen", "completed", lambda q: q.reopen("T", reason="blank", op="same"))
-    add("purge", "completed", lambda q: q.purge(older=0), "plain", gone={"T"})
-    add("purge failed", "failed", lambda q: q.purge(older=0, status="failed"), gone={"T"})
+    add("purge", "completed", lambda q: q.purge(older=0), "plain", gone={"T"},
+        chooses=True)
+    add("purge failed", "failed", lambda q: q.purge(older=0, status="failed"), "plain",
+        gone={"T"}, chooses=True)
     add("pause", "pending", lambda q: q.pause(), "plain")
     add("unpause", "pending", lambda q: q.unpause(), "plain", extra=paused)
-    add("repair", "blocked claimed", lambda q: q.repair(), "linked",
+    ids = {"ids": "T W1 W2 W3 first"}
+    add("repair", "blocked claimed", lambda q: q._call("repair", "p", ids), "linked",
         extra=damage, broken=True)
     vary("reap", lambda q: q.reap(), seconds=EXPIRED)
     add("reap two", "claimed", lambda q: q.reap(), seconds=EXPIRED, extra=another_lease)
@@ -406,6 +409,11 @@ class Stage:
                     await self.queue.complete(task)
                 elif status == "failed":
                     await self.queue.complete(task, force=True)
+                elif self.blocked_by_hand(task):
+                    await self.queue.unblock(task)
+
+    def blocked_by_hand(self, task: str) -> bool:
+        return bool(self.db.hget(f"mosaic:queue:project:{{p}}:task:{task}", "blocked"))
 
     def unended(self) -> list[str]:
         return [f"{task} is {view['status']} and cannot be brought to its end"
@@ -458,7 +466,8 @@ async def test_every_prefix_is_invisible_or_finished(stage: Stage) -> None:
         else:
             points += 1
             ways = (sent_again, left_alone, worked_on)
-            for way in ways if "T" in made and "T" in not_made else ways[:2]:
+            lives = "T" in made and "T" in not_made and k % 3 == 0
+            for way in ways if lives else ways[:2]:
                 if way is not sent_again:
                     await stage.cut(k)
                 for told in await way(stage, expected):
@@ -469,7 +478,7 @@ async def test_every_prefix_is_invisible_or_finished(stage: Stage) -> None:
     POINTS[stage.server.binary, stage.scenario.name] = points
     told = [f"calls {', '.join(calls)}: {what}" for what, calls in found.items()]
     assert not found, f"{len(found)} problems at {points} points\n" + "\n".join(told)
-    assert points, "the call writes, so there is a point after its first write"
+    assert wrote, "the call writes"
 
 
 @dataclass
@@ -485,7 +494,7 @@ class Expected:
 async def sent_again(stage: Stage, expected: Expected) -> list[str]:
     """The cut-off call is sent again with its op id: it is as if it had been made once."""
     try:
-        await stage.scenario.call(stage.queue)
+        answer = await stage.scenario.call(stage.queue)
         stage.follower.read()
         before = stage.seen()
         told = [
@@ -497,8 +506,7 @@ async def sent_again(stage: Stage, expected: Expected) -> list[str]:
     except (mq.Refused, redis.ResponseError) as problem:
         return [f"{problem}"]
     if stage.scenario.chooses:
-        held = [view for view in before.values() if view["status"] == "claimed"]
-        return [f"claimed are {held}"] * (len(held) != 1) + stage.problems()
+        return (["it gives nothing"] if answer.get("tasks") == [] else []) + stage.problems()
     return told + differences(stage.seen(), expected.made) + stage.problems()
 
 
@@ -517,7 +525,7 @@ async def worked_on(stage: Stage, expected: Expected) -> list[str]:
 async def left_alone(stage: Stage, expected: Expected) -> list[str]:
     """Nobody sends it again: each task is as before or as after, and work goes on.  What a
     creation left that nobody can see is taken away by `repair`."""
-    unborn = expected.made.keys() - expected.tasks
+    unborn = {"ghost", "spook", *expected.made} - expected.tasks
     try:
         await stage.settle()
         wanted = (expected.made, expected.not_made)

@@ -205,16 +205,6 @@ async def test_a_delayed_task_reaches_a_waiter_without_a_monitor(
         assert 0.8 < time.monotonic() - began < 1.8
 
 
-async def test_a_task_delayed_while_somebody_waits_reaches_it(
-    queue: mq.Queue, config: mq.Config, db: redis.Redis
-) -> None:
-    """A block lasts 10 s at most, so this is the worst that a due time can be missed by."""
-    await create(queue, "later", delay=604800)
-    async with waiters(config, db, 1) as waiting:
-        await create(queue, "T1", delay=1)
-        await until(lambda: given(waiting), 11)
-
-
 async def test_what_makes_a_task_ready_wakes_a_waiter_at_once(
     queue: mq.Queue, config: mq.Config, db: redis.Redis
 ) -> None:

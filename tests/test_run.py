@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -331,6 +332,26 @@ def test_a_signal_while_it_waits_ends_it_at_once(
     _, err = process.communicate(timeout=5)
     assert process.returncode == 128 + sent
     assert "Traceback" not in err
+
+
+def test_a_signal_at_any_moment_leaves_nothing_held(
+    start: Start, server: Server, db: redis.Redis
+) -> None:
+    """Also between a claim and the start of its command, and while its end is being told."""
+    names = [f"T{n}" for n in range(190)]
+    create(server, *names)
+    rng, held = random.Random(7), []
+    for _ in range(8):
+        process = start("run", "--loop", "--", "true")
+        done = db.zcard(f"{ROOT}:completed")
+        until(lambda: db.zcard(f"{ROOT}:completed") > done)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.03))
+        process.terminate()
+        _, err = process.communicate(timeout=10)
+        assert (process.returncode, "Traceback" in err) == (143, False), err
+        held += db.zrange(f"{ROOT}:running:any", 0, -1)
+        db.delete(f"{ROOT}:running:any")
+    assert held == []
 
 
 def test_children_of_the_command_get_the_signal_too(

@@ -22,13 +22,13 @@ require_owner(task)
 
 -- A late heartbeat still counts: nobody else can hold the task before it is reaped, and
 -- refusing here would only throw away live work.
-if arg.progress ~= '' or arg.checkpoint ~= '' then
+local tells = arg.progress ~= '' or arg.checkpoint ~= ''
+if tells then
   emit(task, 'progress', task.status, arg.progress)
   local work = {}
   if arg.progress ~= '' then work.progress = arg.progress end
   if arg.checkpoint ~= '' then work.checkpoint = arg.checkpoint end
   write_work(task, work)
-  change(task)
 end
 if arg.orphaned == '1' then
   write('HSET', task.key, 'orphaned', '1')
@@ -39,6 +39,7 @@ else
   end
   lease(task, ttl or task.claimTTL)
 end
+if tells then change(task) end
 return {'OK', row('taskId', task.id, 'status', task.status,
                   'leaseExpiresAt', rawget(task, 'leaseExpiresAt') or '',
                   'rev', task.rev)}

@@ -599,6 +599,7 @@ end
 -- other.  Returns the freed, and whether some of a long list are left for reap.
 local function free_dependents(task)
   local freed, edges = {}, key('dependents', task.id)
+  if read('ZCARD', edges) == 0 then return freed, false end
   for i, id in ipairs(read('ZRANGEBYSCORE', edges, 0, 0, 'LIMIT', 0, BATCH + 1)) do
     if i > BATCH then return freed, true end
     local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')

@@ -16,7 +16,7 @@ local status = settled(task)
 local due_at = after(delay)
 
 emit(task, 'redrive', status)
-write_work(task, {failureReason = ''})
 move(task, status, due_at, 'retryCount', '', 'expiryCount', '', 'failedAt', '', 'reaped', '')
+write_work(task, {failureReason = ''})
 finish(task)
 return show(task, 'status', status, 'notBefore', due_at)

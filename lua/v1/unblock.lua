@@ -19,7 +19,7 @@ end
 local status = waits > 0 and 'blocked' or 'pending'
 
 emit(task, 'unblock', status)
-write_work(task, {blockedReason = ''})
 move(task, status, task.notBefore, 'blocked', '')
+write_work(task, {blockedReason = ''})
 finish(task)
 return show(task, 'status', status)
