@@ -8,7 +8,8 @@ or by `reap` without it.  For each scenario and each k:
 - the same call is sent again: it answers, and after the lease everything is as if nothing had
   happened in between;
 - it is never sent again: after the lease every task looks as if the call had been made, or as if
-  it had not, and whoever works on can bring every task to its end.
+  it had not, and `repair` leaves nothing for `doctor` to find;
+- it is sent again and work goes on at once: every task can be brought to its end.
 
 A follower reads along: what it copied when the last event came is what stands in Valkey at the
 end, so no change goes without an event after it.
@@ -20,7 +21,9 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import redis
@@ -169,7 +172,8 @@ def scenarios() -> list[Scenario]:
     add("next stale", "pending", lambda q: q.next("alice", ttl=TTL, op="same"), "plain",
         extra=stale_entries, chooses=True, broken=True)
     add("assign", "pending", lambda q: q.assign("T", agent="alice", op="same"))
-    add("assign best", "pending", lambda q: q.assign(agent="alice", op="same"), "linked", chooses=True)
+    add("assign best", "pending", lambda q: q.assign(agent="alice", op="same"), "linked",
+        chooses=True)
     add("start assigned", "assigned", by_holder("start"))
     add("heartbeat assigned", "assigned", by_holder("heartbeat"))
     add("reap assigned", "assigned", lambda q: q.reap(), seconds=EXPIRED)
@@ -201,7 +205,7 @@ def scenarios() -> list[Scenario]:
         gone={"T"}, chooses=True)
     add("pause", "pending", lambda q: q.pause(), "plain")
     add("unpause", "pending", lambda q: q.unpause(), "plain", extra=paused)
-    ids = {"ids": "T W1 W2 W3 first"}
+    ids = {"ids": "T W1"}
     add("repair", "blocked claimed", lambda q: q._call("repair", "p", ids), "linked",
         extra=damage, broken=True)
     vary("reap", lambda q: q.reap(), seconds=EXPIRED)
@@ -255,7 +259,8 @@ async def paused(queue: mq.Queue, shim: Shim) -> None:
 async def damage(queue: mq.Queue, shim: Shim) -> None:
     """Something for `repair`: indexes of `T` and of the tasks around it that are gone."""
     with redis.Redis.from_url(queue.config["redis.url"]) as raw:
-        raw.delete("mosaic:queue:project:{p}:blocked", "mosaic:queue:project:{p}:waits:T")
+        raw.zrem("mosaic:queue:project:{p}:blocked", "T", "W1")
+        raw.delete("mosaic:queue:project:{p}:waits:T")
         raw.zadd("mosaic:queue:project:{p}:failed", {"T": 7})
 
 
@@ -349,6 +354,7 @@ class Stage:
             pipe.restore(key, ttl, value)
         pipe.execute()
         self.shim.seconds, self.shim.fail_at = self.scenario.seconds, 0
+        self.queue.leases.clear()
         self.follower = Follower(self.db)
         self.follower.read()
 
@@ -426,6 +432,8 @@ async def stage(
 ) -> AsyncIterator[Stage]:
     config.set("lanes.coding.maxConcurrent", 2, "test")
     scenario = request.param
+    if "redis" in Path(server.binary).name and crc32(scenario.name.encode()) % 8:
+        pytest.skip("Valkey runs all scenarios, Redis one in eight")
     session = "s1" if scenario.shape == "linked" else None
     async with mq.Queue(config, deadline=2, session=session) as queue:
         made = Stage(scenario, queue, server, db, shim)
@@ -466,7 +474,7 @@ async def test_every_prefix_is_invisible_or_finished(stage: Stage) -> None:
         else:
             points += 1
             ways = (sent_again, left_alone, worked_on)
-            lives = "T" in made and "T" in not_made and k % 3 == 0
+            lives = "T" in made and "T" in not_made and k % 4 == 0
             for way in ways if lives else ways[:2]:
                 if way is not sent_again:
                     await stage.cut(k)
@@ -530,7 +538,7 @@ async def left_alone(stage: Stage, expected: Expected) -> list[str]:
         await stage.settle()
         wanted = (expected.made, expected.not_made)
         told = differences(stage.seen(), *wanted, mixed=stage.scenario.mixed)
-        told += stage.problems(unborn)
+        told += stage.problems(unborn) if not stage.scenario.broken else []
         await stage.queue.repair()
         findings = (await stage.queue.doctor())["findings"]
         told += [f"doctor: {one}" for one in findings if one.startswith("p/")]
@@ -639,4 +647,4 @@ async def test_enough_points(server: Server) -> None:
     """When the whole file has run: that the scenarios do reach behind the first writes."""
     counted = [points for (binary, _), points in POINTS.items() if binary == server.binary]
     if len(counted) == len(SCENARIOS):
-        assert sum(counted) >= 150, f"{sum(counted)} points"
+        assert sum(counted) >= 1500, f"{sum(counted)} points"

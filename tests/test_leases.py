@@ -204,9 +204,7 @@ async def test_who_is_idle_for_too_long_is_renewed_no_more(
         assert "you lost p/T1" in said
 
 
-async def test_idleness_is_measured_from_the_last_call(
-    config: mq.Config, boss: mq.Queue
-) -> None:
+async def test_idleness_is_measured_from_the_last_call(config: mq.Config, boss: mq.Queue) -> None:
     """In this process: the hours are an argument."""
     await create(boss, "T1")
     hours = 3.9
