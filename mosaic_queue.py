@@ -1594,7 +1594,12 @@ class Queue:
         for key in ("force", "resume", "retry"):
             if key in arguments:
                 arguments[key] = int(arguments[key])
-        reply = await self._call(name, project, arguments)
+        try:
+            reply = await self._call(name, project, arguments)
+        except Refused as problem:
+            if problem.code == "STALE_FENCE":
+                self.leases.pop(f"{project}/{arguments['task']}", None)
+            raise
         if name in ("release", "complete", "fail", "block", "delete"):
             self.leases.pop(f"{project}/{arguments['task']}", None)
         return task_from(project, reply)

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import redis
@@ -25,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mosaic_queue as mq
 
-READS = (
-    "TIME GET HGET HMGET HGETALL EXISTS ZCARD ZSCORE ZRANGE ZREVRANGE ZRANGEBYSCORE ZRANK ZREVRANK "
-    "ZCOUNT SCARD SMEMBERS SRANDMEMBER SISMEMBER LLEN MGET INFO XRANGE XREVRANGE XLEN PTTL TYPE"
-).split()
+READS = """
+TIME GET HGET HMGET HGETALL EXISTS ZCARD ZSCORE ZRANGE ZREVRANGE ZRANGEBYSCORE ZRANK ZREVRANK ZCOUNT
+SCARD SMEMBERS SRANDMEMBER SISMEMBER LLEN MGET INFO XRANGE XREVRANGE XLEN PTTL TYPE
+"""
 
 SHIM = """
 local real, calls, wrote = redis, 0, false
@@ -60,16 +61,15 @@ class Shim:
         lua = self.shipped(name)
         first, _, rest = lua.text.partition("\n")
         values = {
-            "reads": ", ".join(f"{name} = true" for name in READS),
+            "reads": ", ".join(f"{name} = true" for name in READS.split()),
             "uptime": self.uptime,
             "fail_at": self.fail_at,
             "seconds": self.seconds,
         }
         told = "then return reply.refusal end"
         assert rest.count(told) == 1
-        rest = rest.replace(
-            told, "then if wrote then error('SHIM refusal after a write') end return reply.refusal end"
-        )
+        late = "then if wrote then error('SHIM refusal after a write') end "
+        rest = rest.replace(told, late + "return reply.refusal end")
         text = first + SHIM % values + rest
         sha = hashlib.sha1(text.encode()).hexdigest()
         return dataclasses.replace(lua, text=text, sha=sha)
@@ -125,6 +125,18 @@ class Server:
     def close(self) -> None:
         self.kill()
         shutil.rmtree(self.folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Valkey runs all scenarios of the fault tests, Redis one in eight: the order of effects, which
+    they test, is the scripts' own."""
+
+    def thinned(item: pytest.Item) -> bool:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        name = getattr(values.get("stage"), "name", "")
+        return values.get("server") == "redis" and crc32(name.encode()) % 8 != 0
+
+    items[:] = [item for item in items if not thinned(item)]
 
 
 @pytest.fixture

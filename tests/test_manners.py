@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import mosaic_queue as mq
 
+ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 SCRIPTS = sorted(p for p in (ROOT / "lua/v1").glob("*.lua") if p.stem != "prelude")
 PRELUDE = (ROOT / "lua/v1/prelude.lua").read_text()
@@ -116,7 +114,7 @@ def commands_table() -> str:
         tool = f"`queue_{of.name}`" if of.tool else ""
         if of.tool == "orchestrator":
             tool += " (orchestrator)"
-        rows.append(f"| `{mq.command_name(of)}` | {of.summary.replace('|', chr(92) + '|')} | {tool} |")
+        rows.append(f"| `{mq.command_name(of)}` | {of.summary} | {tool} |")
     return "\n".join(rows)
 
 
