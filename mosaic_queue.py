@@ -102,16 +102,16 @@ CODES = {
     "HELD": Outcome(4, 409, "take another: mosaic-queue list --status pending"),
     "BLOCKED": Outcome(4, 409, "complete what it waits for first: mosaic-queue show {task}"),
     "LANE_FULL": Outcome(4, 409, "wait until one of them ends, or take a task of another lane"),
-    "PAUSED": Outcome(4, 409, "wait until an operator unpauses the project"),
+    "PAUSED": Outcome(4, 409, "wait, or let claims through again: mosaic-queue unpause"),
     "NOT_DUE": Outcome(4, 409, "take another: mosaic-queue list --status pending"),
     "NOT_OWNER": Outcome(4, 403, "stop work on it; claim another task"),
     "STALE_SESSION": Outcome(4, 409, "stop work on it, or claim it again"),
-    "STALE_FENCE": Outcome(4, 409, "stop work on it: somebody else has it now"),
+    "STALE_FENCE": Outcome(4, 409, "stop work on it; who has it now: mosaic-queue show {task}"),
     "STALE_REV": Outcome(4, 409, "read it again, then repeat the change: mosaic-queue show {task}"),
     "HAS_DEPENDENTS": Outcome(4, 409, "take out the dependents first, or repeat it with --force"),
     "OP_REUSED": Outcome(4, 422, "use a new op id for every new call"),
     "SCHEMA": Outcome(6, 503, "update mosaic-queue on this host"),
-    "UNREACHABLE": Outcome(6, 503, "is Valkey running? mosaic-queue config shows the address"),
+    "UNREACHABLE": Outcome(6, 503, "is Valkey running there?"),
     "UNFIT": Outcome(6, 503, "change the server's settings, or override with --unsafe"),
 }
 
@@ -193,7 +193,7 @@ class ConfigError(Refused):
     """A configuration that cannot be used; always INVALID."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("INVALID", message, "mosaic-queue config shows what is in force")
+        super().__init__("INVALID", message, "correct it, or name another file: --config FILE")
 
 
 @dataclass
@@ -503,7 +503,7 @@ ARGUMENTS = {
     "text": Argument("text", "the finding, up to 4 KiB", 1, SHORT),
     "if_rev": Argument("int", "refuse if the task has another rev", 0, 10**15 - 1),
     "clear": Argument("words", "fields to take away", words=CLEARABLE),
-    "older": Argument("int", "seconds since the end", 0, 10 * 365 * 86400),
+    "older": Argument("int", "seconds since it ended; default: 30 days", 0, 10 * 365 * 86400),
     "since": Argument("int", "rev after which to start", 0, 10**15 - 1),
 }
 
@@ -776,8 +776,7 @@ def explained(
         if "notBefore" in task and task["notBefore"] > facts["now"]:
             why.append(f"it is not due before @{task['notBefore']}@")
         elif "place" in facts:
-            why.append(f"it is ready, at place {facts['place'] + 1} of lane {task['lane']}")
-            todo.append(f"mosaic-queue claim {name}")
+            why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
         if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
             who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
             why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
@@ -785,6 +784,8 @@ def explained(
         if "pausedAt" in facts:
             why.append(f"the project is paused since @{facts['pausedAt']}@")
             todo.append(f"mosaic-queue unpause --project {task['project']}")
+        if "place" in facts and not todo:
+            todo.append(f"mosaic-queue claim {name}")
     if status == "blocked":
         if "blockedReason" in task:
             why.append(f"blocked by hand: {task['blockedReason']}")
@@ -1556,8 +1557,9 @@ class Queue:
             raise
         if reply[0] in CODES:
             code, sentence, due = reply
-            named = values.get("task") or (batch[0]["task"] if len(batch) == 1 else "")
-            hint = CODES[code].hint.format(task=f"{project}/{named}" if named else "")
+            found = re.search(r"task ([^\s/]+/[^\s;,]+)", sentence)
+            hint = hint_for(code, sentence, str(values["agent"] or ""))
+            hint = hint.format(task=found[1] if found else "")
             raise Refused(code, spelled_out(sentence), hint, due)
         return cast(list[Any], reply)
 
@@ -1580,7 +1582,8 @@ class Queue:
         if not found:
             raise Refused("NOT_FOUND", f"there is no task {name} in any project")
         if len(found) > 1:
-            invalid("task", task, " or ".join(f"{one}/{name}" for one in found))
+            places = ", ".join(f"{one}/{name}" for one in found)
+            raise Refused("INVALID", f"{name} is in several projects: {places}", "name it in full")
         return found[0], name
 
     async def _change(self, name: str, arguments: dict[str, Any]) -> Task:
@@ -1625,6 +1628,13 @@ class Queue:
                 given |= {"task": task["taskId"], "fence": task["fence"]}
                 await self._call("release", project, given)
 
+    async def _left(self, project: str, waiter: str) -> None:
+        """Take a waiter out of those that the monitor serves."""
+        import anyio
+
+        with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
+            await self._call("waiting", project, {"left": waiter})
+
     async def _claimed(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
         """The reply of a script that claims; when leases that ran out are in the way, they are
         reaped and it is asked again.  A call that is cancelled leaves nothing claimed."""
@@ -1634,6 +1644,8 @@ class Queue:
             arguments["op"] = (again and arguments.get("op")) or os.urandom(16).hex()
             try:
                 reply = await self._call(name, project, arguments)
+                # A cancellation that came together with the reply is delivered here.
+                await asyncio.sleep(0)
                 if reply[0] != "NOTHING" or not (again and reply[2]):
                     return reply
             except asyncio.CancelledError:
@@ -1647,7 +1659,11 @@ class Queue:
 
     def _project(self, project: str | None) -> str:
         """The project that is meant; refused when none is."""
-        return cast(str, project or self.config["project"] or invalid("project", "", "--project P"))
+        project = project or self.config["project"]
+        if not project:
+            hint = "name one: --project P, $MOSAIC_PROJECT, or project: in the configuration"
+            raise Refused("INVALID", "no project is named", hint)
+        return project
 
     async def projects(self) -> list[str]:
         """The names of all projects, sorted; those that the server's ACL shows."""
@@ -1738,12 +1754,13 @@ class Queue:
         cursor: str | None = None,
         full: bool = False,
     ) -> TaskList:
-        """List tasks, running first; agent X: what X holds. Not for picking work: use claim.
+        """List tasks, running first; agent me: what you hold. Not for picking work: use next.
 
         Without a project, over all of them. Looks at 1,000 tasks at most and says where to go on.
 
         Example: mosaic-queue list --project web --status pending --lane coding
         """
+        agent = (self.agent or self.actor) if agent == "me" else agent
         named, project = project, project or self.config["project"]
         if project:
             asked = locals() | {"full": int(full), "agent": agent or ""}
@@ -1756,7 +1773,11 @@ class Queue:
         projects = await self.projects()
         at, _, cursor = (cursor or "").partition("/")
         if at:
-            projects = projects[projects.index(at) :] if at in projects else []
+            if at not in projects:
+                invalid("cursor", at, "the cursor of the last answer to the same question")
+            projects = projects[projects.index(at) :]
+        refusal: Refused | None = None
+        answered = False
         answer: TaskList = {"tasks": []}
         total: int | None = 0 if not at else None
         for one in projects:
@@ -1771,13 +1792,17 @@ class Queue:
                 # Named in the registry, but never created; or without a lane of that name.
                 if problem.code != "NOT_FOUND" and lane is None:
                     raise
+                refusal = refusal or (problem if problem.code == "INVALID" else None)
                 continue
+            answered = True
             cursor = ""
             answer["tasks"] += page["tasks"]
             total = total + page["total"] if total is not None and "total" in page else None
             if "cursor" in page:
                 answer["cursor"] = f"{one}/{page['cursor']}"
                 break
+        if refusal and not answered:
+            raise refusal
         if total is not None:
             answer["total"] = total
         return answer
@@ -1851,8 +1876,9 @@ class Queue:
         project = self._project(project)
         agent = agent or self.agent or self.actor
         give_up = time.monotonic() + wait
+        waiter = f"{agent} {lane or ''} {os.urandom(4).hex()}"
         given = {"agent": agent, "session": session, "ttl": ttl or self.ttl, "lane": lane}
-        given |= {"mission": mission, "op": op}
+        given |= {"mission": mission, "op": op, "waiter": waiter}
         while True:
             left = give_up - time.monotonic()
             # Once in a session: later on whatever the agent holds is its own.
@@ -1875,7 +1901,12 @@ class Queue:
             root = f"mosaic:queue:project:{{{project}}}"
             bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
             block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
-            await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
+            try:
+                await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
+            except asyncio.CancelledError:
+                if assign:
+                    await self._left(project, waiter)
+                raise
 
     @operation(tool="orchestrator", group="operators")
     async def assign(
@@ -1895,8 +1926,10 @@ class Queue:
             project = self._project(project)
         else:
             project, task = await self._locate(task, project)
+        return await self._assign(project, {"task": task, "agent": agent, "lane": lane, "op": op})
+
+    async def _assign(self, project: str, given: dict[str, Any]) -> Offer:
         # The claim is the agent's, and no session's.
-        given = {"task": task, "agent": agent, "lane": lane, "op": op}
         reply = await self._claimed("assign", project, given)
         if reply[0] == "NOTHING":
             return {"tasks": [], "why": spelled_out(reply[1])}
@@ -2356,6 +2389,8 @@ class Queue:
             project, task = await self._locate(task, project)
         project = project or self.config["project"]
         if project is None:
+            if since is not None or wait:
+                self._project(None)
             pages = [await self.events(project=one, limit=limit) for one in await self.projects()]
             merged = [event for page in pages for event in page["events"]]
             return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
@@ -2450,10 +2485,13 @@ class Queue:
         reply = await self._call("lead", "", {"token": token, "ttl": ttl}, root=LEADER)
         return bool(reply[1] == token)
 
-    async def waiting(self, project: str) -> Sequence[tuple[str, str]]:
-        """Agents that wait for an assignment, and the lane that each asks for."""
-        reply = await self._call("waiting", project, {})
-        return [(agent, lane) for agent, _, lane in (one.partition(" ") for one in reply[1])]
+    async def serve(self, project: str) -> AsyncIterator[Task]:
+        """Give every agent that waits the best task of the lane it asks for, while there is one."""
+        for waiter in (await self._call("waiting", project, {}))[1]:
+            agent, lane, _ = waiter.split(" ")
+            given = {"agent": agent, "lane": lane or None, "waiter": waiter}
+            for task in (await self._assign(project, given))["tasks"]:
+                yield task
 
     async def renew_leases(self, idle: Callable[[], float] = lambda: 0) -> None:
         """Renew the leases of this process's claims, each after a third of it, until cancelled.
@@ -2526,6 +2564,19 @@ def compact(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def hint_for(code: str, sentence: str, agent: str) -> str:
+    """The next step after a refusal, where the sentence tells more than the code."""
+    if code == "HELD" and agent and f"is held by {agent} since" in sentence:
+        return "you hold it already: go on with it, or take it again with --resume"
+    if code == "BLOCKED" and " waits for " not in sentence:
+        return "blocked by hand: mosaic-queue unblock {task}"
+    if code == "WRONG_STATUS" and " is pending;" in sentence:
+        return "nobody holds it: mosaic-queue claim {task}"
+    if code == "NOT_FOUND" and "no project" in sentence:
+        return "which projects there are: mosaic-queue status"
+    return CODES[code].hint
+
+
 def as_text(value: Any) -> str:
     """An argument as the scripts take it; '' for one that is not given."""
     return "" if value is None else str(value)
@@ -2535,6 +2586,9 @@ def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
     """A task to create, checked, with the names that create.lua gives its arguments."""
     rest: dict[str, Any] = dict(task)
     row: dict[str, Any] = {}
+    unknown = sorted(rest.keys() - NewTask.__annotations__.keys())
+    if unknown:
+        invalid("field of a new task", unknown[0], ", ".join(NewTask.__annotations__))
     if rest.pop("project", project) != project:
         invalid("project", task.get("project"), f"{project}, as in the rest of the call")
     for json_name, name in (
@@ -2549,9 +2603,6 @@ def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
             if json_name == "taskId":
                 value = ARGUMENTS["project"].check("taskId", value)
             row[name] = ARGUMENTS[name].check(json_name, value)
-    if rest:
-        known = ", ".join(name for name in NewTask.__annotations__)
-        invalid("field of a new task", sorted(rest)[0], known)
     row.setdefault("priority", "medium")
     row.setdefault("lane", "any")
     row["dependencies"] = " ".join(row.get("dependencies", ()))
@@ -2628,15 +2679,11 @@ async def served(queue: Queue) -> None:
     """Give every waiting agent the best task of its lane, while there is one."""
     for project in await queue.projects():
         try:
-            waiting = await queue.waiting(project)
+            async for task in queue.serve(project):
+                log("assign", task=task["id"], agent=task["claimedBy"])
         except Refused as problem:
             if problem.code != "NOT_FOUND":
                 raise
-            continue
-        for agent, lane in waiting:
-            offer = await queue.assign(agent=agent, lane=lane or None, project=project)
-            for task in offer["tasks"]:
-                log("assign", task=task["id"], agent=agent)
 
 
 # ==== RUN ====================================================================================
@@ -2652,6 +2699,7 @@ class Runner:
     queue: Queue
     command: Sequence[str]
     child: Any = None
+    asking: bool = False  # for a task: it may be interrupted
     received: list[int] = field(default_factory=list)  # signals
     completed: int = 0
     failed: int = 0
@@ -2693,6 +2741,9 @@ class Runner:
                 await self.queue.release(name, fence=fence, delay=60, reason=reason)
                 hint = "name a program that is there; the task was released"
                 raise Refused("INVALID", reason, hint) from None
+            for number in self.received:  # what came while it was started
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.child.pid, number)
             watching = asyncio.create_task(self.stop_when_lost(name))
             try:
                 await self.queue.start(name, fence=fence)
@@ -2772,7 +2823,7 @@ async def run_commands(
 
         def signalled(number: int) -> None:
             runner.signalled(number)
-            if not runner.child:
+            if runner.asking:
                 me.cancel()
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -2781,7 +2832,9 @@ async def run_commands(
         why = ""
         try:
             while not runner.received and not why:
+                runner.asking = True
                 offer = await queue.next(lane=lane, mission=mission, wait=wait, ttl=ttl)
+                runner.asking = False
                 if offer["tasks"]:
                     await runner.work(offer["tasks"][0])
                 why = "" if offer["tasks"] and loop else offer.get("why", "done")
@@ -2830,7 +2883,7 @@ task back; queue_note leaves a finding; queue_explain says why something does no
 While this server runs your lease is renewed: you need no heartbeats, but queue_heartbeat can
 leave progress or a checkpoint for whoever follows you. A refusal says who holds the task and
 what to do next; never work on a task that you do not hold.
-After a compaction, queue_list with your agent name shows what you hold."""
+After a compaction, queue_list with agent "me" shows what you hold."""
 
 JSON_TYPES: dict[str, dict[str, Any]] = {
     "int": {"type": "integer"},
@@ -2875,6 +2928,9 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
 def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The arguments of a tool call as those of the method; refuses unknown and missing ones."""
     names = {camel(name): name for name in parameters(of) if ARGUMENTS[name].tool}
+    if "task" in names and "task" not in given and "taskId" in given:
+        # As results call it; models take it for the argument's name.
+        given = {"task" if name == "taskId" else name: value for name, value in given.items()}
     for name in given:
         if name not in names:
             invalid(f"argument of queue_{of.name}", name, ", ".join(names))
@@ -2893,6 +2949,7 @@ def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
 def for_tools(text: str) -> str:
     """A hint that names commands, as one that names tools."""
     text = text.replace("mosaic-queue show", "queue_get").replace("mosaic-queue ", "queue_")
+    text = text.replace("--project P, $MOSAIC_PROJECT, or project: in the configuration", "project")
     return text.replace(" --", " ")
 
 
@@ -3273,6 +3330,10 @@ async def run_operation(
 ) -> Any:
     """Call the method that a command stands for."""
     async with Queue(config, unsafe=unsafe) as queue:
+        if of.name == "assign" and not arguments.get("agent"):
+            arguments["agent"] = queue.agent
+            if not queue.agent:
+                raise Refused("INVALID", "assign needs --agent", "mosaic-queue assign --help")
         if of.name != "create":
             if "project" in parameters(of):
                 arguments["project"] = arguments.get("project")
@@ -3319,7 +3380,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def human(name: str, result: Any) -> str:
     """The result of a command for a person."""
     now = time.time() * 1000
-    if name == "list" or (name == "create" and "tasks" in result):
+    if name == "create" and "tasks" in result:
+        made = [f"{task['id']} {task['status']}" for task in result["tasks"]]
+        return lines_of(made or ["0 tasks"])
+    if name == "list":
         rows = [
             (
                 task["id"],
@@ -3346,16 +3410,18 @@ def human(name: str, result: Any) -> str:
     if name in ("next", "assign"):
         return human("get", result["tasks"][0]) if result["tasks"] else result["why"]
     if name == "redrive":
-        return lines_of(f"{task['id']} {task['status']}" for task in result["tasks"])
+        again = [f"{task['id']} {task['status']}" for task in result["tasks"]]
+        return lines_of(again or ["there are no dead letters"])
     if name == "events":
-        return lines_of(map(event_line, result["events"]))
+        return lines_of([*map(event_line, result["events"])] or ["nothing has happened"])
     if name == "explain":
         todo = [f"-> {step}" for step in result["todo"]]
         return lines_of([*result["why"], *todo, *map(event_line, result["events"])])
     if name in ("doctor", "repair"):
         fixed = f", {result['repaired']} repaired" if "repaired" in result else ""
-        faults = f"{len(result['findings'])} findings in {result['checked']} tasks{fixed}"
-        return lines_of([*result["findings"], faults])
+        faults = f"findings: {len(result['findings'])}, tasks: {result['checked']}{fixed}"
+        todo = ["-> mosaic-queue repair"] if result["findings"] and not fixed else []
+        return lines_of([*result["findings"], faults, *todo])
     if name == "agents":
         holders = [
             (
@@ -3367,17 +3433,20 @@ def human(name: str, result: Any) -> str:
             )
             for one in result["agents"]
         ]
-        return table(("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE"), holders)
+        columns = ("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE")
+        return table(columns, holders) if holders else "nobody holds a task"
     places = {key: place for place, key in enumerate(Task.__annotations__)}
     lines = []
     for key in sorted(result, key=lambda key: places.get(key, len(places))):
         value = result[key]
-        if value in ([], {}) or (key in ("project", "taskId") and "id" in result):
+        if key in ("project", "taskId") and "id" in result:
+            continue
+        if value in ([], {}) and key in places:
             continue
         if key.endswith("At") or key == "notBefore":
             value = spelled_out(f"@{value}@")
         elif isinstance(value, list):
-            value = ", ".join(map(str, value))
+            value = ", ".join(map(str, value)) or "nothing"
         elif isinstance(value, dict):
             value = json.dumps(value, ensure_ascii=False)
         text = "\n".join(printable(line) for line in str(value).split("\n"))
@@ -3428,6 +3497,7 @@ def human_status(result: QueueStatus, now: float) -> str:
         if one["policy"]["differs"]:
             differs = ", ".join(one["policy"]["differs"])
             lines.append(f"  policy differs from the local configuration: {differs}")
+            lines.append(f"  -> mosaic-queue policy --project {one['project']} --apply")
     return "\n".join(lines)
 
 
@@ -3468,7 +3538,13 @@ def run(arguments: dict[str, Any], prog: str) -> int:
             defaults = cast(NewTask, {key: value for key, value in named.items() if value})
             given = {"groups": tasks_of(given["source"], defaults)}
         while True:
-            result = asyncio.run(run_operation(of, dict(given), config, unsafe))
+            try:
+                result = asyncio.run(run_operation(of, dict(given), config, unsafe))
+            except Refused as problem:
+                if not (follow and "since" in given and problem.code == "UNREACHABLE"):
+                    raise
+                time.sleep(1)  # whoever follows goes on where it was
+                continue
             shown = as_json(of.name, result) if in_json else human(of.name, result)
             if not follow or result["events"]:
                 print(shown, flush=follow)
@@ -3477,7 +3553,7 @@ def run(arguments: dict[str, Any], prog: str) -> int:
             given |= {"since": result.get("since", 0), "wait": 60, "limit": 1000}
         if of.name in ("next", "assign") and not result["tasks"]:
             return 5
-        return 7 if of.name in ("doctor", "repair") and result["findings"] else 0
+        return 7 if of.name == "doctor" and result["findings"] else 0
     if command == "mcp":
         import anyio
 
@@ -3558,6 +3634,19 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
         return 0
 
 
+def require_command(word: str) -> None:
+    """Refuse a first word that is no command, with the nearest one that is."""
+    import difflib
+
+    commands = [*map(command_name, OPERATIONS.values()), *ALSO]
+    if word.startswith("-"):
+        raise Refused("INVALID", f"the command is missing before {word}", "mosaic-queue --help")
+    if word not in commands:
+        close = difflib.get_close_matches(word, commands, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
+
+
 def obeyed(words: list[str], prog: str) -> int:
     """Carry out a command line, with refusals on stderr; its exit status."""
     if not words or words[0] in ("-h", "--help", "help"):
@@ -3566,7 +3655,12 @@ def obeyed(words: list[str], prog: str) -> int:
     if words[0] == "--version":
         words = ["version"]
     try:
-        arguments = vars(make_parser(prog).parse_args(words))
+        require_command(words[0])
+        try:
+            arguments = vars(make_parser(prog).parse_args(words))
+        except Refused as refusal:
+            refusal.hint = f"{prog} {words[0]} --help"
+            raise
         del arguments["help"]
         return run(arguments, prog)
     except Refused as refusal:

@@ -363,7 +363,7 @@ def of_assignments(found: Project) -> Iterator[str]:
             if values.get("session") or values["status"] != "claimed":
                 yield f"{task} is assigned, {values['status']}, session {values.get('session')}"
     for agent, tokens in found.of("inbox").items():
-        if len(tokens) > 1:
+        if len(tokens) > 32:
             yield f"inbox:{agent} has {len(tokens)} tokens"
 
 

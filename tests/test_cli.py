@@ -459,8 +459,8 @@ def test_a_bare_id_is_looked_up_over_all_projects(tell: Tell) -> None:
         create web launch T3 --title t -> 0
         show T1 -> 0 web/T1
         show T2 -> 0 app/T2
-        show T3 -> 2 app/T3 or web/T3
-        claim T3 --agent a -> 2 app/T3 or web/T3
+        show T3 -> 2 app/T3, web/T3
+        claim T3 --agent a -> 2 app/T3, web/T3
         claim app/T3 --agent a -> 0 app/T3
         claim T3 --project web --agent a -> 0 web/T3
         claim T2 --project web --agent a -> 3 there is no task web/T2
@@ -587,7 +587,7 @@ def test_each_command_has_a_help_with_an_example(
         ("claim T1 --ttl", "--ttl"),
         ("list extra", "extra"),
         ("list --stat pending", "--stat"),
-        ("--project web", "COMMAND"),
+        ("--project web", "the command is missing before --project"),
     ],
 )
 def test_wrong_usage_is_2_with_a_hint(tell: Tell, line: str, part: str) -> None:

@@ -1,7 +1,7 @@
 -- assign.lua -- Claim a task for an agent, which picks it up within PICK_UP seconds.
 --
 -- State    pending -> claimed
--- Args     op actor task agent lane
+-- Args     op actor task agent lane waiter
 -- Returns  the task; without a task to name: the best ready one, or NOTHING
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND PAUSED HELD BLOCKED WRONG_STATUS NOT_DUE LANE_FULL
 -- Emits    assign
@@ -55,6 +55,6 @@ write('SADD', key('assigned', arg.agent), task.id)
 task.assigned = ''
 local reply = take(task, 'assign', arg.agent, PICK_UP, '')
 write('RPUSH', key('inbox', arg.agent), '1')
-write('LTRIM', key('inbox', arg.agent), 0, 0)
-write('ZREM', root .. ':waiting', arg.agent .. ' ' .. arg.lane)
+write('LTRIM', key('inbox', arg.agent), 0, 31)
+if arg.waiter ~= '' then write('ZREM', root .. ':waiting', arg.waiter) end
 return reply

@@ -1,7 +1,7 @@
 -- next.lua -- Take the best ready task: by priority, then age.
 --
 -- State    pending -> claimed; with resume also claimed | in-progress of the same agent
--- Args     op actor agent session ttl lane mission resume wait
+-- Args     op actor agent session ttl lane mission resume wait waiter
 -- Returns  the task, or NOTHING and why
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND
 -- Emits    claim
@@ -17,6 +17,11 @@ local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end
 local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600000)
+if not (arg.waiter == '' or arg.waiter:find('^%S+ %S* %S+$')) then
+  reject('INVALID', 'waiter is not agent, lane and mark')
+end
+-- Who waits where tasks are assigned gets them from the monitor; it knows of no missions.
+local served = wait > 0 and limit('assign') == 1 and arg.mission == ''
 local done = recall(nil, true)
 local did = done and fields(done.task)
 if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
@@ -92,7 +97,7 @@ end
 local task, limited
 if not limit('paused') then
   task = assigned() or arg.resume ~= '' and left_behind()
-  if not task and not (limit('assign') == 1 and wait > 0) then
+  if not task and not served then
     task, limited = best_ready()
   end
 end
@@ -112,8 +117,8 @@ if task then
   end
   return reply
 end
-if limit('assign') == 1 and wait > 0 then
-  write('ZADD', root .. ':waiting', now + wait, arg.agent .. ' ' .. arg.lane)
+if served then
+  write('ZADD', root .. ':waiting', now + wait, arg.waiter)
 end
 
 -- Why there is nothing.
@@ -125,7 +130,7 @@ elseif #full > 0 then
   why = full_lane(full[1])
 elseif limited then
   why = 'nothing of mission ' .. arg.mission .. ' is among the first ' .. LOOK .. ' ready tasks'
-elseif limit('assign') == 1 and wait > 0 then
+elseif served then
   why = 'nothing was assigned'
 end
 if soonest[1] and not limit('paused') then

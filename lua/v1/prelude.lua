@@ -31,8 +31,8 @@
 --   <root>:lock:<id>        string  the holder, PX = the lease; information for other programs
 --   <root>:assigned:<agent> set     tasks assigned to the agent that it has not picked up
 --   <root>:bell:<lane>      list    at most one token: something became ready
---   <root>:inbox:<agent>    list    the agent's own bell; assign rings it
---   <root>:waiting          zset    `agent lane` of agents that wait for an assignment, by the end
+--   <root>:inbox:<agent>    list    the agent's own bell, a token for each assignment; at most 32
+--   <root>:waiting          zset    `agent lane mark` of agents that wait for an assignment, by the end
 --                                   of their wait (ms)
 --   <root>:op:<op>          string  receipt: digest task fence rev, PX = 15 minutes
 --   <root>:events           stream  <rev>-0 -> one field; the channel of the same name carries
@@ -252,7 +252,7 @@ local function require_owner(task)
   if arg.force == '1' then return end
   if arg.agent ~= '' and arg.agent ~= task.claimedBy then
     reject('NOT_OWNER', name_of(task, true) .. ', not by ' .. arg.agent)
-  elseif arg.session ~= '' and task.session ~= '' and arg.session ~= task.session then
+  elseif arg.session ~= '' and arg.session ~= task.session and task.assigned ~= '1' then
     reject('STALE_SESSION', name_of(task) .. ' was claimed by another session of ' ..
            task.claimedBy .. ' at @' .. task.claimedAt .. '@')
   elseif arg.fence ~= '' and arg.fence ~= task.fence then
