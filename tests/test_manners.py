@@ -108,6 +108,17 @@ def test_sections_stand_in_the_order_of_the_docstring() -> None:
     assert banners == listed
 
 
+def test_the_machine_is_drawn_with_its_statuses() -> None:
+    """The picture in the docstring has every status, and scripts move between no others."""
+    picture = (mq.__doc__ or "").partition("Sections,")[0]
+    assert all(status in picture for status in mq.STATUSES)
+    words = {"any", "gone", "project", "with", "force", "also", "resume", "of", "the", "same"}
+    for path in SCRIPTS:
+        state = " ".join(mq.header(path.read_text(), "State")).replace("(unchanged)", "")
+        for part in re.findall(r"[\w-]+(?= ->)|(?<=-> )[\w-]+", state):
+            assert part in {*mq.STATUSES, *words, "-"}, (path.name, part)
+
+
 def commands_table() -> str:
     rows = ["| command | what it does | MCP tool |", "|---|---|---|"]
     for of in mq.OPERATIONS.values():
@@ -115,6 +126,7 @@ def commands_table() -> str:
         if of.tool == "orchestrator":
             tool += " (orchestrator)"
         rows.append(f"| `{mq.command_name(of)}` | {of.summary} | {tool} |")
+    rows += [f"| `{name}` | {text}. |  |" for name, text in mq.ALSO.items()]
     return "\n".join(rows)
 
 
