@@ -1537,10 +1537,10 @@ class Queue:
         batch = list(each)
         argv += [as_text(one.get(key)) for one in batch for key in lua.each]
         if "op" in lua.args:
-            # Two hashes of fixed length: the id for this project, and what it is used for; who
-            # proves to be the holder, and how, is no part of that.
-            proof = ("session", "fence")
-            told = ["" if key in proof else a for key, a in zip(lua.args, argv, strict=False)]
+            # Two hashes of fixed length: the id for this project, and what it is used for; how one
+            # proves to be the holder, or waits, is no part of that.
+            how = ("session", "fence", "wait", "waiter", "resume")
+            told = ["" if key in how else a for key, a in zip(lua.args, argv, strict=False)]
             told += [name, *argv[len(lua.args) :]]
             used_for = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("op")] = f"{mark} {used_for.hexdigest()}"
