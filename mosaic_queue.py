@@ -24,6 +24,7 @@ Sections, in the order in which they build on each other; each starts with a ban
     SERVER          the private valkey-server
     CONNECTION      the way to one Valkey: URLs, sending again, what it has to be
     QUEUE           the typed operations; the only code that talks to Valkey
+    DIAGNOSIS       why something does not move, and whether the key space is whole
     MONITOR         the one process that watches: expired leases, assignments
     RUN             a command under a lease
     MCP             the tools of an agent
@@ -762,60 +763,6 @@ def event_from(project: str, row: Sequence[Any], task: str | None = None) -> Eve
     return cast(Event, {key: value for key, value in event.items() if value not in ("", 0)})
 
 
-def explained(
-    task: Task,
-    waits: Sequence[Mapping[str, Any]],
-    dependents: Sequence[str],
-    holders: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Any],
-) -> tuple[list[str], list[str]]:
-    """What stands between a task and its completion, and what to do about it, as sentences."""
-    name, status = task["id"], task["status"]
-    why, todo = [f"{name} is {status}, priority {task['priority']}, lane {task['lane']}"], []
-    if status == "pending":
-        if "notBefore" in task and task["notBefore"] > facts["now"]:
-            why.append(f"it is not due before @{task['notBefore']}@")
-        elif "place" in facts:
-            why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
-        if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
-            who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
-            why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
-            todo.append(f"wait for one of them, or raise the cap of lane {task['lane']}")
-        if "pausedAt" in facts:
-            why.append(f"the project is paused since @{facts['pausedAt']}@")
-            todo.append(f"mosaic-queue unpause --project {task['project']}")
-        if "place" in facts and not todo:
-            todo.append(f"mosaic-queue claim {name}")
-    if status == "blocked":
-        if "blockedReason" in task:
-            why.append(f"blocked by hand: {task['blockedReason']}")
-            todo.append(f"mosaic-queue unblock {name}")
-        for one in waits:
-            holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
-            why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
-            step = "redrive" if one["status"] == "failed" else "explain"
-            todo.append(f"mosaic-queue {step} {task['project']}/{one['taskId']}")
-    if status in ("claimed", "in-progress"):
-        ended = task["leaseExpiresAt"] <= facts["now"]
-        why.append(
-            f"{task['claimedBy']} holds it since @{task['claimedAt']}@, fence {task['fence']}; "
-            f"the lease {'ended' if ended else 'ends'} at @{task['leaseExpiresAt']}@"
-        )
-        todo += [f"mosaic-queue reap --project {task['project']}"] if ended else []
-    if status == "failed":
-        why.append(
-            f"a dead letter since @{task['failedAt']}@ after {task['retryCount']} retries and "
-            f"{task.get('expiryCount', 0)} lost leases: {task.get('failureReason', 'no reason')}"
-        )
-        todo.append(f"mosaic-queue redrive {name}")
-    elif task["retryCount"]:
-        left = facts["maxRetries"] - task["retryCount"]
-        why.append(f"it failed {task['retryCount']} times; {left} retries are left")
-    if dependents:
-        why.append(f"waiting for it: {', '.join(dependents)}")
-    return [spelled_out(sentence) for sentence in why], todo
-
-
 def task_from(project: str, reply: Sequence[Any]) -> Task:
     """A task from a script's reply: names and values, and for a whole task its hash and its texts.
 
@@ -1512,7 +1459,7 @@ class Queue:
         """Close the connections."""
         await self.link.close()
 
-    async def _call(
+    async def call(
         self,
         name: str,
         project: str,
@@ -1577,7 +1524,7 @@ class Queue:
         found = []
         for one in projects:
             with contextlib.suppress(Refused):
-                await self._call("get", one, {"task": name})
+                await self.call("get", one, {"task": name})
                 found.append(one)
         if not found:
             raise Refused("NOT_FOUND", f"there is no task {name} in any project")
@@ -1598,7 +1545,7 @@ class Queue:
             if key in arguments:
                 arguments[key] = int(arguments[key])
         try:
-            reply = await self._call(name, project, arguments)
+            reply = await self.call(name, project, arguments)
         except Refused as problem:
             if problem.code == "STALE_FENCE":
                 self.leases.pop(f"{project}/{arguments['task']}", None)
@@ -1621,19 +1568,19 @@ class Queue:
         import anyio
 
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
-            reply = await self._call(name, project, arguments)
+            reply = await self.call(name, project, arguments)
             if reply[0] in ("OK", "REPEATED"):
                 task = task_from(project, reply)
                 given = {key: arguments.get(key) for key in ("agent", "session")}
                 given |= {"task": task["taskId"], "fence": task["fence"]}
-                await self._call("release", project, given)
+                await self.call("release", project, given)
 
     async def _left(self, project: str, waiter: str) -> None:
         """Take a waiter out of those that the monitor serves."""
         import anyio
 
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
-            await self._call("waiting", project, {"left": waiter})
+            await self.call("waiting", project, {"left": waiter})
 
     async def _claimed(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
         """The reply of a script that claims; when leases that ran out are in the way, they are
@@ -1643,7 +1590,7 @@ class Queue:
         for again in (True, False):
             arguments["op"] = (again and arguments.get("op")) or os.urandom(16).hex()
             try:
-                reply = await self._call(name, project, arguments)
+                reply = await self.call(name, project, arguments)
                 # A cancellation that came together with the reply is delivered here.
                 await asyncio.sleep(0)
                 if reply[0] != "NOTHING" or not (again and reply[2]):
@@ -1678,6 +1625,21 @@ class Queue:
             names = []
         own = self.config["project"]
         return sorted({*names, *([own] if own else [])})
+
+    async def everywhere(
+        self, project: str | None, ask: Callable[[str], Awaitable[R]]
+    ) -> AsyncIterator[tuple[str, R]]:
+        """The answer of a project, else of the configured one, else of each; where none was named
+        those are passed over that are known by name and not there."""
+        own = project or self.config["project"]
+        for one in [own] if own else await self.projects():
+            try:
+                answer = await ask(one)
+            except Refused as problem:
+                if project or problem.code != "NOT_FOUND":
+                    raise
+                continue
+            yield one, answer
 
     # ---- the operations ----
 
@@ -1734,7 +1696,7 @@ class Queue:
                 if problem.code != "UNFIT":
                     raise
         given = {"policy": policy, "lanes": lanes, "op": op}
-        reply = await self._call("create", project, given, rows)
+        reply = await self.call("create", project, given, rows)
         self._registered.add(project)
         created = [task_from(project, ["OK", row]) for row in reply[1:]]
         by_id = {task["taskId"]: task for task in created}
@@ -1765,7 +1727,7 @@ class Queue:
         if project:
             asked = locals() | {"full": int(full), "agent": agent or ""}
             try:
-                return await self._page(project, asked)
+                return await self.page(project, asked)
             except Refused as problem:
                 if named or problem.code != "NOT_FOUND":
                     raise
@@ -1787,7 +1749,7 @@ class Queue:
             asked = locals() | {"full": int(full), "agent": agent or "", "lane": lane}
             asked |= {"limit": limit - len(answer["tasks"]), "cursor": cursor or None}
             try:
-                page = await self._page(one, asked)
+                page = await self.page(one, asked)
             except Refused as problem:
                 # Named in the registry, but never created; or without a lane of that name.
                 if problem.code != "NOT_FOUND" and lane is None:
@@ -1807,9 +1769,10 @@ class Queue:
             answer["total"] = total
         return answer
 
-    async def _page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
+    async def page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
+        """One answer of list.lua."""
         keys = ("mission", "status", "lane", "agent", "priority", "limit", "cursor", "full")
-        reply = await self._call("list", project, {key: asked[key] for key in keys})
+        reply = await self.call("list", project, {key: asked[key] for key in keys})
         answer: TaskList = {"tasks": [task_from(project, row) for row in reply[3]]}
         if reply[2]:
             answer["cursor"] = reply[2]
@@ -2176,15 +2139,8 @@ class Queue:
 
         Example: mosaic-queue reap
         """
-        project = project or self.config["project"]
         answer: Reaped = {"reaped": [], "settled": 0, "grace": 0, "soonest": 0}
-        for one in [project] if project else await self.projects():
-            try:
-                reply = await self._call("reap", one, {})
-            except Refused as problem:
-                if project or problem.code != "NOT_FOUND":
-                    raise
-                continue
+        async for one, reply in self.everywhere(project, lambda one: self.call("reap", one, {})):
             values = paired(reply[1])
             answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
             answer["settled"] += values["settled"]
@@ -2207,7 +2163,7 @@ class Queue:
         project = self._project(project)
         answer: Purged = {"purged": 0, "kept": 0}
         while True:
-            reply = await self._call("purge", project, {"status": status, "older": older})
+            reply = await self.call("purge", project, {"status": status, "older": older})
             answer["purged"] += reply[2]
             answer["kept"] = reply[4]
             if reply[2] < PURGE:
@@ -2231,7 +2187,7 @@ class Queue:
 
     async def _pause(self, project: str | None, paused: str) -> Paused:
         project = self._project(project)
-        reply = await self._call("pause", project, {"paused": paused})
+        reply = await self.call("pause", project, {"paused": paused})
         answer: Paused = {"project": project}
         return answer | {"pausedAt": int(reply[1])} if reply[1] else answer
 
@@ -2254,15 +2210,9 @@ class Queue:
             "evictionPolicy": fit["policy"],
             "roundTripMs": round(took, 3),
         }
-        named, project = project, project or self.config["project"]
         answer: QueueStatus = {"server": server, "projects": []}
-        for one in [project] if project else await self.projects():
-            try:
-                reply = await self._call("status", one, {"soon": 60})
-            except Refused as problem:
-                if named or problem.code != "NOT_FOUND":
-                    raise
-                continue
+        counts = functools.partial(self.call, "status", arguments={"soon": 60})
+        async for one, reply in self.everywhere(project, counts):
             answer["projects"].append(self._project_status(one, reply))
         return answer
 
@@ -2284,61 +2234,9 @@ class Queue:
         Example: mosaic-queue explain T1
         """
         if task is None:
-            return await self._explain_lane(self._project(project), lane)
+            return await explain_lane(self, self._project(project), lane)
         project, name = await self._locate(task, project)
-        reply = await self._call("explain", project, {"task": name})
-        shown = task_from(project, reply[1])
-        waits = [paired(one) for one in reply[2]]
-        holders = [paired(one) for one in reply[4]]
-        why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
-        events = await self.events(project=project, task=name, limit=5)
-        return {"task": shown, "why": why, "todo": todo, "events": events["events"]}
-
-    async def _explain_lane(self, project: str, lane: str | None) -> Explanation:
-        found = await self.status(project=project)
-        status = found["projects"][0]
-        lanes = [one for one in status["lanes"] if lane in (None, one["lane"])]
-        if not lanes:
-            invalid("lane", lane, ", ".join(one["lane"] for one in status["lanes"]))
-        why, todo = [], []
-        if "pausedAt" in status:
-            why.append(spelled_out(f"the project is paused since @{status['pausedAt']}@"))
-            todo.append(f"mosaic-queue unpause --project {project}")
-        if status["due"]:
-            why.append(f"{status['due']} leases have ended or transitions were cut off")
-            todo.append(f"mosaic-queue reap --project {project}, or run a monitor")
-        for one in lanes:
-            name, most = one["lane"], one.get("maxConcurrent")
-            held = await self._held(project, name) if one["held"] else []
-            holders = ", ".join(f"{task['taskId']} of {task['claimedBy']}" for task in held[:10])
-            why.append(
-                f"lane {name}: {one['ready']} ready, {one['held']} held"
-                + (f" of {most} at most" if most else "")
-                + (f" ({holders})" if holders else "")
-            )
-            if most and one["held"] >= most and one["ready"]:
-                todo.append(f"lane {name} is full: wait for one of {holders}, or raise its cap")
-        if status["delayed"]:
-            why.append(f"{status['delayed']} tasks are not due yet")
-        if status["tasks"]["blocked"]:
-            why.append(f"{status['tasks']['blocked']} tasks are blocked")
-            todo.append(f"mosaic-queue list --project {project} --status blocked")
-        if status["tasks"]["failed"]:
-            why.append(
-                f"{status['tasks']['failed']} tasks are dead letters; what waits for them stays"
-            )
-            todo.append(f"mosaic-queue list --project {project} --status failed")
-        events = await self.events(project=project, limit=5)
-        return {"lane": lane or "all", "why": why, "todo": todo, "events": events["events"]}
-
-    async def _held(self, project: str, lane: str | None = None) -> Sequence[Task]:
-        """The held tasks of a project, up to 2,000."""
-        asked = dict.fromkeys(("mission", "priority", "cursor", "agent", "full")) | {"limit": 1000}
-        pages = [
-            await self._page(project, asked | {"status": status, "lane": lane})
-            for status in ("claimed", "in-progress")
-        ]
-        return [task for page in pages for task in page["tasks"]]
+        return await explain_task(self, project, name)
 
     @operation(tool="", reads=True, group="operators")
     async def agents(self, *, project: str | None = None) -> AgentList:
@@ -2346,15 +2244,8 @@ class Queue:
 
         Example: mosaic-queue agents
         """
-        project = project or self.config["project"]
         found: dict[str, Agent] = {}
-        for one in [project] if project else await self.projects():
-            try:
-                held = await self._held(one)
-            except Refused as problem:
-                if project or problem.code != "NOT_FOUND":
-                    raise
-                continue
+        async for one, held in self.everywhere(project, lambda one: held_in(self, one)):
             said = {
                 event["agent"]: event["text"]
                 for event in (await self.events(project=one, limit=1000))["events"]
@@ -2428,15 +2319,10 @@ class Queue:
         answer: Findings = {"findings": [], "checked": 0}
         if fit["policy"] not in ("noeviction", "unknown"):
             answer["findings"].append(f"the server evicts keys: maxmemory-policy {fit['policy']}")
-        durable = await self._setting("appendonly")
+        durable = await setting_of(self, "appendonly")
         if durable == "no":
             answer["findings"].append("the server keeps no append-only file: appendonly no")
-        project = project or self.config["project"]
-        for one in [project] if project else await self.projects():
-            async for ids, problems in self._checked(one):
-                answer["checked"] += len(ids)
-                answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
-        return answer
+        return await examine(self, project, answer)
 
     @operation(tool="", group="operators")
     async def repair(self, *, project: str | None = None) -> Findings:
@@ -2444,50 +2330,16 @@ class Queue:
 
         Example: mosaic-queue repair --project web
         """
-        answer: Findings = {"findings": [], "checked": 0, "repaired": 0}
-        project = project or self.config["project"]
-        for one in [project] if project else await self.projects():
-            async for ids, problems in self._checked(one):
-                answer["checked"] += len(ids)
-                answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
-                wrong = sorted({task for task, _ in problems})
-                if wrong:
-                    await self._call("repair", one, {"ids": " ".join(wrong)})
-                    answer["repaired"] += len(wrong)
-        return answer
-
-    async def _setting(self, name: str) -> str:
-        """One setting of the server, or unknown."""
-        try:
-            found = await self.link.send("CONFIG GET", name)
-        except Refused:
-            return "unknown"
-        return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
-
-    async def _checked(self, project: str) -> AsyncIterator[tuple[Any, Any]]:
-        """All ids that any key of a project knows, 100 at a time, with what is wrong with them."""
-        await self.link.check()
-        root = f"mosaic:queue:project:{{{project}}}"
-        ids: set[str] = set()
-        async for key in self.link.scan(f"{root}:*"):
-            kind, _, name = key[len(root) + 1 :].partition(":")
-            if kind in ("task", "text", "work", "waits", "dependents", "lock"):
-                ids.add(name)
-            if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
-                ids |= {row[0] async for row in self.link.members(key)}
-        known = sorted(ids)
-        for at in range(0, len(known), 100):
-            part = known[at : at + 100]
-            yield part, (await self._call("check", project, {"ids": " ".join(part)}))[1]
+        return await examine(self, project, {"findings": [], "checked": 0, "repaired": 0})
 
     async def lead(self, token: str, ttl: int) -> bool:
         """Be the one monitor that leads, for `ttl` seconds; 0 steps down."""
-        reply = await self._call("lead", "", {"token": token, "ttl": ttl}, root=LEADER)
+        reply = await self.call("lead", "", {"token": token, "ttl": ttl}, root=LEADER)
         return bool(reply[1] == token)
 
     async def serve(self, project: str) -> AsyncIterator[Task]:
         """Give every agent that waits the best task of the lane it asks for, while there is one."""
-        for waiter in (await self._call("waiting", project, {}))[1]:
+        for waiter in (await self.call("waiting", project, {}))[1]:
             agent, lane, _ = waiter.split(" ")
             given = {"agent": agent, "lane": lane or None, "waiter": waiter}
             for task in (await self._assign(project, given))["tasks"]:
@@ -2509,7 +2361,7 @@ class Queue:
                     continue
                 given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
                 try:
-                    await self._call("heartbeat", lease.project, given)
+                    await self.call("heartbeat", lease.project, given)
                     lease.due, lease.ends = now + lease.ttl / 3, now + lease.ttl
                 except Refused as problem:
                     lease.due = now + min(1, lease.ttl / 10)
@@ -2528,7 +2380,7 @@ class Queue:
         async def one(lease: Lease) -> None:
             given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
             with contextlib.suppress(Refused):
-                await self._call("heartbeat", lease.project, given | {"orphaned": 1})
+                await self.call("heartbeat", lease.project, given | {"orphaned": 1})
 
         await asyncio.gather(*map(one, self.leases.values()))
 
@@ -2541,7 +2393,7 @@ class Queue:
         project = self._project(project)
         numbers, lanes = self.config.policy()
         given = {"apply": int(apply), "policy": numbers, "lanes": lanes}
-        reply = await self._call("policy", project, given)
+        reply = await self.call("policy", project, given)
         return self._policy(project, reply[1])
 
     def _policy(self, project: str, row: str) -> Policy:
@@ -2610,6 +2462,164 @@ def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
         row["metadata"] = compact(row["metadata"])
     row["maxRuntime"] = row.pop("max_runtime", None)
     return row
+
+
+# ==== DIAGNOSIS ==============================================================================
+#
+# Why something does not move, and whether the key space is whole.
+
+
+def explained(
+    task: Task,
+    waits: Sequence[Mapping[str, Any]],
+    dependents: Sequence[str],
+    holders: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> tuple[list[str], list[str]]:
+    """What stands between a task and its completion, and what to do about it, as sentences."""
+    name, status = task["id"], task["status"]
+    why, todo = [f"{name} is {status}, priority {task['priority']}, lane {task['lane']}"], []
+    if status == "pending":
+        if "notBefore" in task and task["notBefore"] > facts["now"]:
+            why.append(f"it is not due before @{task['notBefore']}@")
+        elif "place" in facts:
+            why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
+        if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
+            who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
+            why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
+            todo.append(f"wait for one of them, or raise the cap of lane {task['lane']}")
+        if "pausedAt" in facts:
+            why.append(f"the project is paused since @{facts['pausedAt']}@")
+            todo.append(f"mosaic-queue unpause --project {task['project']}")
+        if "place" in facts and not todo:
+            todo.append(f"mosaic-queue claim {name}")
+    if status == "blocked":
+        if "blockedReason" in task:
+            why.append(f"blocked by hand: {task['blockedReason']}")
+            todo.append(f"mosaic-queue unblock {name}")
+        for one in waits:
+            holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
+            why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
+            step = "redrive" if one["status"] == "failed" else "explain"
+            todo.append(f"mosaic-queue {step} {task['project']}/{one['taskId']}")
+    if status in ("claimed", "in-progress"):
+        ended = task["leaseExpiresAt"] <= facts["now"]
+        why.append(
+            f"{task['claimedBy']} holds it since @{task['claimedAt']}@, fence {task['fence']}; "
+            f"the lease {'ended' if ended else 'ends'} at @{task['leaseExpiresAt']}@"
+        )
+        todo += [f"mosaic-queue reap --project {task['project']}"] if ended else []
+    if status == "failed":
+        why.append(
+            f"a dead letter since @{task['failedAt']}@ after {task['retryCount']} retries and "
+            f"{task.get('expiryCount', 0)} lost leases: {task.get('failureReason', 'no reason')}"
+        )
+        todo.append(f"mosaic-queue redrive {name}")
+    elif task["retryCount"]:
+        left = facts["maxRetries"] - task["retryCount"]
+        why.append(f"it failed {task['retryCount']} times; {left} retries are left")
+    if dependents:
+        why.append(f"waiting for it: {', '.join(dependents)}")
+    return [spelled_out(sentence) for sentence in why], todo
+
+
+async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
+    """What stands between a task and its completion, with its last events."""
+    reply = await queue.call("explain", project, {"task": name})
+    shown = task_from(project, reply[1])
+    waits = [paired(one) for one in reply[2]]
+    holders = [paired(one) for one in reply[4]]
+    why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
+    events = await queue.events(project=project, task=name, limit=5)
+    return {"task": shown, "why": why, "todo": todo, "events": events["events"]}
+
+
+async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanation:
+    """Why a lane, or every one of them, runs what it runs."""
+    found = await queue.status(project=project)
+    status = found["projects"][0]
+    lanes = [one for one in status["lanes"] if lane in (None, one["lane"])]
+    if not lanes:
+        invalid("lane", lane, ", ".join(one["lane"] for one in status["lanes"]))
+    why, todo = [], []
+    if "pausedAt" in status:
+        why.append(spelled_out(f"the project is paused since @{status['pausedAt']}@"))
+        todo.append(f"mosaic-queue unpause --project {project}")
+    if status["due"]:
+        why.append(f"{status['due']} leases have ended or transitions were cut off")
+        todo.append(f"mosaic-queue reap --project {project}, or run a monitor")
+    for one in lanes:
+        name, most = one["lane"], one.get("maxConcurrent")
+        held = await held_in(queue, project, name) if one["held"] else []
+        holders = ", ".join(f"{task['taskId']} of {task['claimedBy']}" for task in held[:10])
+        why.append(
+            f"lane {name}: {one['ready']} ready, {one['held']} held"
+            + (f" of {most} at most" if most else "")
+            + (f" ({holders})" if holders else "")
+        )
+        if most and one["held"] >= most and one["ready"]:
+            todo.append(f"lane {name} is full: wait for one of {holders}, or raise its cap")
+    if status["delayed"]:
+        why.append(f"{status['delayed']} tasks are not due yet")
+    if status["tasks"]["blocked"]:
+        why.append(f"{status['tasks']['blocked']} tasks are blocked")
+        todo.append(f"mosaic-queue list --project {project} --status blocked")
+    if status["tasks"]["failed"]:
+        why.append(f"{status['tasks']['failed']} tasks are dead letters; what waits for them stays")
+        todo.append(f"mosaic-queue list --project {project} --status failed")
+    events = await queue.events(project=project, limit=5)
+    return {"lane": lane or "all", "why": why, "todo": todo, "events": events["events"]}
+
+
+async def held_in(queue: Queue, project: str, lane: str | None = None) -> Sequence[Task]:
+    """The held tasks of a project, up to 2,000."""
+    asked = dict.fromkeys(("mission", "priority", "cursor", "agent", "full")) | {"limit": 1000}
+    pages = [
+        await queue.page(project, asked | {"status": status, "lane": lane})
+        for status in ("claimed", "in-progress")
+    ]
+    return [task for page in pages for task in page["tasks"]]
+
+
+async def setting_of(queue: Queue, name: str) -> str:
+    """One setting of the server, or unknown."""
+    try:
+        found = await queue.link.send("CONFIG GET", name)
+    except Refused:
+        return "unknown"
+    return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
+
+
+async def checked(queue: Queue, project: str) -> AsyncIterator[tuple[Any, Any]]:
+    """All ids that any key of a project knows, 100 at a time, with what is wrong with them."""
+    await queue.link.check()
+    root = f"mosaic:queue:project:{{{project}}}"
+    ids: set[str] = set()
+    async for key in queue.link.scan(f"{root}:*"):
+        kind, _, name = key[len(root) + 1 :].partition(":")
+        if kind in ("task", "text", "work", "waits", "dependents", "lock"):
+            ids.add(name)
+        if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
+            ids |= {row[0] async for row in queue.link.members(key)}
+    known = sorted(ids)
+    for at in range(0, len(known), 100):
+        part = known[at : at + 100]
+        yield part, (await queue.call("check", project, {"ids": " ".join(part)}))[1]
+
+
+async def examine(queue: Queue, project: str | None, answer: Findings) -> Findings:
+    """Hold a project, or all, against the rules; set right what is wrong where the answer counts
+    repairs."""
+    project = project or queue.config["project"]
+    for one in [project] if project else await queue.projects():
+        async for ids, problems in checked(queue, one):
+            answer["checked"] += len(ids)
+            answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
+            wrong = sorted({task for task, _ in problems})
+            if wrong and "repaired" in answer:
+                await queue.call("repair", one, {"ids": " ".join(wrong)})
+                answer["repaired"] += len(wrong)
+    return answer
 
 
 # ==== MONITOR ================================================================================

@@ -204,7 +204,7 @@ def scenarios() -> list[Scenario]:
     add("pause", "pending", lambda q: q.pause(), "plain")
     add("unpause", "pending", lambda q: q.unpause(), "plain", extra=paused)
     ids = {"ids": "T W1"}
-    add("repair", "blocked claimed", lambda q: q._call("repair", "p", ids), "linked",
+    add("repair", "blocked claimed", lambda q: q.call("repair", "p", ids), "linked",
         extra=damage, broken=True)
     vary("reap", lambda q: q.reap(), seconds=EXPIRED)
     add("reap two", "claimed", lambda q: q.reap(), seconds=EXPIRED, extra=another_lease)
