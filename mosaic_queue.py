@@ -25,7 +25,8 @@ Sections, in the order in which they build on each other; each starts with a ban
     CONNECTION      the way to one Valkey: URLs, sending again, what it has to be
     QUEUE           the typed operations; the only code that talks to Valkey
     DIAGNOSIS       why something does not move, and whether the key space is whole
-    MONITOR         the one process that watches: expired leases, assignments
+    FOLLOWERS       one loop over the events, for whatever is kept in step with them
+    MONITOR         the one process that watches: expired leases, assignments, followers
     RUN             a command under a lease
     MCP             the tools of an agent
     COMMAND LINE    the commands of a person or a shell script
@@ -61,7 +62,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec, TypedDict, TypeVar, cast
+from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar, cast
 
 __version__ = "0.1.0"
 
@@ -75,6 +76,9 @@ DEADLINE = 5.0  # s in which an operation is answered or given up
 LOADING_DEADLINE = 120.0  # s for a server that is reading its data from disk
 BATCH = 200  # tasks that one `create` enters, all or none
 PURGE = 100  # tasks that one `purge` forgets
+RECORDS = 100  # tasks that one `records` shows
+FOLLOW = 1000  # events that a follower gets at once
+FOLLOW_EVERY = 1.0  # s after which it looks for events that it was not told of
 IDLE = 4 * 3600  # s without a tool call after which an MCP server renews no more leases
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' and '-'"
@@ -685,6 +689,14 @@ class Lane(TypedDict, total=False):
     maxConcurrent: int
 
 
+class Lag(TypedDict):
+    """How many changes a follower has still to see, and when it was last heard of (ms)."""
+
+    follower: str
+    lag: int
+    lastHeard: int
+
+
 class ProjectStatus(TypedDict, total=False):
     """Counts and warnings of one project."""
 
@@ -703,6 +715,7 @@ class ProjectStatus(TypedDict, total=False):
     oldestReadySince: int
     expiring: list[Task]
     policy: Policy
+    followers: list[Lag]
 
 
 class Server(TypedDict):
@@ -727,7 +740,7 @@ INTEGERS = frozenset(STATUSES) | {
     *("notBefore", "maxRuntime", "retryCount", "expiryCount", "updatedAt", "opFence", "opRev"),
     *("ready", "delayed", "held", "due", "now", "pausedAt", "oldestReadySince", "maxConcurrent"),
     *("maxRetries", "deadLetterAfter", "retryDelay", "assign", "storedAt", "place", "soonest"),
-    *("settled", "grace"),
+    *("settled", "grace", "lag", "lastHeard"),
 }
 HELD, ENDED = ("claimed", "in-progress"), ("completed", "failed")
 SHOWN = {  # in which statuses a field has a meaning; the others have it always
@@ -1296,6 +1309,23 @@ class Link:
                 await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
         except (RedisError, OSError):
             await asyncio.sleep(min(0.2, seconds))
+
+    async def told(self, pattern: str) -> AsyncIterator[str]:
+        """The channels that match a pattern, as often as something is published there.  A hint:
+        what is published while the connection is down is never told."""
+        import asyncio
+
+        from redis.exceptions import RedisError
+
+        while True:
+            with contextlib.suppress(RedisError, OSError, Refused):
+                await self.send("PING")  # opens the client
+                async with self._client.pubsub() as channel:
+                    await channel.psubscribe(pattern)
+                    async for message in channel.listen():
+                        if message["type"] == "pmessage":
+                            yield message["channel"]
+            await asyncio.sleep(1)
 
     def scan(self, pattern: str) -> AsyncIterator[str]:
         """All keys that match a pattern, some perhaps twice."""
@@ -2211,18 +2241,19 @@ class Queue:
             "roundTripMs": round(took, 3),
         }
         answer: QueueStatus = {"server": server, "projects": []}
-        counts = functools.partial(self.call, "status", arguments={"soon": 60})
-        async for one, reply in self.everywhere(project, counts):
+        ask = functools.partial(self.call, "status", arguments={"soon": 60})
+        async for one, reply in self.everywhere(project, ask):
             answer["projects"].append(self._project_status(one, reply))
         return answer
 
     def _project_status(self, project: str, reply: Sequence[Any]) -> ProjectStatus:
-        counts, facts, lanes, expiring, policy = reply[1:]
+        counts, facts, lanes, expiring, policy, followers = reply[1:]
         tasks = {name: int(count) for name, count in cells(counts).items()}
         status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
         status["lanes"] = [paired(lane) for lane in lanes]
         status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
         status["policy"] = self._policy(project, policy)
+        status["followers"] = [{"lag": 0} | paired(one) for one in followers]
         return cast(ProjectStatus, status)
 
     @operation(reads=True)
@@ -2332,10 +2363,34 @@ class Queue:
         """
         return await examine(self, project, {"findings": [], "checked": 0, "repaired": 0})
 
-    async def lead(self, token: str, ttl: int) -> bool:
-        """Be the one monitor that leads, for `ttl` seconds; 0 steps down."""
-        reply = await self.call("lead", "", {"token": token, "ttl": ttl}, root=LEADER)
+    async def lead(self, token: str, ttl: int, part: str = "watchdog") -> bool:
+        """Be the one monitor that leads in a part of its work, for `ttl` seconds; 0 steps down."""
+        root = LEADER if part == "watchdog" else f"{LEADER}:{part}"
+        reply = await self.call("lead", "", {"token": token, "ttl": ttl}, root=root)
         return bool(reply[1] == token)
+
+    async def follow(self, project: str, name: str, rev: int, keep: int) -> tuple[str, int]:
+        """Say that a follower has seen a project's changes up to `rev`; later events wait for it,
+        `keep` of them at most.  Epoch and rev of the project."""
+        given = {"name": name, "cursor": rev, "keep": keep}
+        facts = paired((await self.call("follow", project, given))[1])
+        return str(facts.get("epoch", "")), facts["rev"]
+
+    async def records(self, project: str, ids: Sequence[str]) -> dict[str, Task]:
+        """The tasks of these ids that are there, whole."""
+        found: dict[str, Task] = {}
+        for at in range(0, len(ids), RECORDS):
+            part = " ".join(ids[at : at + RECORDS])
+            for row in (await self.call("records", project, {"ids": part}))[2]:
+                task = task_from(project, row)
+                found[task["taskId"]] = task
+        return found
+
+    async def ids(self, project: str) -> Sequence[str]:
+        """The ids of all tasks of a project, sorted."""
+        await self.link.check()
+        prefix = f"mosaic:queue:project:{{{project}}}:task:"
+        return sorted({key[len(prefix) :] async for key in self.link.scan(prefix + "*")})
 
     async def serve(self, project: str) -> AsyncIterator[Task]:
         """Give every agent that waits the best task of the lane it asks for, while there is one."""
@@ -2622,51 +2677,232 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
     return answer
 
 
+# ==== FOLLOWERS ==============================================================================
+#
+# A follower keeps something outside in step with a project: it reads the events after its cursor,
+# re-reads the tasks that they name, and applies both.  Applying twice does no harm.  It is never
+# in the way of a claim: it may lag, and where events are lost to it, it is rebuilt from the tasks.
+
+
+class Changes(NamedTuple):
+    """What happened in a project up to `rev`.  `tasks` has every task that an event names, by
+    taskId and as it is now; one that is gone is missing."""
+
+    project: str
+    epoch: str
+    rev: int
+    events: Sequence[Event]
+    tasks: Mapping[str, Task]
+    lost: int = 0  # events that were trimmed before this follower saw them
+
+
+class Follower(Protocol):
+    """What is kept in step.  Its methods raise Refused when the other side says no or is away."""
+
+    name: str  # an id
+    keep: int  # events that wait for it in Valkey at most; 0: it does well without
+
+    async def cursor(self, project: str) -> tuple[str, int] | None:
+        """Epoch, and rev up to which all is applied; None where there is nothing yet."""
+
+    async def apply(self, changes: Changes) -> None:
+        """Take the changes over, and the cursor to their rev, both or none."""
+
+    async def rebuild(self, changes: Changes) -> None:
+        """Like apply, where `tasks` are all there are, whatever was there before."""
+
+
+async def caught_up(
+    queue: Queue, follower: Follower, project: str, since: tuple[str, int] | None
+) -> tuple[str, int]:
+    """Give a follower the next changes after `since`, FOLLOW events at most; its new cursor.
+
+    Refuses UNFIT when it followed another epoch: the queue was emptied or replaced meanwhile, and
+    what the follower has may be all that is left.
+    """
+    epoch, rev = await queue.follow(project, follower.name, since[1] if since else 0, follower.keep)
+    if since and since[0] != epoch:
+        raise Refused(
+            "UNFIT",
+            f"project {project} is not the one that {follower.name} followed: its epoch is "
+            f"{epoch}, not {since[0]}",
+            f"mosaic-queue restore --project {project}, or remove what {follower.name} has of it",
+        )
+    page: EventList = {"events": [], "since": rev, "lost": 0}
+    if since and since[1] <= rev:
+        page = await queue.events(project=project, since=since[1], limit=FOLLOW)
+    if since is None or since[1] > rev or page.get("lost"):
+        # From the tasks: the first time, after lost events, or when Valkey lost its last writes.
+        ids = await queue.ids(project)
+        lost = page.get("lost", 0)
+        tasks = await queue.records(project, ids)
+        since = (epoch, page["since"] if lost else rev)
+        await follower.rebuild(Changes(project, *since, page["events"], tasks, lost))
+    elif page["events"]:
+        ids = list(dict.fromkeys(event["task"] for event in page["events"]))
+        since = (epoch, page["since"])
+        tasks = await queue.records(project, ids)
+        await follower.apply(Changes(project, *since, page["events"], tasks))
+    return since
+
+
+async def follow(queue: Queue, follower: Follower) -> None:
+    """Keep a follower in step with all projects, until cancelled.  A project that cannot be
+    followed is tried again after a pause that doubles, up to a minute, and holds up no other."""
+    import asyncio
+
+    cursors: dict[str, tuple[str, int]] = {}
+    pauses: dict[str, float] = {}
+    again: dict[str, float] = {}
+    changed = asyncio.Event()
+
+    async def wake() -> None:
+        async for _ in queue.link.told("mosaic:queue:project:*:events"):
+            changed.set()
+
+    waker = asyncio.create_task(wake())
+    try:
+        while True:
+            changed.clear()
+            behind = False
+            for project in await projects_of(queue):
+                if time.monotonic() < again.get(project, 0):
+                    continue
+                try:
+                    since = cursors.pop(project, None) or await follower.cursor(project)
+                    cursors[project] = await caught_up(queue, follower, project, since)
+                    behind = behind or cursors[project] != since
+                    pauses.pop(project, None)
+                except Refused as problem:
+                    if problem.code == "NOT_FOUND":
+                        continue
+                    cursors.pop(project, None)
+                    pause = pauses[project] = min(60, 2 * pauses.get(project, 0.25))
+                    again[project] = time.monotonic() + pause
+                    log("error", follower=follower.name, project=project, code=problem.code,
+                        message=problem.message, hint=problem.hint, again=pause)  # fmt: skip
+            if not behind:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), FOLLOW_EVERY)
+    finally:
+        waker.cancel()
+
+
+async def projects_of(queue: Queue) -> Sequence[str]:
+    """All projects; none while Valkey does not answer."""
+    import asyncio
+
+    try:
+        return await queue.projects()
+    except Refused as problem:
+        log("error", code=problem.code, message=problem.message)
+        await asyncio.sleep(1)
+        return []
+
+
 # ==== MONITOR ================================================================================
 
 LEADS = 15  # s of the leader's lease
 ASSIGN_EVERY = 0.25  # s
 
 
-async def monitor(config: Config, assign: bool = False, unsafe: bool = False) -> None:
-    """Watch all projects until cancelled: end leases that ran out, and with `assign` serve the
-    agents that wait.
+async def monitor(
+    config: Config, assign: bool = False, unsafe: bool = False, only: Sequence[str] = ()
+) -> None:
+    """Watch all projects until cancelled: end leases that ran out, with `assign` serve the agents
+    that wait, and keep the followers of the configuration in step; `only` some of these parts.
 
-    Any number may run; one leads, by a lease in Valkey, and the others stand by.  It looks every
-    `watchdog.interval` seconds, and when the next lease ends.  Log lines are JSON, on stderr.
+    Any number may run; in each part one leads, by a lease in Valkey, and the others stand by.  Log
+    lines are JSON, on stderr.
     """
     import asyncio
 
     token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
     interval = max(1, config["watchdog.interval"])
-    leads, look_at, renew_at = False, 0.0, 0.0
     async with Queue(config, unsafe=unsafe) as queue:
-        log("start", token=token, interval=interval)
+        parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+            "watchdog": lambda: watchdog(queue, interval, assign)
+        }
+        for follower in followers_of(config):
+            parts[follower.name] = functools.partial(follow, queue, follower)
+        for name in only:
+            if name not in parts:
+                invalid("--only", name, ", ".join(parts))
+        log("start", token=token, interval=interval, parts=[*(only or parts)])
         try:
-            while True:
-                now = time.monotonic()
-                try:
-                    if now >= renew_at:
-                        led, leads = leads, await queue.lead(token, LEADS)
-                        renew_at = now + LEADS / 3
-                        if led != leads:
-                            log("lead" if leads else "stand by")
-                            look_at = 0.0
-                    if leads and now >= look_at:
-                        look_at = now + await watched(queue, interval)
-                    if leads and assign:
-                        await served(queue)
-                except Refused as problem:
-                    log("error", code=problem.code, message=problem.message)
-                    look_at = renew_at = now + 1
-                pause = (min(renew_at, look_at) if leads else renew_at) - time.monotonic()
-                pause = min(pause, ASSIGN_EVERY) if leads and assign else pause
-                await asyncio.sleep(max(0.02, pause))
+            await asyncio.gather(*(led(queue, token, name, parts[name]) for name in only or parts))
         finally:
-            with contextlib.suppress(Refused):
-                if leads:
-                    await queue.lead(token, 0)
             log("stop")
+
+
+def followers_of(config: Config) -> Sequence[Follower]:
+    """The followers that the configuration asks for."""
+    return []
+
+
+async def led(
+    queue: Queue, token: str, part: str, work: Callable[[], Coroutine[Any, Any, None]]
+) -> None:
+    """Do one part of the monitor's work while this process leads in it; stand by otherwise."""
+    import asyncio
+
+    task: asyncio.Task[None] | None = None
+    facts = {} if part == "watchdog" else {"part": part}
+    try:
+        while True:
+            try:
+                leads = await queue.lead(token, LEADS, part)
+                if leads and task is None:
+                    log("lead", **facts)
+                    task = asyncio.create_task(work())
+                elif task and not leads:
+                    log("stand by", **facts)
+                    await ended(task)
+                    task = None
+                pause = LEADS / 3
+            except Refused as problem:
+                log("error", code=problem.code, message=problem.message, **facts)
+                pause = 1.0
+            if task:
+                await asyncio.wait([task], timeout=pause)
+                if task.done():
+                    task.result()  # it never ends by itself: this is a bug, and is shown
+            else:
+                await asyncio.sleep(pause)
+    finally:
+        if task:
+            await ended(task)
+            with contextlib.suppress(Refused):
+                await queue.lead(token, 0, part)
+
+
+async def ended(task: Any) -> None:
+    """Cancel a task and wait for its end."""
+    import asyncio
+
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def watchdog(queue: Queue, interval: float, assign: bool) -> None:
+    """End leases that ran out, every `interval` seconds and when the next one ends; with `assign`
+    give tasks to the agents that wait."""
+    import asyncio
+
+    look_at = 0.0
+    while True:
+        now = time.monotonic()
+        try:
+            if now >= look_at:
+                look_at = now + await watched(queue, interval)
+            if assign:
+                await served(queue)
+        except Refused as problem:
+            log("error", code=problem.code, message=problem.message)
+            look_at = now + 1
+        pause = look_at - time.monotonic()
+        await asyncio.sleep(max(0.02, min(pause, ASSIGN_EVERY) if assign else pause))
 
 
 def log(event: str, **facts: Any) -> None:

@@ -8,7 +8,9 @@
 --
 -- Every key of a project starts with the root, which is KEYS[1]:
 --   <root>                  hash    epoch rev fence; limits: `schema=1 paused=<ms> policy=<ms>
---                                   claimTTL=3600 ...`; lanes: `any coding=4 planning`
+--                                   claimTTL=3600 ...`; lanes: `any coding=4 planning`;
+--                                   follow:<follower>: `rev keep at`, how far it has come, how many
+--                                   events wait for it at most, when it was last heard of (ms)
 --   <root>:task:<id>        hash    the task, but for its long texts; every value is short, so
 --                                   that the hash stays a listpack
 --   <root>:text:<id>        string  JSON object of strings: title description metadata
@@ -45,7 +47,7 @@ local BATCH = 100              -- the most tasks that one call reaps or frees
 local LOOK = 1000              -- the most tasks that one call looks at
 local GRACE = 60               -- s after a start of the server in which no lease is reaped
 local RECEIPT = '900000'       -- ms
-local EVENTS = '10000'
+local EVENTS = 10000
 local WEEK = 604800
 local RANK = {critical = 0, high = 2251799813685248, medium = 4503599627370496,
               low = 6755399441055744}    -- 0..3 * 2^51; below it the age in microseconds
@@ -421,7 +423,17 @@ local function emit(task, op, to, text, ...)
   local events = root .. ':events'
   write('XADD', events, task.rev .. '-0', 'e', event)
   write('PUBLISH', events, event)
-  if meta.rev % 100 == 0 then write('XTRIM', events, 'MAXLEN', '~', EVENTS) end
+  if meta.rev % 100 == 0 then
+    -- Older events stay for the followers that keep them and have not seen them yet.
+    local seen, followers = meta.rev - EVENTS, read('HGETALL', root)
+    for i = 1, #followers, 2 do
+      local cursor, keep = followers[i + 1]:match('^(%d+) (%d+) ')
+      if followers[i]:find('^follow:') and tonumber(keep) > 0 then
+        seen = math.min(seen, math.max(tonumber(cursor), meta.rev - keep))
+      end
+    end
+    if seen > 0 then write('XTRIM', events, 'MINID', '~', decimal(seen)) end
+  end
 end
 
 local function ring(lane)

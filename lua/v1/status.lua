@@ -2,7 +2,8 @@
 --
 -- State    any -> (unchanged)
 -- Args     soon
--- Returns  the counts, one row per lane, leases that end within `soon` seconds, the policy
+-- Returns  the counts, one row per lane, leases that end within `soon` seconds, the policy, the
+--          followers
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
@@ -39,6 +40,13 @@ for lane in each_lane() do
   end
 end
 local delayed = read('ZCARD', root .. ':delayed')
+local followers, stored = {}, read('HGETALL', root)
+for i = 1, #stored, 2 do
+  local name, cursor, heard = stored[i]:match('^follow:(.*)'), stored[i + 1]:match('^(%d+) %d+ (%d+)')
+  if name then
+    followers[#followers + 1] = row('follower', name, 'lag', meta.rev - cursor, 'lastHeard', heard)
+  end
+end
 return {'OK',
         row('pending', ready + delayed, 'claimed', claimed, 'in-progress', looked - claimed,
          'completed', read('ZCARD', root .. ':completed'),
@@ -49,4 +57,4 @@ return {'OK',
          'oldestReady', oldest_id or '',
          'oldestReadySince', oldest and math.floor(oldest / 1000) or ''),
         lanes, expiring,
-        policy()}
+        policy(), followers}

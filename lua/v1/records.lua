@@ -1,0 +1,22 @@
+-- records.lua -- Show some tasks whole, and the project they belong to.
+--
+-- State    any -> (unchanged)
+-- Args     ids
+-- Returns  epoch, rev, fence, limits and lanes; each task, but those that are gone
+-- Rejects  SCHEMA INVALID NOT_FOUND TOO_LARGE
+-- Emits    nothing
+-- Flags    no-writes
+--
+-- `ids` stand between spaces, BATCH of them at most.
+
+meta = project()
+local tasks, count = {}, 0
+for id in arg.ids:gmatch('%S+') do
+  require_id(id, 'taskId')
+  count = count + 1
+  if count > BATCH then reject('TOO_LARGE', 'accepted: up to ' .. BATCH .. ' ids') end
+  local task = fields(id, '*')
+  if task then tasks[#tasks + 1] = whole(task) end
+end
+return {'OK', row('epoch', read('HGET', root, 'epoch') or '', 'rev', meta.rev, 'fence', meta.fence,
+                  'limits', meta.limits, 'lanes', meta.lanes), tasks}
