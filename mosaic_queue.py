@@ -29,6 +29,7 @@ Sections, in the order in which they build on each other; each starts with a ban
     MONITOR         the one process that watches: expired leases, assignments, followers
     RUN             a command under a lease
     MCP             the tools of an agent
+    AGENT HOSTS     entries in the files of MCP clients, the start of a session, completion
     COMMAND LINE    the commands of a person or a shell script
 
 To add an operation, write `lua/v1/<name>.lua` with its header, a method of `Queue` of the same
@@ -3139,6 +3140,7 @@ JSON_TYPES: dict[str, dict[str, Any]] = {
     "words": {"type": "array", "items": {"type": "string"}},
 }
 MCP_WAIT = 25  # s; clients give up on a tool after 60
+PROGRESS_EVERY = 5  # s
 
 
 def parameters(of: Operation) -> dict[str, Any]:
@@ -3219,11 +3221,12 @@ def as_tool_text(of: Operation, result: Any) -> str:
     return "\n".join([*lines, f"{shown} tasks{more}"])
 
 
-def mcp_agent(config: Config) -> str:
+def mcp_agent(config: Config, minted: bool = True) -> str | None:
     """Who the agent is that does not say so: configured, its client's session, or minted."""
     session = os.environ.get("CLAUDE_CODE_SESSION_ID", "")
-    minted = f"{user_at_host()[:120]}-{os.urandom(2).hex()}"
-    return config["agent"] or (session if ID.fullmatch(session) else minted)
+    if config["agent"] or ID.fullmatch(session):
+        return config["agent"] or session
+    return f"{user_at_host()[:120]}-{os.urandom(2).hex()}" if minted else None
 
 
 def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
@@ -3258,14 +3261,15 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
     async def list_tools(_context: Any, _page: Any) -> types.ListToolsResult:
         return types.ListToolsResult(tools=tools)
 
-    async def call_tool(_context: Any, call: types.CallToolRequestParams) -> types.CallToolResult:
+    async def call_tool(context: Any, call: types.CallToolRequestParams) -> types.CallToolResult:
         of = offered.get(call.name)
         if of is None:
             raise MCPError(-32602, f"there is no tool {call.name}; there are: {', '.join(offered)}")
         refused = False
         try:
             arguments = tool_arguments(of, call.arguments or {}, queue.config)
-            text = as_tool_text(of, await getattr(queue, of.name)(**arguments))
+            work = getattr(queue, of.name)(**arguments)
+            text = as_tool_text(of, await told_of(context, arguments.get("wait", 0), work))
         except Refused as refusal:
             refused, text = True, f"{refusal.code}: {refusal.message}"
             if refusal.hint:
@@ -3273,6 +3277,37 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
         while queue.lost:
             text = f"{queue.lost.pop()}\n{text}"
         return types.CallToolResult(content=[types.TextContent(text=text)], is_error=refused)
+
+    async def list_resources(_context: Any, _page: Any) -> types.ListResourcesResult:
+        names = [queue.config["project"]]
+        with contextlib.suppress(Refused):  # a client asks at its start; Valkey may be down
+            names = list(await queue.projects())
+        boards = [
+            types.Resource(uri=f"mosaic://{name}", name=name, title=f"Board of {name}",
+                           mime_type="text/markdown")
+            for name in filter(None, names)
+        ]  # fmt: skip
+        return types.ListResourcesResult(resources=boards)
+
+    async def list_templates(_context: Any, _page: Any) -> types.ListResourceTemplatesResult:
+        kinds = {"Board of a project": "mosaic://{project}"}
+        kinds["A task, and why it does not move"] = "mosaic://{project}/tasks/{taskId}"
+        templates = [
+            types.ResourceTemplate(name=title.split()[0].lower() if "Board" in title else "task",
+                                   title=title, uri_template=uri, mime_type="text/markdown")
+            for title, uri in kinds.items()
+        ]  # fmt: skip
+        return types.ListResourceTemplatesResult(resource_templates=templates)
+
+    async def read_resource(
+        _context: Any, asked: types.ReadResourceRequestParams
+    ) -> types.ReadResourceResult:
+        try:
+            text = await page_of(queue, asked.uri)
+        except Refused as refusal:
+            raise MCPError(-32602, f"{refusal.code}: {refusal.message}") from None
+        page = types.TextResourceContents(uri=asked.uri, mime_type="text/markdown", text=text)
+        return types.ReadResourceResult(contents=[page])
 
     return McpServer(
         "mosaic-queue",
@@ -3282,7 +3317,80 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
         cache_hints={"tools/list": CacheHint(ttl_ms=3_600_000, scope="public")},
         on_list_tools=list_tools,
         on_call_tool=call_tool,
+        on_list_resources=list_resources,
+        on_list_resource_templates=list_templates,
+        on_read_resource=read_resource,
     )
+
+
+async def told_of(context: Any, wait: int, work: Awaitable[R]) -> R:
+    """What the work of a tool returns; a client that asked for progress hears every PROGRESS_EVERY
+    seconds of a wait that it goes on."""
+    import asyncio
+
+    async def tell() -> None:
+        for told in range(1, 1 + wait // PROGRESS_EVERY):
+            await asyncio.sleep(PROGRESS_EVERY)
+            said = f"nothing ready after {told * PROGRESS_EVERY} s"
+            await context.session.report_progress(told * PROGRESS_EVERY, wait, said)
+
+    telling = asyncio.create_task(tell())
+    try:
+        return await work
+    finally:
+        telling.cancel()
+
+
+async def page_of(queue: Queue, uri: str) -> str:
+    """A resource as Markdown: the board of `mosaic://{project}`, or the task of
+    `mosaic://{project}/tasks/{taskId}`."""
+    found = re.fullmatch(r"mosaic://([^/]+)(?:/tasks/([^/]+))?/?", uri)
+    if not found:
+        invalid("resource", uri, "mosaic://{project} or mosaic://{project}/tasks/{taskId}")
+    project, name = found.groups()
+    if name:
+        return markdown_task(await queue.explain(name, project=project))
+    ARGUMENTS["project"].check("project", project)
+    status = (await queue.status(project=project))["projects"][0]
+    counts = ", ".join(f"{n} {of}" for of, n in status["tasks"].items() if n) or "no tasks"
+    lines = [f"# {project}", "", counts, ""]
+    for title, of in BOARD.items():
+        page = await queue.list(project=project, status=of, limit=25)
+        if page["tasks"]:
+            lines += [f"## {title}", "", "| task | title | priority | lane | holder |"]
+            lines += ["|---|---|---|---|---|", *map(markdown_row, page["tasks"]), ""]
+        if "cursor" in page:
+            lines += [f"{len(page['tasks'])} of {page.get('total', 'more')}", ""]
+    return "\n".join(lines)
+
+
+BOARD: dict[str, Status] = {
+    "In progress": "in-progress",
+    "Claimed": "claimed",
+    "Ready or not due": "pending",
+    "Blocked": "blocked",
+    "Dead letters": "failed",
+    "Completed": "completed",
+}
+
+
+def markdown_row(task: Task) -> str:
+    """A task as a line of the board."""
+    values = [task["taskId"], task["title"], task["priority"], task["lane"]]
+    row = [*values, task.get("claimedBy", "") if task["status"] in HELD else ""]
+    return "| " + " | ".join(printable(value).replace("|", "\\|") for value in row) + " |"
+
+
+def markdown_task(told: Explanation) -> str:
+    """A task with its texts, what stands in its way, and its last events."""
+    task = told["task"]
+    lines = [f"# {task['id']}: {printable(task['title'])}", ""]
+    lines += [f"- {why}" for why in map(printable, told["why"])]
+    for name in ("description", "progress", "checkpoint", "summary", "failureReason"):
+        if name in task:
+            lines += ["", f"## {name}", "", str(task[name])]
+    lines += ["", "## events", "", *(f"- {printable(event_line(one))}" for one in told["events"])]
+    return "\n".join(lines)
 
 
 async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> int:
@@ -3386,6 +3494,229 @@ def id_of(line: bytes) -> str | int | None:
     return found if isinstance(found, (str, int)) and not isinstance(found, bool) else None
 
 
+# ==== AGENT HOSTS ============================================================================
+#
+# What makes a client, a session or a shell know the program: an entry in the client's own file,
+# a text for the start of a session, completion.
+
+
+class Client(NamedTuple):
+    """Where an MCP client keeps its servers."""
+
+    file: str  # under its folder
+    folder: tuple[str, str]  # an environment variable, and what it is without that
+    key: str
+    extra: Mapping[str, Any]  # what its entry has beside command, args and env
+
+
+CLIENTS = {
+    "claude": Client(
+        ".claude.json", ("CLAUDE_CONFIG_DIR", "~"), "mcpServers",
+        {"type": "stdio", "alwaysLoad": True},
+    ),
+    "codex": Client("config.toml", ("CODEX_HOME", "~/.codex"), "mcp_servers", {}),
+    "gemini": Client("settings.json", ("", "~/.gemini"), "mcpServers", {}),
+    "opencode": Client(
+        "opencode/opencode.json", ("XDG_CONFIG_HOME", "~/.config"), "mcp",
+        {"type": "local", "enabled": True},
+    ),
+    "generic": Client("", ("", ""), "mcpServers", {"type": "stdio"}),
+}  # fmt: skip
+
+
+def own_command() -> list[str]:
+    """The command that runs this program anywhere: absolute, and with its own Python where the
+    file does not say which."""
+    program = Path(sys.argv[0]).absolute()
+    if program.name == "mosaic":
+        return [str(program), "queue"]
+    by_itself = program.suffix not in (".pyz", ".py") and os.access(program, os.X_OK)
+    return [str(program)] if by_itself else [sys.executable, str(program)]
+
+
+def mcp_entry(client: str, config: Config, tools: str, file: str | None) -> dict[str, Any]:
+    """The entry of this program among a client's servers.
+
+    Clients start a server in any folder and with little environment, so what decides which queue
+    it serves is said in the entry; a password never is.
+    """
+    url = config["redis.url"] if config.source("redis.url").startswith(("$", "flag")) else None
+    if url and masked(url) != url:
+        hint = "put redis.url into ~/.config/mosaic/queue.yaml, which every client's server reads"
+        raise Refused(
+            "INVALID", "the URL has a password, which a client's file must not show", hint
+        )
+    words = ["mcp"]
+    for name in ("project", "agent"):
+        words += [f"--{name}", config[name]] if config[name] else []
+    words += ["--tools", tools] if tools != "default" else []
+    words += ["--config", str(Path(file).absolute())] if file else []
+    named = {name: config.environ.get(name) for name in ("MOSAIC_HOME", "XDG_DATA_HOME")}
+    environ = {name: value for name, value in named.items() if value}
+    environ |= {"MOSAIC_VALKEY_URL": url} if url else {}
+    command, extra = own_command(), CLIENTS[client].extra
+    if client == "opencode":
+        return {**extra, "command": [*command, *words], "environment": environ}
+    entry: dict[str, Any] = {**extra, "command": command[0], "args": [*command[1:], *words]}
+    if environ:
+        entry["env"] = environ
+    if client == "codex":
+        # It hands nothing on that is not named here.
+        raw = [value for value, _ in config.values.values() if isinstance(value, str)]
+        wanted = sorted({name for value in raw for name, _ in VARIABLE.findall(value)})
+        entry |= {"env_vars": wanted} if wanted else {}
+    return entry
+
+
+def client_file(client: str, named: str | None) -> Path:
+    """The file that a client reads, links followed: the one that is named, else its own."""
+    if not named and not CLIENTS[client].file:
+        raise Refused("INVALID", f"--write needs --file for {client}", "--file .cursor/mcp.json")
+    variable, folder = CLIENTS[client].folder
+    own = Path(os.environ.get(variable) or folder) / CLIENTS[client].file
+    return (Path(named) if named else own).expanduser().resolve()
+
+
+def merged(client: str, path: Path, entry: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """The text of a client's file before and with the entry; all else in it stays as it is."""
+    try:
+        before = path.read_bytes().decode() if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as problem:
+        raise Refused("INVALID", f"{path} cannot be read: {problem}") from None
+    key, hint = (
+        CLIENTS[client].key,
+        f"mosaic-queue mcp-config {client} prints what to enter by hand",
+    )
+    if path.parent.name == ".vscode":
+        key = "servers"
+    try:
+        tree: Any
+        if path.suffix == ".toml":
+            import tomlkit
+
+            tree = tomlkit.parse(before)
+        else:
+            tree = json.loads(before.removeprefix("\ufeff") or "{}")
+        tree.setdefault(key, {})[name] = dict(entry)
+    except (ValueError, AttributeError, TypeError) as problem:
+        kind = "TOML" if path.suffix == ".toml" else "JSON without comments"
+        said = f"{path} is not {kind} with an object {key}: {problem}"
+        raise Refused("INVALID", said, hint) from None
+    if path.suffix == ".toml":
+        return before, str(tomlkit.dumps(tree))
+    indent = re.search(r"^([ \t]+)\S", before, re.MULTILINE)
+    return before, json.dumps(tree, indent=indent[1] if indent else 2, ensure_ascii=False) + "\n"
+
+
+def replaced(path: Path, before: str, text: str) -> Path | None:
+    """Write a file anew, in one step; the path of the backup of what was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    backup = None
+    if before:
+        backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+        backup.touch(mode=0o600)
+        backup.write_bytes(before.encode())
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o600
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(text.encode())
+        os.fchmod(file.fileno(), mode)
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    return backup
+
+
+def mcp_config(
+    client: str,
+    config: Config,
+    *,
+    write: bool = False,
+    dry_run: bool = False,
+    file: str | None = None,
+    name: str = "mosaic",
+    tools: str = "default",
+    config_file: str | None = None,
+) -> dict[str, Any]:
+    """What to enter into a client's file; with `write` it is entered, and with `dry_run` shown as
+    a difference alone."""
+    import difflib
+
+    ARGUMENTS["project"].check("--name", name)
+    entry = mcp_entry(client, config, tools, config_file)
+    answer: dict[str, Any] = {"client": client, "entry": entry}
+    if not (write or dry_run):
+        path = Path(CLIENTS[client].file or "mcp.json") if not file else Path(file)
+        return answer | {"text": merged(client, Path("/nowhere") / path.name, entry, name)[1]}
+    path = client_file(client, file)
+    before, text = merged(client, path, entry, name)
+    lines = (before.splitlines(keepends=True), text.splitlines(keepends=True))
+    answer |= {
+        "file": str(path),
+        "text": "".join(difflib.unified_diff(*lines, "before", str(path))),
+    }
+    if dry_run or not answer["text"]:
+        return answer | {"written": False}
+    try:
+        backup = replaced(path, before, text)
+    except OSError as problem:
+        raise Refused("INVALID", f"{path} cannot be written: {problem.strerror}") from None
+    return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
+
+
+PRIME = """\
+The loop: queue_next (or mosaic-queue next) takes the best ready task, for you alone; do the work;
+queue_complete with a summary, or queue_fail with the reason. Never work on a task that you do not
+hold. Findings go to queue_note. Task state lives in this queue and in no file."""
+
+
+async def prime(queue: Queue) -> str:
+    """The text for the start of a session: what the agent holds, what is ready, the loop."""
+    agent = mcp_agent(queue.config, minted=False)
+    lines = []
+    for one in (await queue.status())["projects"]:
+        counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
+        paused = "; paused, no claims are granted" if "pausedAt" in one else ""
+        lines.append(f"Task queue of project {one['project']}: {counts or 'no tasks'}{paused}.")
+    if agent:
+        tasks = (await queue.list(agent=agent, limit=10))["tasks"]
+        held = [task for task in tasks if task["status"] in HELD]
+        lines.append(f"You are {agent} and hold {len(held) or 'nothing'}{':' if held else '.'}")
+        lines += [f"- {task['id']} {task['status']}: {printable(task['title'])}" for task in held]
+    ready = (await queue.list(status="pending", limit=5))["tasks"]
+    lines += ["First of those that are ready, or will be:"] if ready else []
+    lines += [f"- {task['id']} {task['priority']}: {printable(task['title'])}" for task in ready]
+    return "\n".join([*lines, PRIME])
+
+
+def completion(shell: str) -> str:
+    """The text that a shell reads to complete this program's commands, flags and ids."""
+    from argcomplete.shell_integration import shellcode
+
+    return str(shellcode(["mosaic-queue", "mosaic-queue.pyz", "mosaic"], shell=shell))
+
+
+def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence[str]:
+    """The ids that begin with a prefix, of a Valkey that runs already and answers at once."""
+    import asyncio
+
+    async def ask() -> Sequence[str]:
+        async with Queue(config, deadline=0.5) as queue:
+            if name == "project":
+                return await queue.projects()
+            tasks = cast(Any, (await queue.list(limit=200))["tasks"])
+            return sorted({task["mission" if name == "mission" else "taskId"] for task in tasks})
+
+    try:
+        flags = {"redis.url": getattr(parsed_args, "url", None)}
+        flags["project"] = getattr(parsed_args, "project", None)
+        config = load_config(getattr(parsed_args, "config", None), flags)
+        if not config["redis.url"] and not PrivateServer().answers():
+            return []
+        return [one for one in asyncio.run(ask()) if one.startswith(prefix)]
+    except Refused:
+        return []
+
+
 # ==== COMMAND LINE ===========================================================================
 #
 # One command per operation, made from its signature: what has no default is given by position,
@@ -3397,6 +3728,9 @@ ALSO = {
     "run": "Run a command for the next task, under a lease that is renewed",
     "monitor": "Watch all projects: end leases that ran out, assign tasks",
     "mcp": "Serve the queue to an MCP client over stdio",
+    "mcp-config": "Print the entry for an MCP client, or write it into the client's file",
+    "prime": "Print what an agent should know when a session starts",
+    "completion": "Print what bash, zsh or fish needs to complete commands and ids",
     "server": "Show or stop the private Valkey",
     "config": "Show the configuration in force",
     "version": "Show the version",
@@ -3425,7 +3759,7 @@ def make_parser(prog: str) -> Any:
 
     everywhere = Parser(add_help=False, argument_default=argparse.SUPPRESS)
     shared = everywhere.add_argument_group("everywhere")
-    shared.add_argument("--project", help=ARGUMENTS["project"].help)
+    completed(shared.add_argument("--project", help=ARGUMENTS["project"].help), "project")
     shared.add_argument("--agent", help=ARGUMENTS["agent"].help)
     shared.add_argument(
         "--url", help="Valkey or Redis; default: $MOSAIC_VALKEY_URL, config, else a private server"
@@ -3462,22 +3796,21 @@ def make_parser(prog: str) -> Any:
                 continue
             if argument.kind in ("ids", "words"):
                 options["action"] = "append"
-            if name == "task" and parameter.default is None:
+            by_place = parameter.kind is not parameter.KEYWORD_ONLY
+            if by_place and (name == "task" or parameter.default is parameter.empty):
                 del options["dest"]
-                sub.add_argument("task", metavar="taskId", nargs="?", **options)
-                continue
-            if (
-                parameter.default is parameter.empty
-                and parameter.kind is not parameter.KEYWORD_ONLY
-            ):
-                del options["dest"]
-                if of.name == "create":
+                if of.name == "create" or parameter.default is None:
                     options["nargs"] = "?"
-                sub.add_argument(name, metavar="taskId" if name == "task" else name, **options)
+                shown = "taskId" if name == "task" else name
+                completed(sub.add_argument(name, metavar=shown, **options), name)
             elif name not in ("project", "agent"):
                 needed = parameter.default is parameter.empty and of.name != "create"
                 shown = metavar.get(argument.kind, name.upper())
-                sub.add_argument(flag(name), metavar=shown, required=needed, **options)
+                completed(
+                    sub.add_argument(flag(name), metavar=shown, required=needed, **options), name
+                )
+        if of.name == "status":
+            sub.add_argument("--watch", action="store_true", help="redraw until you press q")
         if of.name == "events":
             sub.add_argument("--follow", action="store_true", help="go on until interrupted")
         if of.name == "create":
@@ -3488,7 +3821,26 @@ def make_parser(prog: str) -> Any:
                 help="JSON lines, one task each; - is standard input",
             )
     served = command("mcp", ALSO["mcp"] + ".", "claude mcp add mosaic -- mosaic-queue mcp")
-    served.add_argument("--tools", metavar="SET", help="default or orchestrator")
+    tool_set = {"metavar": "SET", "help": "default or orchestrator"}
+    served.add_argument("--tools", **tool_set)
+    entry = command(
+        "mcp-config",
+        ALSO["mcp-config"] + ". Everything else in the file stays; a backup is made.",
+        "mosaic-queue mcp-config claude --project web --write",
+    )
+    entry.add_argument("client", choices=CLIENTS, help="whose file")
+    entry.add_argument("--write", action="store_true", help="into the file, not to stdout")
+    entry.add_argument("--dry-run", action="store_true", help="show what --write would change")
+    entry.add_argument("--file", metavar="FILE", help="default: the client's own, under your HOME")
+    entry.add_argument("--name", metavar="ID", help="what the client calls it; default: mosaic")
+    entry.add_argument("--tools", **tool_set)
+    command("prime", ALSO["prime"] + ".", "mosaic-queue prime --project web")
+    shell = command(
+        "completion",
+        ALSO["completion"] + ".",
+        'eval "$(mosaic-queue completion bash)"',
+    )
+    shell.add_argument("shell", choices=("bash", "zsh", "fish"))
     watch = command("monitor", ALSO["monitor"] + ".", "mosaic-queue monitor --assign")
     watch.add_argument("--assign", action="store_true", help="give tasks to the agents that wait")
     about = ALSO["run"] + ". Exit 0 completes the task, anything else fails it."
@@ -3499,9 +3851,20 @@ def make_parser(prog: str) -> Any:
     work.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ...")
     server = command("server", ALSO["server"] + ".", "mosaic-queue server status")
     server.add_argument("action", choices=("status", "stop"))
-    command("config", ALSO["config"] + ", and where each value came from.")
-    command("version", ALSO["version"] + ".")
+    about = ALSO["config"] + ", and where each value came from."
+    command("config", about, "mosaic-queue config --json")
+    command("version", ALSO["version"] + ".", "mosaic-queue version")
     return parser
+
+
+def completed(action: Any, name: str) -> None:
+    """Say how a shell completes an argument: by the words it may be, or by the ids there are."""
+    words = ARGUMENTS[name].words
+    kind = "task" if name == "dependencies" else name
+    if words:
+        action.completer = lambda **_: words
+    elif kind in ("task", "mission", "project"):
+        action.completer = functools.partial(complete_ids, kind)
 
 
 def overview(prog: str) -> str:
@@ -3617,10 +3980,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         line = "  ".join(
             c + " " * (w - width(c)) for c, w in zip(row, widths, strict=True)
         ).rstrip()
-        while width(line) > room:
-            line = line[: room - width(line) - 1] + "…" if len(line) > 1 else ""
-        lines.append(line)
+        lines.append(fitted(line, room))
     return "\n".join(lines)
+
+
+def fitted(line: str, room: int) -> str:
+    """A line cut to the columns there are."""
+    while width(line) > room:
+        line = line[: room - width(line) - 1] + "…" if len(line) > 1 else ""
+    return line
 
 
 def human(name: str, result: Any) -> str:
@@ -3776,6 +4144,8 @@ def run(arguments: dict[str, Any], prog: str) -> int:
     if of is not None:
         import asyncio
 
+        if arguments.pop("watch", False):
+            return watch_status(config, arguments.get("project"), unsafe)
         follow = arguments.pop("follow", False)
         given = {name: typed(name, value) for name, value in arguments.items()}
         if "source" in given:
@@ -3813,6 +4183,20 @@ def run(arguments: dict[str, Any], prog: str) -> int:
         asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe)))
     elif command == "run":
         return run_from(arguments, config, unsafe)
+    elif command == "mcp-config":
+        client = arguments.pop("client")
+        told = mcp_config(client, config, config_file=path, **arguments)
+        print(json.dumps({"v": 1, **told}) if in_json else told["text"].rstrip("\n"))
+        if not in_json and "file" in told:
+            state = "written" if told["written"] else "not written" if told["text"] else "unchanged"
+            backup = f", backup {told['backup']}" if "backup" in told else ""
+            print(f"{told['file']}: {state}{backup}", file=sys.stderr)
+    elif command == "prime":
+        import asyncio
+
+        print(asyncio.run(with_queue(config, unsafe, prime)))
+    elif command == "completion":
+        print(completion(arguments["shell"]))
     elif command == "config":
         keys = config.shown()
         rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in keys.items()]
@@ -3821,6 +4205,72 @@ def run(arguments: dict[str, Any], prog: str) -> int:
     elif command == "server":
         return run_server(arguments["action"], in_json)
     return 0
+
+
+async def with_queue(config: Config, unsafe: bool, work: Callable[[Queue], Awaitable[R]]) -> R:
+    """Do some work with a queue that is closed afterwards."""
+    async with Queue(config, unsafe=unsafe) as queue:
+        return await work(queue)
+
+
+WATCH_EVERY = 2.0  # s
+
+
+def watch_status(config: Config, project: str | None, unsafe: bool) -> int:
+    """Status, agents and last events on a terminal, redrawn until q."""
+    import asyncio
+    import termios
+    import tty
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        hint = "for programs: mosaic-queue status --json, mosaic-queue events --follow"
+        raise Refused("INVALID", "--watch needs a terminal", hint)
+    quits = asyncio.Event()
+
+    def pressed() -> None:
+        if set(os.read(0, 64)) & set(b"qQ\x04"):
+            quits.set()
+
+    async def watch(queue: Queue) -> None:
+        asyncio.get_running_loop().add_reader(0, pressed)
+        while not quits.is_set():
+            draw(await dashboard(queue, project))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(quits.wait(), WATCH_EVERY)
+
+    before = termios.tcgetattr(0)
+    try:
+        tty.setcbreak(0)
+        sys.stdout.write("\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
+        asyncio.run(until_stopped(with_queue(config, unsafe, watch)))
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+        sys.stdout.write("\x1b[?25h\x1b[?1049l")
+    return 0
+
+
+async def dashboard(queue: Queue, project: str | None) -> str:
+    """What a supervisor wants to see at once, or why it cannot be seen."""
+    try:
+        now = time.time() * 1000
+        parts = [human_status(await queue.status(project=project), now)]
+        parts.append(human("agents", await queue.agents(project=project)))
+        parts.append(human("events", await queue.events(project=project, limit=8)))
+    except Refused as problem:
+        parts = [f"{problem.code}: {problem.message}", problem.hint]
+    return "\n\n".join([*parts, "q quits"])
+
+
+def draw(text: str) -> None:
+    """Put a text over the whole screen: line over line, so that nothing flickers."""
+    import shutil
+
+    columns, rows = shutil.get_terminal_size()
+    lines = text.split("\n")[:rows]
+    kept = [fitted(line, columns) + "\x1b[K" for line in lines]
+    # Terminals that know it show the frame at once.
+    sys.stdout.write("\x1b[?2026h\x1b[H" + "\r\n".join(kept) + "\x1b[J\x1b[?2026l")
+    sys.stdout.flush()
 
 
 async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
@@ -3868,6 +4318,10 @@ def run_server(action: str, in_json: bool) -> int:
 def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
     """The command `mosaic-queue`; returns the exit status of DESIGN section 7."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(make_parser(prog))  # ends the process
     try:
         status = obeyed(words, prog)
         sys.stdout.flush()
@@ -3927,6 +4381,9 @@ def obeyed(words: list[str], prog: str) -> int:
 def mosaic() -> int:
     """The command `mosaic`: serves `mosaic queue`; any other word is for the next `mosaic` on
     PATH, where this ecosystem has one."""
+    if "_ARGCOMPLETE" in os.environ and os.environ.get("COMP_LINE", "").split()[1:2] == ["queue"]:
+        os.environ["_ARGCOMPLETE"] = "2"  # the words of a completion begin after `mosaic`
+        return main([], "mosaic queue")
     if sys.argv[1:2] == ["queue"]:
         return main(sys.argv[2:], "mosaic queue")
     own = Path(sys.argv[0]).resolve()
