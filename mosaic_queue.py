@@ -3161,6 +3161,8 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
             schema.get("items", schema)["enum"] = list(argument.words)
         if name == "wait":
             schema["maximum"] = MCP_WAIT
+        if argument.kind in ("int", "bool", "ids"):
+            schema["description"] = argument.help
         properties[camel(name)] = schema
         optional = name in ("project", "mission") and config[name]
         if parameter.default is parameter.empty and not optional:
@@ -3231,6 +3233,7 @@ def mcp_agent(config: Config, minted: bool = True) -> str | None:
 
 def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
     """The MCP server of a queue, for any transport; `orchestrator` adds the tools of that set."""
+    import anyio
     import mcp_types as types
     from mcp.server.caching import CacheHint
     from mcp.server.lowlevel import Server as McpServer
@@ -3280,7 +3283,8 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
 
     async def list_resources(_context: Any, _page: Any) -> types.ListResourcesResult:
         names = [queue.config["project"]]
-        with contextlib.suppress(Refused):  # a client asks at its start; Valkey may be down
+        # A client asks at its start, and Valkey may be down.
+        with contextlib.suppress(Refused), anyio.move_on_after(2):
             names = list(await queue.projects())
         boards = [
             types.Resource(uri=f"mosaic://{name}", name=name, title=f"Board of {name}",

@@ -575,3 +575,76 @@ def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and was not waited for does not."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True)
     return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+# ---- resources and progress ----
+
+
+@pytest.mark.parametrize("mode", ERAS)
+async def test_boards_and_tasks_are_resources(connect: Connect, mode: str) -> None:
+    async with connect(mode, MOSAIC_AGENT="alice") as alice:
+        for name, title in (("T1", "Write | page"), ("T2", "Link it")):
+            new = {"mission": "m", "task": name, "title": title, "description": "all of it"}
+            new |= {"dependencies": ["T1"]} if name == "T2" else {}
+            await alice.call_tool("queue_create", new)
+        await alice.call_tool("queue_claim", {"task": "T1"})
+        boards = (await alice.list_resources()).resources
+        assert [str(one.uri) for one in boards] == ["mosaic://p"]
+        templates = (await alice.list_resource_templates()).resource_templates
+        assert [one.uri_template for one in templates] == [
+            "mosaic://{project}",
+            "mosaic://{project}/tasks/{taskId}",
+        ]
+        (board,) = (await alice.read_resource("mosaic://p")).contents
+        assert board.mime_type == "text/markdown"
+        assert "# p\n\n1 claimed, 1 blocked\n" in board.text
+        assert "## Claimed\n\n| task | title |" in board.text
+        assert "| T1 | Write \\| page | medium | any | alice |" in board.text
+        assert "| T2 | Link it | medium | any |  |" in board.text
+        (task,) = (await alice.read_resource("mosaic://p/tasks/T2")).contents
+        assert task.text.startswith("# p/T2: Link it\n")
+        assert "it waits for T1, which is claimed by alice" in task.text
+        assert "## description\n\nall of it\n" in task.text
+
+
+@pytest.mark.parametrize("mode", ERAS)
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("mosaic://nowhere", "NOT_FOUND: there is no project nowhere"),
+        ("mosaic://p/tasks/T9", "NOT_FOUND: there is no "),
+        ("mosaic://p/other/T9", "INVALID: resource is"),
+        ("mosaic://a b", "INVALID: "),
+        ("file:///etc/passwd", "INVALID: resource is"),
+    ],
+)
+async def test_a_resource_that_is_not_there(
+    connect: Connect, mode: str, uri: str, said: str
+) -> None:
+    async with connect(mode) as client:
+        with pytest.raises(MCPError) as error:
+            await client.read_resource(uri)
+        assert error.value.code == -32602
+        assert error.value.message.startswith(said)
+
+
+async def test_resources_are_listed_without_valkey(connect: Connect) -> None:
+    async with connect(MOSAIC_VALKEY_URL=DEAD) as client:
+        assert [str(one.uri) for one in (await client.list_resources()).resources] == ["mosaic://p"]
+        assert len((await client.list_resource_templates()).resource_templates) == 2
+
+
+@pytest.mark.parametrize("mode", ERAS)
+async def test_a_wait_tells_that_it_goes_on(connect: Connect, mode: str) -> None:
+    heard: list[tuple[float, float | None, str | None]] = []
+
+    async def hear(progress: float, total: float | None, message: str | None) -> None:
+        heard.append((progress, total, message))
+
+    async with connect(mode) as client:
+        await client.call_tool("queue_create", {"mission": "m", "task": "T1", "title": "t"})
+        await client.call_tool("queue_claim", {"task": "T1"})
+        asked = {"wait": 6}
+        said = await client.call_tool("queue_next", asked, progress_callback=hear)
+        assert not said.is_error
+    assert heard == [(5, 6, "nothing ready after 5 s")]
