@@ -66,7 +66,7 @@ def connect(server: Server, db: redis.Redis, tmp_path: Path) -> Callable[..., Cl
         return Client(
             StdioServerParameters(command=sys.executable, args=program, env=environ, cwd=tmp_path),
             mode="legacy",
-            read_timeout_seconds=20,
+            read_timeout_seconds=60,
         )
 
     return make

@@ -340,7 +340,7 @@ class Stage:
         self.follower = Follower(self.db)
 
     def dump(self, key: str) -> bytes:
-        with redis.Redis(unix_socket_path=str(self.server.socket)) as raw:
+        with self.server.client(decode_responses=False) as raw:
             value = raw.dump(key)
         assert isinstance(value, bytes)
         return value
@@ -431,7 +431,7 @@ async def stage(
     config.set("lanes.coding.maxConcurrent", 2, "test")
     scenario = request.param
     session = "s1" if scenario.shape == "linked" else None
-    async with mq.Queue(config, deadline=2, session=session) as queue:
+    async with mq.Queue(config, session=session) as queue:
         made = Stage(scenario, queue, server, db, shim)
         await made.prepare()
         yield made

@@ -2,7 +2,8 @@
 
 A proxy on a socket of its own stands between the queue and a real server.  It lets the chosen
 script through, waits for the reply, and either closes the connection or keeps silent until the
-caller's patience ends.  The call is sent again with the same op id; a twin project in which
+caller's patience ends, which is at once, so that no test waits for it or depends on how long it
+is.  The call is sent again with the same op id; a twin project in which
 nothing was lost says what one execution looks like.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 0.6  # s, the deadline of an operation; it is sent again after a third of it
 Act = Callable[[], Awaitable[Any]]
 
 
@@ -33,6 +34,7 @@ class Proxy:
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.socket = server, folder / "proxy"
         self.lost = 0
+        self.patience: asyncio.Timeout | None = None  # of the call that is under way
         self.sha, self.silent, self.meanwhile = b"", False, None
 
     def lose(self, name: str, mode: str, meanwhile: Act | None = None) -> None:
@@ -69,10 +71,13 @@ class Proxy:
                     back.write(data)
                     continue
                 self.sha, self.lost = b"", self.lost + 1
+                patience = self.patience
                 if self.meanwhile:
                     await self.meanwhile()
                 if not self.silent:
                     return
+                if patience:
+                    patience.reschedule(asyncio.get_running_loop().time())
                 while await replies.read(1 << 20):
                     pass
 
@@ -87,8 +92,17 @@ class Proxy:
 
 
 @pytest.fixture
-async def proxy(server: Server, db: redis.Redis, tmp_path: Path) -> AsyncIterator[Proxy]:
+async def proxy(
+    server: Server, db: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Proxy]:
     async with Proxy(server, tmp_path) as made:
+        begin = asyncio.timeout
+
+        def timeout(seconds: float | None) -> asyncio.Timeout:
+            made.patience = begin(seconds)
+            return made.patience
+
+        monkeypatch.setattr(asyncio, "timeout", timeout)
         yield made
 
 
@@ -97,7 +111,7 @@ async def far(proxy: Proxy) -> AsyncIterator[mq.Queue]:
     """A queue whose way to the server leads through the proxy."""
     config = mq.Config(environ={}).set("redis.url", f"unix://{proxy.socket}", "test")
     config.set("project", "p", "test").set("defaults.maxRetries", 5, "test")
-    async with mq.Queue(config, deadline=PATIENCE) as opened:
+    async with mq.Queue(config) as opened:
         yield opened
 
 
@@ -210,6 +224,20 @@ async def test_lost_answer_of_eval(far: mq.Queue, proxy: Proxy, db: redis.Redis)
     assert proxy.lost == 1
     (event,) = told(db, "p")[1:]
     assert (task["claimedBy"], task["fence"], task["rev"]) == ("alice", int(event[5]), 2)
+
+
+async def test_silence_lasts_for_a_third_of_the_deadline(
+    far: mq.Queue, proxy: Proxy, db: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here nobody ends the caller's patience but the caller."""
+    await create(far, "p")
+    monkeypatch.undo()
+    proxy.patience, far.link.deadline = None, 6
+    proxy.lose("claim", "silent")
+    began = time.monotonic()
+    assert (await far.claim("T", "alice"))["claimedBy"] == "alice"
+    assert time.monotonic() - began >= 2
+    assert (proxy.lost, len(told(db, "p"))) == (1, 2)
 
 
 # ---- the same op id, other arguments ----
