@@ -374,7 +374,7 @@ async def test_two_sub_agents_that_wait_get_two_tasks(connect: Connect, boss: mq
         waiting = [asyncio.create_task(taken(client, wait=20)) for _ in range(2)]
         await asyncio.sleep(0.5)
         await create(boss, "T1", "T2")
-        got = await asyncio.wait_for(asyncio.gather(*waiting), 20)
+        got = await asyncio.wait_for(asyncio.gather(*waiting), 8)  # unwoken, they look after 10
         assert {task["taskId"] for task in got} == {"T1", "T2"}
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import select
 import shlex
 import signal
@@ -71,7 +72,7 @@ def connect(environ: dict[str, str], tmp_path: Path) -> Connect:
         parameters = StdioServerParameters(
             command=program, args=[*rest, "mcp", *words], env=environ | more, cwd=tmp_path
         )
-        return Client(parameters, mode=mode, read_timeout_seconds=20)
+        return Client(parameters, mode=mode, read_timeout_seconds=60)
 
     return make
 
@@ -274,7 +275,7 @@ async def test_tools_are_listed_without_valkey(connect: Connect, mode: str) -> N
             assert refused.is_error
             assert text_of(refused).startswith("UNREACHABLE: redis://127.0.0.1:1: ")
             assert "\nnext: " in text_of(refused)
-            assert time.monotonic() - began < 6
+            assert time.monotonic() - began < mq.DEADLINE + 20
 
 
 async def test_a_server_that_comes_back_is_used(connect: Connect, server: Server) -> None:
@@ -345,7 +346,7 @@ class Pipe:
         self.process.stdin.write(line + b"\n")
         self.process.stdin.flush()
 
-    def receive(self, limit: float = 20) -> Any:
+    def receive(self, limit: float = 60) -> Any:
         """The next line as JSON; fails when none comes in time."""
         assert self.process.stdout
         give_up = time.monotonic() + limit
@@ -457,21 +458,24 @@ def test_an_id_inside_the_arguments_is_not_the_requests(pipe: Pipe) -> None:
 
 def test_a_line_of_4_mb_is_answered(pipe: Pipe) -> None:
     pipe.send(call_line(7, json.dumps({"task": "x" * (4 << 20)})))
-    answer = pipe.receive(20)
+    answer = pipe.receive()
     assert (answer["id"], answer["result"]["isError"]) == (7, True)
     assert len(json.dumps(answer)) < 1000
 
 
-def test_a_line_of_40_mb_is_read_in_linear_time(pipe: Pipe) -> None:
-    """Lines are put together from pieces of 64 KiB: that has to stay linear."""
-    assert pipe.process.stdin
-    began = time.monotonic()
-    piece = b"x" * (1 << 20)
-    for _ in range(40):
-        pipe.process.stdin.write(piece)
-    pipe.process.stdin.write(b"\n")
-    assert pipe.receive(30)["error"]
-    assert time.monotonic() - began < 8
+def test_a_line_of_40_mb_is_read_in_linear_time(environ: dict[str, str], tmp_path: Path) -> None:
+    """Lines are put together from pieces of 64 KiB: that has to stay linear.  What counts is the
+    time of the processor: what else the machine does is no matter."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with piped(environ, tmp_path) as pipe:
+        assert pipe.process.stdin
+        piece = b"x" * (1 << 20)
+        for _ in range(40):
+            pipe.process.stdin.write(piece)
+        pipe.process.stdin.write(b"\n")
+        assert pipe.receive()["error"]
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 8
 
 
 def test_lines_with_crlf_blank_lines_and_two_at_once(pipe: Pipe) -> None:
@@ -504,23 +508,45 @@ def test_standard_output_carries_only_json_rpc(tmp_path: Path, environ: dict[str
 # ---- the end ----
 
 
+def soon(limit: float, end: Callable[[], float]) -> None:
+    """Something ends within so many seconds: once in ten times is enough to show that nothing
+    holds it up but a busy machine."""
+    took: list[float] = []
+    while not took or min(took) > limit:
+        assert len(took) < 10, took
+        took.append(end())
+
+
 def test_it_ends_within_a_second_of_eof(environ: dict[str, str], tmp_path: Path) -> None:
-    with piped(environ, tmp_path) as pipe:
-        assert pipe.process.stdin
-        pipe.process.stdin.close()
-        assert pipe.process.wait(1) == 0
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    def end() -> float:
+        with piped(environ, tmp_path) as pipe:
+            assert pipe.process.stdin
+            pipe.process.stdin.close()
+            closed = time.monotonic()
+            assert pipe.process.wait(60) == 0
+            took = time.monotonic() - closed
+        assert "Traceback" not in (tmp_path / "stderr").read_text()
+        return took
+
+    soon(1, end)
 
 
 def test_it_ends_on_eof_in_the_middle_of_a_call(environ: dict[str, str], tmp_path: Path) -> None:
     """A call to a dead server takes five seconds; nobody is left to read its answer."""
-    with piped(environ | {"MOSAIC_VALKEY_URL": DEAD}, tmp_path) as pipe:
-        pipe.send(call_line(1, '{"task":"T1"}'))
-        time.sleep(0.3)
-        assert pipe.process.stdin
-        pipe.process.stdin.close()
-        assert pipe.process.wait(1.5) == 0
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+
+    def end() -> float:
+        with piped(environ | {"MOSAIC_VALKEY_URL": DEAD}, tmp_path) as pipe:
+            pipe.send(call_line(1, '{"task":"T1"}'))
+            time.sleep(0.3)
+            assert pipe.process.stdin
+            pipe.process.stdin.close()
+            closed = time.monotonic()
+            assert pipe.process.wait(60) == 0
+            took = time.monotonic() - closed
+        assert "Traceback" not in (tmp_path / "stderr").read_text()
+        return took
+
+    soon(1.5, end)
 
 
 def test_it_ends_quietly_when_nobody_reads(environ: dict[str, str], tmp_path: Path) -> None:
@@ -528,7 +554,7 @@ def test_it_ends_quietly_when_nobody_reads(environ: dict[str, str], tmp_path: Pa
         assert pipe.process.stdout
         pipe.process.stdout.close()
         pipe.send({"jsonrpc": "2.0", "id": 1, "method": "ping"})
-        assert pipe.process.wait(2) == 0
+        assert pipe.process.wait(60) == 0
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
@@ -536,7 +562,7 @@ def test_it_ends_quietly_when_nobody_reads(environ: dict[str, str], tmp_path: Pa
 def test_it_ends_on_a_signal(environ: dict[str, str], tmp_path: Path, sent: int) -> None:
     with piped(environ, tmp_path) as pipe:
         pipe.process.send_signal(sent)
-        assert pipe.process.wait(2) in (130, -signal.SIGTERM, 143, 0)
+        assert pipe.process.wait(60) in (130, -signal.SIGTERM, 143, 0)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
@@ -544,7 +570,7 @@ PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:])
 print(child.pid, file=sys.stderr, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
@@ -552,23 +578,28 @@ def test_it_ends_within_a_second_of_its_parents_death(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
     """The parent is killed while its own parent holds the pipe open, so there is no EOF."""
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT, *COMMAND, "mcp"], env=environ, cwd=tmp_path, bufsize=0,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    ) as parent:  # fmt: skip
-        assert parent.stderr
-        pid = int(parent.stderr.readline())
-        try:
-            Pipe(parent).begin()
-            parent.kill()
-            parent.wait()
-            give_up = time.monotonic() + 1
-            while alive(pid):
-                assert time.monotonic() < give_up, "it lives on"
-                time.sleep(0.02)
-        finally:
-            if alive(pid):
-                os.kill(pid, signal.SIGKILL)
+
+    def end() -> float:
+        with subprocess.Popen(
+            [sys.executable, "-c", PARENT, *COMMAND, "mcp"], env=environ, cwd=tmp_path, bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as parent:  # fmt: skip
+            assert parent.stderr
+            pid = int(parent.stderr.readline())
+            try:
+                Pipe(parent).begin()
+                parent.kill()
+                killed = time.monotonic()
+                parent.wait()
+                while alive(pid):
+                    assert time.monotonic() < killed + 60, "it lives on"
+                    time.sleep(0.02)
+                return time.monotonic() - killed
+            finally:
+                if alive(pid):
+                    os.kill(pid, signal.SIGKILL)
+
+    soon(1, end)
 
 
 def alive(pid: int) -> bool:

