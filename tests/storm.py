@@ -210,7 +210,7 @@ class Storm:
         follower = Follower(self.server.url)
         follower.start()
         began = time.monotonic()
-        async with mq.Queue(configured(self.server.url), deadline=30) as queue:
+        async with mq.Queue(configured(self.server.url), deadline=60) as queue:
             await self.feed(queue)
             for name in [*self.names, "monitor-0", "monitor-1"]:
                 self.spawn(name)
@@ -218,13 +218,14 @@ class Storm:
             raged = time.monotonic() - began
             ended = [name for name, one in self.processes.items() if one.poll() is not None]
             wrong = [f"{name} has ended by itself" for name in ended]
-            await self.calm(queue, 120)
+            await self.calm(queue, 300)
             for process in self.processes.values():
                 process.kill()
+                process.wait()
             await queue.reap(project="p")
             doctor = await queue.doctor(project="p")
         follower.stopped = True
-        follower.join(10)
+        follower.join(60)
         wrong += [f"doctor: {said}" for said in doctor["findings"] if "append-only" not in said]
         wrong += self.judged(follower)
         times = f"{raged:.0f} s of storm, {time.monotonic() - began - raged:.0f} s of calm"

@@ -122,7 +122,7 @@ def test_fifty_processes(valkey: Server, db: redis.Redis) -> None:
     ]  # fmt: skip
     try:
         for worker in workers:
-            _, problem = worker.communicate(timeout=120)
+            _, problem = worker.communicate(timeout=300)
             assert worker.returncode == 0, problem
     finally:
         for worker in workers:
@@ -167,7 +167,7 @@ def test_fifty_command_lines(valkey: Server, db: redis.Redis, tmp_path: Path) ->
         ends = [os.open(pipe, os.O_WRONLY) for pipe in pipes]
         for end in ends:
             os.close(end)
-        said = [process.communicate(timeout=60) for process in running]
+        said = [process.communicate(timeout=120) for process in running]
         statuses = [process.returncode for process in running]
         assert Counter(statuses) == {0: 1, 4: PROCESSES - 1}, said
         winner = f"agent-{statuses.index(0)}."
