@@ -7,9 +7,12 @@ refusal follows a write.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -183,6 +186,17 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
     made = Shim()
     monkeypatch.setattr(mq, "script", made.script)
     return made
+
+
+def free_port() -> int:
+    """A port that is free as that of its cluster bus (+10000) is, and neither is among those that
+    the kernel hands out to whoever asks meanwhile."""
+    while True:
+        port = random.randrange(10_240, 22_768)
+        with socket.socket() as sock, socket.socket() as bus, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 def key_space(server: Server) -> dict[bytes, Any]:

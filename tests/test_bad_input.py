@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, key_space
+from conftest import BINARIES, Server, free_port, key_space
 
 import mosaic_queue as mq
 
@@ -718,12 +718,6 @@ def test_a_url_that_is_none(
     assert sentence.startswith("INVALID: URL")
     for part in parts:
         assert part in sentence
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])

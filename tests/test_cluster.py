@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import random
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from conftest import BINARIES, Server
+from conftest import BINARIES, Server, free_port
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 SLOTS = 16384
-
-
-def free_port() -> int:
-    """A port that is free as that of its cluster bus (+10000) is, and neither is among those that
-    the kernel hands out to whoever asks meanwhile."""
-    while True:
-        port = random.randrange(10_240, 22_768)
-        with socket.socket() as sock, socket.socket() as bus, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            bus.bind(("127.0.0.1", port + 10_000))
-            return port
 
 
 class Node:

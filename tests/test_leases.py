@@ -251,10 +251,22 @@ time.sleep(600)
 """
 
 
+PATIENT = f"""
+import sys
+sys.path.insert(0, {str(PROGRAM.parent)!r})
+import anyio
+import mosaic_queue
+move_on_after = anyio.move_on_after
+anyio.move_on_after = lambda seconds, **more: move_on_after(60, **more)
+sys.exit(mosaic_queue.main())
+"""
+
+
 @contextlib.contextmanager
 def agent(environ: dict[str, str], folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A client in a process of its own that has claimed T1 for 2 s; it, and its server's pid."""
-    words = [sys.executable, "-c", CLIENT, sys.executable, str(PROGRAM), "mcp"]
+    """A client in a process of its own that has claimed T1 for 2 s; it, and its server's pid.
+    When the server ends, it has all the time that it needs to say so."""
+    words = [sys.executable, "-c", CLIENT, sys.executable, "-c", PATIENT, "mcp"]
     with subprocess.Popen(
         words, env=environ, cwd=folder, text=True, stdout=subprocess.PIPE
     ) as client:

@@ -490,7 +490,7 @@ def test_a_mission_is_done_in_order_without_a_person(start: Start, server: Serve
     assert len(tasks) == 8
     ask(server, "create_all", list(reversed(tasks)), project="p")
     code = "import time; time.sleep(0.1)"
-    command = ("run", "--loop", "--wait", "4", "--", sys.executable, "-c", code)
+    command = ("run", "--loop", "--wait", "2", "--", sys.executable, "-c", code)
     agents = [start(*command, MOSAIC_AGENT=f"agent-{n}") for n in range(4)]
     for agent in agents:
         agent.communicate(timeout=120)
