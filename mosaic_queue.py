@@ -3441,10 +3441,9 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
 
     async def obey_signals() -> None:
         nonlocal status
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
-            async for number in received:
-                status = 130 if number == signal.SIGINT else 0
-                tasks.cancel_scope.cancel()
+        async for number in received:
+            status = 130 if number == signal.SIGINT else 0
+            tasks.cancel_scope.cancel()
 
     async def watch_parent() -> None:
         while os.getppid() == parent:
@@ -3470,19 +3469,21 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
             anyio.from_thread.run(from_client.aclose, token=token)
 
     token = anyio.lowlevel.current_token()
-    async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
-        queue.ttl = config["defaults.mcpTTL"]
-        server = mcp_server(queue, tool_set)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(watch_parent)
-            tasks.start_soon(obey_signals)
-            tasks.start_soon(answer)
-            tasks.start_soon(queue.renew_leases, lambda: time.monotonic() - heard)
-            threading.Thread(target=read, daemon=True).start()
-            await server.run(to_server, from_server, server.create_initialization_options())
-            tasks.cancel_scope.cancel()
-        with anyio.move_on_after(0.5):
-            await queue.leave()
+    # Open to the end: clients send a second signal 0.1 s after the first, while leases are left.
+    with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
+        async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
+            queue.ttl = config["defaults.mcpTTL"]
+            server = mcp_server(queue, tool_set)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(watch_parent)
+                tasks.start_soon(obey_signals)
+                tasks.start_soon(answer)
+                tasks.start_soon(queue.renew_leases, lambda: time.monotonic() - heard)
+                threading.Thread(target=read, daemon=True).start()
+                await server.run(to_server, from_server, server.create_initialization_options())
+                tasks.cancel_scope.cancel()
+            with anyio.move_on_after(0.5):
+                await queue.leave()
     return status
 
 

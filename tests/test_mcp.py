@@ -569,6 +569,30 @@ def test_it_ends_on_a_signal(environ: dict[str, str], tmp_path: Path, sent: int)
     assert "Traceback" not in (tmp_path / "stderr").read_text()
 
 
+def test_a_second_signal_does_not_keep_it_from_leaving(
+    server: Server, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """Claude Code sends SIGINT, and SIGTERM 0.1 s later; the lease has to be left in between."""
+    environ["MOSAIC_AGENT"] = "alice"
+    new = {"mission": "m", "task": "T1", "title": "t"}
+    with piped(environ, tmp_path) as pipe:
+        for name, arguments in (("queue_create", new), ("queue_claim", {"task": "T1"})):
+            call = {"name": name, "arguments": arguments}
+            assert not pipe.ask(1, "tools/call", **call)["result"]["isError"]
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            pipe.process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+            pipe.process.send_signal(signal.SIGTERM)
+            time.sleep(0.1)
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        pipe.process.wait(2)
+    with piped(environ, tmp_path) as pipe:
+        call = {"name": "queue_claim", "arguments": {"task": "T1"}}
+        assert not pipe.ask(1, "tools/call", **call)["result"]["isError"]
+
+
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:])
