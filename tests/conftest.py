@@ -181,8 +181,8 @@ if container_engine():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Valkey runs all scenarios of the fault tests, others one in eight: the order of effects, which
-    they test, is the scripts' own."""
+    """Valkey runs all scenarios of the fault tests, others one in eight: the order of effects,
+    which they test, is the scripts' own."""
 
     def thinned(item: pytest.Item) -> bool:
         values = getattr(getattr(item, "callspec", None), "params", {})
