@@ -2,7 +2,8 @@
 
 The processes live as long as a race; what starts a round is a barrier in Valkey, so that all
 claims of a round are on their way at once.  Through the command line every round needs processes
-of its own; each waits for the end of a configuration file that is a pipe.
+of its own; each waits for the end of a configuration file that is a pipe.  Fifty that load their
+libraries at once are slow: the deadline of an operation is a minute here.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ import mosaic_queue as mq
 
 PROCESSES, ROUNDS, DRAINED = 50, 100, 2000
 PROGRAM = Path(mq.__file__)
+
+COMMAND = (
+    f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_queue as mq; "
+    "mq.Queue.__init__.__kwdefaults__['deadline'] = 60; sys.exit(mq.main())"
+)
 
 # argv: url, agent, rounds, tasks to drain.  The last to arrive at the barrier lets all pass.  Each
 # drains in an order of its own, so that at every task some come first and some too late.
@@ -157,7 +163,7 @@ def test_fifty_command_lines(valkey: Server, db: redis.Redis, tmp_path: Path) ->
             os.mkfifo(pipe)
         running = [
             subprocess.Popen(
-                [sys.executable, str(PROGRAM), "claim", task, "--agent", f"agent-{n}.",
+                [sys.executable, "-c", COMMAND, "claim", task, "--agent", f"agent-{n}.",
                  "--project", "p", "--url", valkey.url, "--config", str(pipe)],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean, cwd=tmp_path,
             )
@@ -167,7 +173,7 @@ def test_fifty_command_lines(valkey: Server, db: redis.Redis, tmp_path: Path) ->
         ends = [os.open(pipe, os.O_WRONLY) for pipe in pipes]
         for end in ends:
             os.close(end)
-        said = [process.communicate(timeout=120) for process in running]
+        said = [process.communicate(timeout=300) for process in running]
         statuses = [process.returncode for process in running]
         assert Counter(statuses) == {0: 1, 4: PROCESSES - 1}, said
         winner = f"agent-{statuses.index(0)}."
