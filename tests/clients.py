@@ -223,30 +223,6 @@ def configure(client: str, home: Home) -> Path:
     return path
 
 
-def configure_by_hand(client: str, home: Home) -> Path:
-    """The same for a PROGRAM that has no `mcp-config`."""
-    command, *rest = home.program
-    entry: dict[str, Any] = {"command": command, "args": [*rest, "mcp", *ARGUMENTS]}
-    if client == "inspector":
-        path = home.path / "inspector.json"
-        path.write_text(json.dumps({"mcpServers": {"mosaic": {"type": "stdio", **entry}}}))
-        return path
-    path = home.path / FILES[client]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if client == "codex":
-        lines = [f"{key} = {json.dumps(value)}" for key, value in entry.items()]
-        path.write_text("\n".join([BEFORE[client], "[mcp_servers.mosaic]", *lines, ""]))
-        return path
-    if client == "claude":
-        entry = {"type": "stdio", **entry, "env": {}, "alwaysLoad": True}
-    if client == "opencode":
-        words = [entry["command"], *entry["args"]]
-        entry = {"type": "local", "command": words, "enabled": True}
-    config = parsed(client, BEFORE[client])
-    path.write_text(json.dumps({**config, SERVERS[client]: {"mosaic": entry}}, indent=2))
-    return path
-
-
 # ---- checks ----
 
 
@@ -405,19 +381,14 @@ def main() -> int:
     first = Home(program, node)
     try:
         server = Server(first)
-        has = subprocess.run(
-            [*program, "mcp-config", "--help"], env=first.environ, capture_output=True, check=False
-        )
     finally:
         first.close()
-    write = configure if has.returncode == 0 else configure_by_hand
     for client in clients:
         home, fresh = Home(program, node), Home(program, node)
 
         def steps(client: str = client, home: Home = home, fresh: Home = fresh) -> Check:
-            config = write(client, home)
-            if write is configure:
-                yield "mcp-config keeps the rest"
+            config = configure(client, home)
+            yield "mcp-config"
             yield from tried(client, home, modules[client], server, config)
             if options.cold:
                 there = fresh.path / config.relative_to(home.path)
