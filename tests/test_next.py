@@ -442,6 +442,26 @@ async def test_resume_gives_back_what_this_session_holds(config: mq.Config) -> N
         assert again["fence"] > first["fence"]
 
 
+async def test_what_was_left_behind_is_of_the_lane_and_mission_asked_for(
+    config: mq.Config, shim: Shim
+) -> None:
+    """A command for coding tasks, or for one mission, is not run for any other task."""
+    async with mq.Queue(config, session="s1") as old:
+        await old.create("p", "m", "P1", title="a plan", lane="planning")
+        await old.create("p", "m", "T1", title="a task")
+        for name in ("P1", "T1"):
+            await old.claim(name, "alice", ttl=600)
+    shim.seconds = 500
+    async with mq.Queue(config, session="s2") as new:
+        assert not (await new.next("alice", mission="other"))["tasks"]
+    async with mq.Queue(config, session="s3") as new:
+        offer = await new.next("alice", lane="coding", mission="m")
+        assert [task["taskId"] for task in offer["tasks"]] == ["T1"], "any is of every lane"
+    async with mq.Queue(config, session="s4") as new:
+        offer = await new.next("alice", lane="planning", mission="m")
+        assert [task["taskId"] for task in offer["tasks"]] == ["P1"]
+
+
 # ---- cancelled ----
 
 

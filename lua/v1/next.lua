@@ -8,8 +8,8 @@
 --
 -- A claimer with a lane gets tasks of that lane and of `any`, one without gets all; full lanes are
 -- passed over.  `wait` is in ms.  First comes what was assigned to the agent, then what an earlier session of it
--- left behind (resume: `orphans`) or all that it holds (`1`).  With a mission at most LOOK tasks
--- are looked at.
+-- left behind (resume: `orphans`) or all that it holds (`1`), of the lane and mission asked for.
+-- With a mission at most LOOK tasks are looked at.
 
 meta = project()
 require_id(arg.agent, 'agent')
@@ -86,9 +86,12 @@ end
 local function left_behind()
   local looked = 0
   for lane in each_lane() do
-    for _, id in ipairs(read('ZRANGE', key('running', lane), 0, LOOK - looked)) do
+    local wanted = arg.lane == '' or lane == arg.lane or lane == 'any'
+    for _, id in ipairs(wanted and read('ZRANGE', key('running', lane), 0, LOOK - looked) or {}) do
       local task = fields(id, '*')
-      if task and resumable(task) then return task end
+      if task and (arg.mission == '' or task.mission == arg.mission) and resumable(task) then
+        return task
+      end
       looked = looked + 1
     end
   end
