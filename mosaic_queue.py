@@ -2629,7 +2629,7 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
 
 async def held_in(queue: Queue, project: str, lane: str | None = None) -> Sequence[Task]:
     """The held tasks of a project, up to 2,000."""
-    asked = dict.fromkeys(("mission", "priority", "cursor", "agent", "full")) | {"limit": 1000}
+    asked = dict.fromkeys(("mission", "priority", "cursor", "full")) | {"agent": "", "limit": 1000}
     pages = [
         await queue.page(project, asked | {"status": status, "lane": lane})
         for status in ("claimed", "in-progress")

@@ -491,3 +491,11 @@ async def test_a_wait_of_more_than_25_s_is_refused(connect: Connect, boss: mq.Qu
         refused = await client.call_tool("queue_next", {"wait": 26})
         assert refused.is_error
         assert "0 to 25" in text_of(refused)
+
+
+async def test_agents_shows_all_to_whoever_asks(config: mq.Config) -> None:
+    async with mq.Queue(config.set("agent", "alice", "test")) as queue:
+        await create(queue, "T1")
+        await queue.claim("T1", "bob")
+        assert [one["agent"] for one in (await queue.agents())["agents"]] == ["bob"]
+        assert "T1 of bob" in (await queue.explain(lane="any"))["why"][0]
