@@ -10,7 +10,9 @@ tree was last used, to the day.
 import os
 import sys
 
-PLATFORM, LIBC, NEEDS = "@PLATFORM@", "@LIBC@", "@NEEDS@"  # put in by pack.py
+PLATFORM = "@PLATFORM@"  # these three are put in by pack.py
+LIBC = "@LIBC@"  # the oldest
+NEEDS = "@NEEDS@"  # both in words
 VERSIONS = ((3, 11), (3, 12), (3, 13), (3, 14))
 DAY = 24 * 3600
 ARCHIVE = os.path.dirname(os.path.abspath(__file__))
