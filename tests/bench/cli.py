@@ -1,10 +1,11 @@
 """How long a command takes, beside what nobody can avoid.
 
-    python tests/bench/cli.py [--runs N]
+    python tests/bench/cli.py [--runs N] [--pyz FILE]
 
 `--help` beside `python -c pass`; `list --json` of 25 tasks beside a Python that imports redis and
 sends a PING.  The least of alternating runs, so that a busy machine makes all of them slow or
-none.  Goals: --help about 50 ms; a command at most 1.5 times `import redis` + PING.
+none.  Goals: --help about 50 ms; a command at most 1.5 times `import redis` + PING; from the
+zipapp at most 40 ms more.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def least(commands: dict[str, list[str]], runs: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=20)
-    runs = parser.parse_args().runs
+    parser.add_argument("--pyz", help="a zipapp to compare with", metavar="FILE")
+    runs, pyz = vars(parser.parse_args()).values()
     server = Server(mq.server_binary())
     try:
         with server.client() as client:
@@ -57,15 +59,15 @@ def main() -> None:
         program = [sys.executable, "-c", called + "import mosaic_queue; mosaic_queue.main()"]
         ping = f"import redis; redis.Redis(unix_socket_path={str(server.socket)!r}).ping()"
         listing = ["list", "--project", "bench", "--json", "--url", server.url]
-        ms = least(
-            {
-                "python -c pass": [sys.executable, "-c", "pass"],
-                "--help": [*program, "--help"],
-                "import redis + PING": [sys.executable, "-c", ping],
-                "list --json": [*program, *listing],
-            },
-            runs,
-        )
+        commands = {
+            "python -c pass": [sys.executable, "-c", "pass"],
+            "--help": [*program, "--help"],
+            "import redis + PING": [sys.executable, "-c", ping],
+            "list --json": [*program, *listing],
+        }
+        if pyz:
+            commands["zipapp, list --json"] = [sys.executable, str(Path(pyz).resolve()), *listing]
+        ms = least(commands, runs)
     finally:
         server.close()
     for name, took in ms.items():
@@ -73,6 +75,9 @@ def main() -> None:
     print(f"--help / python -c pass             {ms['--help'] / ms['python -c pass']:5.2f}")
     ratio = ms["list --json"] / ms["import redis + PING"]
     print(f"list --json / import redis + PING   {ratio:5.2f} (goal: {GOAL})")
+    if pyz:
+        more = ms["zipapp, list --json"] - ms["list --json"]
+        print(f"zipapp, list --json, more by        {more:5.1f} ms (goal: 40)")
 
 
 if __name__ == "__main__":
