@@ -47,6 +47,12 @@ def refusal(name, version, flags, platform, libc):
     )
 
 
+def end(sentence):
+    if sys.stderr:
+        sys.stderr.write(sentence + "\n")
+    sys.exit(2)
+
+
 def roots():
     """The folders that may hold trees, best first."""
     named = os.environ.get("SHIV_ROOT")
@@ -178,8 +184,7 @@ def start():
         except Exception as error:  # no space, no rights, a file that was cut: the next may do
             reasons.append("%s: %s" % (root, getattr(error, "strerror", None) or error))
     else:
-        sys.stderr.write("mosaic-queue.pyz cannot be unpacked to %s\n" % ", nor to ".join(reasons))
-        sys.exit(2)
+        end("mosaic-queue.pyz cannot be unpacked to %s" % ", nor to ".join(reasons))
     if time.time() - used > DAY:
         try:
             os.utime(tree)
@@ -199,6 +204,5 @@ def start():
 if __name__ == "__main__":
     sentence = refusal(*host())
     if sentence:
-        sys.stderr.write(sentence + "\n")
-        sys.exit(2)
+        end(sentence)
     start()
