@@ -4002,6 +4002,8 @@ def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
     if "task" in names and "task" not in given and "taskId" in given:
         # As results call it; models take it for the argument's name.
         given = {"task" if name == "taskId" else name: value for name, value in given.items()}
+    # Gemini adds this one to every schema, for itself, and hands it on.
+    given = {name: value for name, value in given.items() if name != "wait_for_previous"}
     for name in given:
         if name not in names:
             invalid(f"argument of queue_{of.name}", name, ", ".join(names))

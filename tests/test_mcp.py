@@ -250,6 +250,12 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
 ]
 
 
+async def test_what_gemini_adds_for_itself_is_no_argument(connect: Connect) -> None:
+    async with connect() as client:
+        result = await client.call_tool("queue_list", {"wait_for_previous": True})
+        assert text_of(result) == "0 of 0 tasks"
+
+
 async def test_wrong_arguments_are_a_tool_error(connect: Connect, server: Server) -> None:
     async with connect() as client:
         await client.call_tool("queue_create", {"mission": "m", "task": "T1", "title": "t"})
