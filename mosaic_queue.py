@@ -4342,8 +4342,11 @@ CLIENTS = {
         ".claude.json", ("CLAUDE_CONFIG_DIR", "~"), "mcpServers",
         {"type": "stdio", "alwaysLoad": True},
     ),
-    "codex": Client("config.toml", ("CODEX_HOME", "~/.codex"), "mcp_servers", {}),
-    "gemini": Client("settings.json", ("", "~/.gemini"), "mcpServers", {}),
+    # They wait for 10 and 5 s; the first run of a .pyz, which unpacks it, may take longer.
+    "codex": Client(
+        "config.toml", ("CODEX_HOME", "~/.codex"), "mcp_servers", {"startup_timeout_sec": 30}
+    ),
+    "gemini": Client("settings.json", ("", "~/.gemini"), "mcpServers", {"timeout": 60_000}),
     "opencode": Client(
         "opencode/opencode.json", ("XDG_CONFIG_HOME", "~/.config"), "mcp",
         {"type": "local", "enabled": True},
