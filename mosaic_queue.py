@@ -578,6 +578,29 @@ class Task(TypedDict, total=False):
     superseded: bool  # the answer to a repeat, and the task was claimed again since
 
 
+class Record(Task, total=False):
+    """A task whole, as JSON can carry it: from its records a project is restored as it was.
+
+    `freed` are here the tasks that depend on it and wait for it no more, though it is not
+    completed (it was, and has been reopened).  What a task shows in its status stands where Task
+    has it; `hidden` is what its hash keeps besides.
+    """
+
+    order: int  # us since the epoch: its place among those of one priority
+    waits: list[str]  # the dependencies that it still waits for
+    hidden: dict[str, Any]
+
+
+class Meta(TypedDict):
+    """What is a project's own, beside its tasks."""
+
+    epoch: str
+    rev: int
+    fence: int
+    limits: str  # `schema=1 paused=<ms> policy=<ms> claimTTL=3600 ...`
+    lanes: str  # `any coding=4 planning`
+
+
 class TaskList(TypedDict, total=False):
     """A page of tasks; `cursor` when there is more, `total` where it is known."""
 
@@ -782,19 +805,25 @@ def event_from(project: str, row: Sequence[Any], task: str | None = None) -> Eve
     return cast(Event, {key: value for key, value in event.items() if value not in ("", 0)})
 
 
-def task_from(project: str, reply: Sequence[Any]) -> Task:
-    """A task from a script's reply: names and values, and for a whole task its hash and its texts.
-
-    The hash keeps what is left of earlier states; here a field is shown only in the statuses
-    that have it (DESIGN section 3).
-    """
+def values_of(reply: Sequence[Any]) -> dict[str, Any]:
+    """The names and values of a script's reply about a task: those given, and for a whole task its
+    hash and its texts; what comes first wins."""
     pairs: dict[str, Any] = {}
     for text in reply[3:5]:
         pairs |= json.loads(text or "{}")
     pairs |= dict(zip(("summary",), reply[5:], strict=False))
     for row in reversed(reply[1:3]):
         pairs |= cells(row)
-    pairs = paired(pairs)
+    return paired(pairs)
+
+
+def task_from(project: str, reply: Sequence[Any]) -> Task:
+    """A task from a script's reply.
+
+    The hash keeps what is left of earlier states; here a field is shown only in the statuses
+    that have it (DESIGN section 3).
+    """
+    pairs = values_of(reply)
     task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
     status = pairs.get("status")
     for name, value in pairs.items():
@@ -823,6 +852,18 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
     if reply[0] == "SUPERSEDED":
         task["superseded"] = True
     return cast(Task, task)
+
+
+def record_from(project: str, reply: Sequence[Any]) -> Record:
+    """A task whole; receipts are left out, and what follows from its dependencies."""
+    pairs = values_of(reply)
+    record: dict[str, Any] = {**task_from(project, reply), "order": int(pairs.pop("order"))}
+    if "waits" in pairs:
+        record["waits"] = sorted(pairs.pop("waits").split())
+    for name in ("op", "edges"):
+        pairs.pop(name, None)
+    hidden = {name: value for name, value in pairs.items() if name not in record}
+    return cast(Record, record | ({"hidden": hidden} if hidden else {}))
 
 
 # ==== SCRIPTS ================================================================================
@@ -2382,15 +2423,17 @@ class Queue:
         facts = paired((await self.call("follow", project, given))[1])
         return str(facts.get("epoch", "")), facts["rev"]
 
-    async def records(self, project: str, ids: Sequence[str]) -> dict[str, Task]:
-        """The tasks of these ids that are there, whole."""
-        found: dict[str, Task] = {}
-        for at in range(0, len(ids), RECORDS):
+    async def records(self, project: str, ids: Sequence[str]) -> tuple[Meta, dict[str, Record]]:
+        """The tasks of these ids that are there, whole, and what is the project's own.  Each task
+        is as it was at one moment, none older than `rev` of the answer."""
+        found: dict[str, Record] = {}
+        meta: dict[str, Any] = {}
+        for at in range(0, len(ids) or 1, RECORDS):
             part = " ".join(ids[at : at + RECORDS])
-            for row in (await self.call("records", project, {"ids": part}))[2]:
-                task = task_from(project, row)
-                found[task["taskId"]] = task
-        return found
+            _, facts, rows = await self.call("records", project, {"ids": part})
+            meta = meta or {"epoch": "", **paired(facts)}
+            found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
+        return cast(Meta, meta), found
 
     async def ids(self, project: str) -> Sequence[str]:
         """The ids of all tasks of a project, sorted."""
@@ -2692,13 +2735,14 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
 
 class Changes(NamedTuple):
     """What happened in a project up to `rev`.  `tasks` has every task that an event names, by
-    taskId and as it is now; one that is gone is missing."""
+    taskId and as it is now; one that is gone is missing.  `meta` is as it is now too."""
 
     project: str
     epoch: str
     rev: int
     events: Sequence[Event]
-    tasks: Mapping[str, Task]
+    meta: Meta
+    tasks: Mapping[str, Record]
     lost: int = 0  # events that were trimmed before this follower saw them
 
 
@@ -2741,14 +2785,14 @@ async def caught_up(
         # From the tasks: the first time, after lost events, or when Valkey lost its last writes.
         ids = await queue.ids(project)
         lost = page.get("lost", 0)
-        tasks = await queue.records(project, ids)
+        meta, tasks = await queue.records(project, ids)
         since = (epoch, page["since"] if lost else rev)
-        await follower.rebuild(Changes(project, *since, page["events"], tasks, lost))
+        await follower.rebuild(Changes(project, *since, page["events"], meta, tasks, lost))
     elif page["events"]:
         ids = list(dict.fromkeys(event["task"] for event in page["events"]))
         since = (epoch, page["since"])
-        tasks = await queue.records(project, ids)
-        await follower.apply(Changes(project, *since, page["events"], tasks))
+        meta, tasks = await queue.records(project, ids)
+        await follower.apply(Changes(project, *since, page["events"], meta, tasks))
     return since
 
 

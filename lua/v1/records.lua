@@ -7,7 +7,8 @@
 -- Emits    nothing
 -- Flags    no-writes
 --
--- `ids` stand between spaces, BATCH of them at most.
+-- `ids` stand between spaces, BATCH of them at most.  With each task come the dependencies that it
+-- waits for, and those that it has freed, LOOK at most, though it is not completed.
 
 meta = project()
 local tasks, count = {}, 0
@@ -16,7 +17,13 @@ for id in arg.ids:gmatch('%S+') do
   count = count + 1
   if count > BATCH then reject('TOO_LARGE', 'accepted: up to ' .. BATCH .. ' ids') end
   local task = fields(id, '*')
-  if task then tasks[#tasks + 1] = whole(task) end
+  if task and task.status ~= 'deleted' then
+    local freed = task.status ~= 'completed' and
+                  read('ZRANGEBYSCORE', key('dependents', id), 1, 1, 'LIMIT', 0, LOOK) or {}
+    local waits = task.edges ~= '' and read('SMEMBERS', key('waits', id)) or {}
+    tasks[#tasks + 1] = whole(task, 'waits', table.concat(waits, ' '),
+                              'freed', table.concat(freed, ' '))
+  end
 end
 return {'OK', row('epoch', read('HGET', root, 'epoch') or '', 'rev', meta.rev, 'fence', meta.fence,
                   'limits', meta.limits, 'lanes', meta.lanes), tasks}
