@@ -2744,6 +2744,7 @@ class Changes(NamedTuple):
     meta: Meta
     tasks: Mapping[str, Record]
     lost: int = 0  # events that were trimmed before this follower saw them
+    before: int | None = None  # rev of the cursor from which this goes on; None: there was none
 
 
 class Follower(Protocol):
@@ -2778,21 +2779,26 @@ async def caught_up(
             f"{epoch}, not {since[0]}",
             f"mosaic-queue restore --project {project}, or remove what {follower.name} has of it",
         )
-    page: EventList = {"events": [], "since": rev, "lost": 0}
-    if since and since[1] <= rev:
-        page = await queue.events(project=project, since=since[1], limit=FOLLOW)
-    if since is None or since[1] > rev or page.get("lost"):
+    page: EventList = {"events": []}
+    before = since[1] if since else None
+    if before is None and follower.keep:
+        page = await queue.events(project=project, since=0, limit=FOLLOW)
+        page.pop("lost", None)  # that was before its time
+    elif before is not None and before <= rev:
+        page = await queue.events(project=project, since=before, limit=FOLLOW)
+    lost = page.get("lost", 0)
+    if before is None or before > rev or lost:
         # From the tasks: the first time, after lost events, or when Valkey lost its last writes.
         ids = await queue.ids(project)
-        lost = page.get("lost", 0)
-        meta, tasks = await queue.records(project, ids)
-        since = (epoch, page["since"] if lost else rev)
-        await follower.rebuild(Changes(project, *since, page["events"], meta, tasks, lost))
+        step = follower.rebuild
     elif page["events"]:
         ids = list(dict.fromkeys(event["task"] for event in page["events"]))
-        since = (epoch, page["since"])
-        meta, tasks = await queue.records(project, ids)
-        await follower.apply(Changes(project, *since, page["events"], meta, tasks))
+        step = follower.apply
+    else:
+        return epoch, before
+    since = (epoch, page["since"] if page["events"] else rev)
+    meta, tasks = await queue.records(project, ids)
+    await step(Changes(project, *since, page["events"], meta, tasks, lost, before))
     return since
 
 
