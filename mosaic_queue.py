@@ -26,6 +26,7 @@ Sections, in the order in which they build on each other; each starts with a ban
     QUEUE           the typed operations; the only code that talks to Valkey
     DIAGNOSIS       why something does not move, and whether the key space is whole
     FOLLOWERS       one loop over the events, for whatever is kept in step with them
+    RESTORE         a project written out, and made again from its records
     MONITOR         the one process that watches: expired leases, assignments, followers
     RUN             a command under a lease
     MISSION FILES   what the file-based coordinator keeps, read and written as it stands
@@ -1556,7 +1557,7 @@ class Queue:
         values["actor"] = agent or self.actor
         op = values.get("op") or os.urandom(16).hex()
         mark = hashlib.blake2b(f"{project} {op}".encode(), digest_size=12).hexdigest()
-        values |= {"op": mark, "epoch": mark}
+        values = {"epoch": mark} | values | {"op": mark}
         argv = [as_text(values.get(key)) for key in lua.args]
         batch = list(each)
         argv += [as_text(one.get(key)) for one in batch for key in lua.each]
@@ -1760,24 +1761,28 @@ class Queue:
         any order.  Returns id, status, rev and createdAt of each."""
         rows = [new_task_row(task, project) for task in tasks]
         policy, lanes = self.config.policy()
-        if project not in self._registered:
-            from redis.exceptions import ResponseError
-
-            # A hint for those who list all projects; an ACL may keep it from us.
-            await self.link.check()
-            try:
-                await self.link.send("SADD", REGISTRY, project)
-            except ResponseError:
-                pass
-            except Refused as problem:
-                if problem.code != "UNFIT":
-                    raise
+        await self._register(project)
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self.call("create", project, given, rows)
         self._registered.add(project)
         created = [task_from(project, ["OK", row]) for row in reply[1:]]
         by_id = {task["taskId"]: task for task in created}
         return [by_id[row["task"]] for row in rows]
+
+    async def _register(self, project: str) -> None:
+        """Enter a name for those who list all projects: a hint, which an ACL may keep from us."""
+        from redis.exceptions import ResponseError
+
+        if project in self._registered:
+            return
+        await self.link.check()
+        try:
+            await self.link.send("SADD", REGISTRY, project)
+        except ResponseError:
+            pass
+        except Refused as problem:
+            if problem.code != "UNFIT":
+                raise
 
     @operation(reads=True)
     async def list(
@@ -2435,6 +2440,42 @@ class Queue:
             found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
         return cast(Meta, meta), found
 
+    async def restore(self, project: str, meta: Meta, source: Records, epoch: str = "") -> int:
+        """Make a project of its records; how many tasks, or -1 when it is there as the record has
+        it.  Nobody sees it before it is whole; one that was cut off is begun anew by the next.
+
+        With `epoch` it becomes another project than the one it was recorded from.  Refused EXISTS
+        when it lives with another epoch, or has changes that the record has not.
+        """
+        given: dict[str, Any] = {"mark": os.urandom(12).hex(), **meta}
+        given["epoch"] = epoch or meta["epoch"]
+
+        async def step(name: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> bool:
+            reply = await self.call("restore", project, given | {"step": name} | more, rows)
+            return bool(reply[0] == "OK")
+
+        if not await step("begin"):
+            return -1
+        root = f"mosaic:queue:project:{{{project}}}:"
+        left = [key[len(root) :] async for key in self.link.scan(root + "*")]
+        for at in range(0, len(left), FOLLOW):
+            await step("clear", keys=" ".join(left[at : at + FOLLOW]))
+        count = 0
+        last = Unsettled()
+        async for records in source:
+            for at in range(0, len(records), RECORDS):
+                part = records[at : at + RECORDS]
+                if not await step("enter", [restored_row(record) for record in part]):
+                    return -1  # somebody else was faster
+                last.note(part)
+                count += len(part)
+        rows = last.rows()
+        for at in range(0, len(rows), RECORDS):
+            await step("settle", rows[at : at + RECORDS])
+        await self._register(project)
+        await step("open")
+        return count
+
     async def ids(self, project: str) -> Sequence[str]:
         """The ids of all tasks of a project, sorted."""
         await self.link.check()
@@ -2528,6 +2569,10 @@ def hint_for(code: str, sentence: str, agent: str) -> str:
         return "blocked by hand: mosaic-queue unblock {task}"
     if code == "WRONG_STATUS" and " is pending;" in sentence:
         return "nobody holds it: mosaic-queue claim {task}"
+    if code == "NOT_FOUND" and "being restored" in sentence:
+        return "wait for it; a restore that was cut off begins anew: mosaic-queue restore"
+    if code == "EXISTS" and sentence.startswith("project "):
+        return "leave it, or give the record another name: mosaic-queue import FILE --project P"
     if code == "NOT_FOUND" and "no project" in sentence:
         return "which projects there are: mosaic-queue status"
     return CODES[code].hint
@@ -2780,13 +2825,13 @@ async def caught_up(
             f"mosaic-queue restore --project {project}, or remove what {follower.name} has of it",
         )
     page: EventList = {"events": []}
-    before = since[1] if since else None
+    lost, before = 0, since[1] if since else None
     if before is None and follower.keep:
         page = await queue.events(project=project, since=0, limit=FOLLOW)
-        page.pop("lost", None)  # that was before its time
     elif before is not None and before <= rev:
         page = await queue.events(project=project, since=before, limit=FOLLOW)
-    lost = page.get("lost", 0)
+    if before is not None:  # of a project that was restored none are left
+        lost = page.get("lost", 0 if page["events"] else max(0, rev - before))
     if before is None or before > rev or lost:
         # From the tasks: the first time, after lost events, or when Valkey lost its last writes.
         ids = await queue.ids(project)
@@ -2854,6 +2899,250 @@ async def projects_of(queue: Queue) -> Sequence[str]:
         log("error", code=problem.code, message=problem.message)
         await asyncio.sleep(1)
         return []
+
+
+# ==== RESTORE ================================================================================
+#
+# A project written out as JSON lines, a header and its records, and made again from records,
+# wherever they were kept.  Nothing is written before all that comes from a file has been read.
+
+Records = AsyncIterator[Sequence[Record]]
+VERSION = 1  # of the files with records
+IN_HASH = (
+    *("status", "priority", "lane", "mission", "order", "rev", "updatedAt", "notBefore"),
+    *("claimedBy", "claimedAt", "claimTTL", "session", "fence", "maxRuntime", "retryCount"),
+    *("expiryCount", "completedAt", "failedAt"),
+)
+MARKS = {"blocked": "1", "assigned": "1", "orphaned": "1", "late": "1"}  # in the hash alone
+IN_WORK = ("progress", "checkpoint", "failureReason", "blockedReason")
+NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "order", "rev", "updatedAt")
+NEEDED_IN = {
+    **dict.fromkeys(HELD, ("claimedBy", "claimedAt", "claimTTL", "fence", "leaseExpiresAt")),
+    "completed": ("completedAt",),
+    "failed": ("failedAt",),
+}
+
+
+def restored_row(record: Record) -> dict[str, str]:
+    """A record as restore.lua takes it."""
+    values: dict[str, Any] = {**record.get("hidden", {}), **record}
+    dependencies = record.get("dependencies", [])
+    names = [name for name in (*IN_HASH, *MARKS, "reaped") if values.get(name)]
+    pairs = {name: values[name] for name in names} | ({"late": 1} if values.get("late") else {})
+    if dependencies:
+        pairs["edges"] = len(dependencies)
+    text = {name: values[name] for name in ("title", "description") if values.get(name)}
+    if "metadata" in record:
+        text["metadata"] = compact(record["metadata"])
+    if dependencies:
+        text["dependencies"] = " ".join(dependencies)
+    work = {name: values[name] for name in IN_WORK if values.get(name)}
+    return {
+        "task": record["taskId"],
+        "hash": "\t".join(f"{name}\t{value}" for name, value in pairs.items()),
+        "text": compact(text),
+        "work": compact(work) if work and record["status"] != "completed" else "",
+        "summary": values.get("summary", ""),
+        "ends": str(record.get("leaseExpiresAt", "")),
+    }
+
+
+class Unsettled:
+    """The tasks of which other tasks decide where they stand: they wait until all are entered."""
+
+    def __init__(self) -> None:
+        self.tasks: dict[
+            str, tuple[int, str]
+        ] = {}  # rev, and the dependencies that it waits not for
+        self.freed: dict[str, list[tuple[int, str]]] = {}  # by task: rev and name of who freed it
+
+    def note(self, records: Iterable[Record]) -> None:
+        """Look at records on their way."""
+        for record in records:
+            task, rev, edges = record["taskId"], record["rev"], record.get("dependencies", [])
+            for other in record.get("freed", ()):
+                self.freed.setdefault(other, []).append((rev, task))
+            by_hand = bool(record.get("hidden", {}).get("blocked") or "blockedReason" in record)
+            odd = record["status"] in ("pending", "blocked")
+            odd = odd and by_hand != (record["status"] == "blocked")
+            if record["status"] != "completed" and (edges or odd):
+                waits = record.get("waits", ())
+                self.tasks[task] = rev, " ".join(one for one in edges if one not in waits)
+
+    def rows(self) -> Sequence[dict[str, str]]:
+        """The rows of the step `settle`.  What two records say of one edge is true in the newer."""
+        rows = []
+        for task, (rev, free) in self.tasks.items():
+            later = [other for at, other in self.freed.get(task, ()) if at > rev]
+            rows.append({"task": task, "freed": " ".join([free, *later])})
+        return rows
+
+
+def record_of(value: Any, meta: Meta) -> Record:
+    """A record as a file has it, held against every rule; refuses what does not fit."""
+    if not isinstance(value, dict):
+        invalid("a record", value, "a JSON object")
+    for name, one in value.items():
+        if name not in Record.__annotations__:
+            invalid("field of a record", name, ", ".join(Record.__annotations__))
+        for inner, part in one.items() if name == "hidden" and isinstance(one, dict) else ():
+            check_field(inner, part)
+        check_field(name, one)
+    status = value.get("status", "strange")
+    for name in (*NEEDED, *NEEDED_IN.get(status, ())):
+        if name not in value:
+            raise Refused("INVALID", f"{name} is missing in the record of a {status} task", "")
+    if value["lane"] not in [lane.partition("=")[0] for lane in meta["lanes"].split()]:
+        invalid("lane", value["lane"], meta["lanes"])
+    return cast(Record, value)
+
+
+def check_field(name: str, value: Any) -> None:
+    """Refuse a field of a record, shown or hidden, whose value cannot be one."""
+    same = {"taskId": "project", "failureReason": "reason", "blockedReason": "reason"}
+    same |= {"claimedBy": "agent"}
+    if name in INTEGERS or name in ("order", "createdAt"):
+        if type(value) is not int or not 0 <= value < 2**51:
+            invalid(name, value, "a whole number")
+    elif name in ("waits", "freed"):
+        if not isinstance(value, list) or not all(map(ID.fullmatch, map(str, value))):
+            invalid(name, value, "a list of taskIds")
+    elif name in MARKS:
+        if value not in (True, "1"):
+            invalid(name, value, '"1"')
+    elif name == "reaped":
+        if not re.fullmatch(r"\d{1,15} \S{0,128} \S{1,128}", str(value)):
+            invalid(name, value, "fence, session and agent")
+    elif name == "hidden":
+        if not isinstance(value, dict):
+            invalid(name, value, "a JSON object")
+    elif name in ("id", "project"):
+        pass  # a project may be entered under another name
+    elif same.get(name, name) in ARGUMENTS:
+        ARGUMENTS[same.get(name, name)].check(name, value)
+    else:
+        invalid("field of a record", name, ", ".join(Record.__annotations__))
+
+
+def meta_of(value: Any, what: str) -> Meta:
+    """The header of a file with records; refuses what is none, and what is newer."""
+    version = value.get("v") if isinstance(value, dict) else None
+    if type(version) is not int or version < 1:
+        raise Refused("INVALID", f"this is no {what}: it has no version", "")
+    if version > VERSION:
+        said = f"this {what} is of version {version}; this program knows version {VERSION}"
+        raise Refused("SCHEMA", said)
+    meta = {name: value.get(name) for name in Meta.__annotations__}
+    for name in ("epoch", "limits", "lanes"):
+        if not isinstance(meta[name], str) or not meta[name].isascii():
+            invalid(name, meta[name], "text")
+    for name in ("rev", "fence"):
+        ARGUMENTS["fence"].check(name, meta[name])
+    ARGUMENTS["project"].check("project", value.get("project"))
+    return cast(Meta, meta)
+
+
+def lines_of_export(path: Path) -> Iterator[Any]:
+    """What the lines of an exported file say, checked: the header, then the records.  Refuses with
+    the number of the line."""
+    number, seen = 1, set()
+    try:
+        with path.open("rb") as lines:
+            header = json.loads(lines.readline())
+            meta = meta_of(header, "export")
+            yield header
+            for line in lines:
+                number += 1
+                record = record_of(json.loads(line), meta)
+                if record["taskId"] in seen:
+                    raise Refused("INVALID", f"task {record['taskId']} is in two lines", "")
+                seen.add(record["taskId"])
+                yield record
+    except OSError as problem:
+        raise Refused("INVALID", f"{path} cannot be read: {problem.strerror}", "") from None
+    except (ValueError, RecursionError):
+        raise Refused("INVALID", f"line {number} of {path} is no JSON in UTF-8", "") from None
+    except Refused as problem:
+        said = f"line {number} of {path}: {problem.message}"
+        raise Refused(problem.code, said, problem.hint) from None
+
+
+def require_no_cycle(edges: Mapping[str, Sequence[str]], where: str) -> None:
+    """Refuse tasks that would wait for each other for ever."""
+    import graphlib
+
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as cycle:
+        around = ", ".join(cycle.args[1][:10])
+        raise Refused("CYCLE", f"{where}: these tasks depend on each other: {around}") from None
+
+
+def read_export(path: Path) -> tuple[str, Meta, Records]:
+    """Project, facts and records of an exported file, which is read whole before."""
+    lines = lines_of_export(path)
+    header = next(lines)
+    edges = {record["taskId"]: record.get("dependencies", ()) for record in lines}
+    require_no_cycle(edges, str(path))
+
+    async def records() -> Records:
+        lines = lines_of_export(path)
+        next(lines)
+        while part := list(itertools.islice(lines, 10 * RECORDS)):
+            yield part
+
+    return header["project"], meta_of(header, "export"), records()
+
+
+async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
+    """A project as the lines of an export: the header, then each task as it was at one moment.  The
+    header's rev is the project's before the first of them."""
+    meta, _ = await queue.records(project, [])
+    at = round(time.time() * 1000)
+    yield {"v": VERSION, "project": project, **meta, "exportedAt": at}
+    ids = await queue.ids(project)
+    for start in range(0, len(ids), RECORDS):
+        _, found = await queue.records(project, ids[start : start + RECORDS])
+        for record in found.values():
+            yield in_order(record)
+
+
+def in_order(record: Record) -> dict[str, Any]:
+    """A record with its fields in the order of Record, for whoever reads the file."""
+    return {name: record[name] for name in Record.__annotations__ if name in record}  # type: ignore
+
+
+async def told(source: Records, what: str) -> Records:
+    """Records on their way, with a line on stderr for each second after the first."""
+    count, next_at = 0, time.monotonic() + 1
+    async for records in source:
+        yield records
+        count += len(records)
+        if time.monotonic() > next_at:
+            next_at = time.monotonic() + 1
+            print(f"{what}: {count} tasks", file=sys.stderr, flush=True)
+
+
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
+    """A file of ours, whole or as it was before; only its user may read it.  Refuses UNFIT."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+    try:
+        try:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.writelines(line.encode() for line in lines)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as problem:
+        said = f"{path} cannot be written: {problem.strerror}"
+        raise Refused(
+            "UNFIT", said, "make room, or give yourself the right to write there"
+        ) from None
 
 
 # ==== MONITOR ================================================================================

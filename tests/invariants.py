@@ -84,6 +84,7 @@ class Project:
     plain: dict[str, Any] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     strange: list[str] = field(default_factory=list)
+    since: int = 0  # the rev after which the log begins
 
     def of(self, kind: str) -> dict[str, Any]:
         return self.named.get(kind, {})
@@ -110,7 +111,10 @@ class Project:
 
     @property
     def reopened(self) -> set[str]:
-        """Tasks that were completed once more than they are: what they freed stays free."""
+        """Tasks that were completed once more than they are: what they freed stays free.  All may
+        be where the log does not go back to the beginning."""
+        if self.since:
+            return set(self.tasks)
         return {one.task for one in self.events if one.op == "reopen"}
 
     @property
@@ -165,6 +169,7 @@ def problems(
     unborn: Collection[str] = (),
     locks: bool = False,
     bells: bool = False,
+    since: int = 0,
 ) -> list[str]:
     """What is wrong in the key space of a project; an empty list when all is well.
 
@@ -173,9 +178,10 @@ def problems(
     in the middle.  A task that is `unborn`, since its creation was cut off before its hash was
     written, may have left entries that nobody can see.  `locks`: the locks have not expired (by
     real time, so not when a test turned the clock).  `bells`: nobody waited, so every bell that
-    was rung still sounds.
+    was rung still sounds.  The log begins after `since`, where the project was restored.
     """
     found = read_project(db, project)
+    found.since = since
     for task in set(unborn) - found.tasks.keys():
         found.forget(task)
     return [
@@ -188,7 +194,7 @@ def problems(
         *of_lanes(found, bells),
         *of_assignments(found),
         *of_events(found, gaps),
-        *([] if cut else of_histories(found)),
+        *([] if cut or since else of_histories(found)),
     ]
 
 
@@ -371,7 +377,7 @@ def of_events(found: Project, gaps: int) -> Iterator[str]:
     """One event per change number up to the project's own; every claim has a higher fence."""
     numbers = [one.number for one in found.events]
     last = int(found.meta.get("rev", 0))
-    first = 1 if len(numbers) < TRIMMED else numbers[0]
+    first = found.since + 1 if len(numbers) < TRIMMED else numbers[0]
     missing = set(range(first, last + 1)) - set(numbers)
     if len(missing) > gaps or (numbers and numbers[-1] > last):
         yield f"events end at {numbers[-1:]}, rev is {last}, {sorted(missing)} are missing"

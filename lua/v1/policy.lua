@@ -3,7 +3,7 @@
 -- State    project
 -- Args     epoch apply policy lanes
 -- Returns  claimTTL maxRetries deadLetterAfter retryDelay assign lanes, and since when they are stored
--- Rejects  SCHEMA INVALID TOO_LARGE
+-- Rejects  SCHEMA INVALID TOO_LARGE NOT_FOUND
 -- Emits    nothing
 --
 -- Lanes are added and their caps change; a lane is never taken away, since tasks may be in it.

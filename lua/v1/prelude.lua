@@ -76,7 +76,8 @@ local function reject(code, sentence, due)
   error({refusal = {code, sentence, due or 0}}, 0)
 end
 
--- Project meta.  Few fields, since each costs: the rest stands in `limits`.
+-- Project meta.  Few fields, since each costs: the rest stands in `limits`.  A project with a rev
+-- and without limits is being restored, and nobody else sees it.
 local function project(may_be_new)
   local values = read('HMGET', root, 'rev', 'fence', 'limits', 'lanes')
   local schema = values[3] and values[3]:match('^schema=(%d+)')
@@ -86,8 +87,9 @@ local function project(may_be_new)
   if schema and tonumber(schema) > SCHEMA then
     reject('SCHEMA', 'the project has data of schema ' .. schema ..
            '; this program knows schema ' .. SCHEMA .. ' and older')
-  elseif not schema and not may_be_new then
-    reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}'))
+  elseif not schema and (not may_be_new or values[1] and SCRIPT ~= 'restore') then
+    reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}') ..
+           (values[1] and ' yet: it is being restored' or ''))
   end
   return {rev = tonumber(values[1] or 0), fence = values[2] or '0', limits = values[3],
           lanes = values[4] or LANES, all = (values[3] or '') .. POLICY}
