@@ -35,6 +35,7 @@ pytestmark = pytest.mark.anyio
 TTL, EXPIRED, LATER = 60, 100, 10_000  # s: a lease; when it is over; when all leases and delays are
 MOST = 200  # calls of a script in these scenarios
 Call = Callable[[mq.Queue], Awaitable[Any]]
+ROOT = "mosaic:queue:project:{p}"
 
 
 # ---- scenarios ----
@@ -637,6 +638,57 @@ async def test_a_creation_is_repeated_though_its_first_task_moved_on(stage: Stag
             continue
         wrong += [f"{point}: {problem}" for problem in stage.problems()]
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("step", ["begin", "clear", "enter", "settle", "open"])
+async def test_a_restore_that_was_cut_off(
+    step: str, queue: mq.Queue, db: redis.Redis, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The k-th call of one of its steps fails: nobody sees the project before it is whole, and the
+    same restore begun again ends as one that was never cut off."""
+    await reach(queue, "in-progress", "linked")
+    meta, found = await queue.records("p", await queue.ids("p"))
+    call = queue.call
+
+    cut = 0  # the call of the step that fails
+
+    async def failing(name: str, project: str, arguments: Any, *rest: Any) -> Any:
+        shim.fail_at = cut if name == "restore" and arguments["step"] == step else 0
+        try:
+            return await call(name, project, arguments, *rest)
+        finally:
+            shim.fail_at = 0
+
+    async def restored() -> bool:
+        async def records() -> mq.Records:
+            yield list(found.values())
+
+        try:
+            await queue.restore("p", meta, records())
+        except redis.ResponseError:
+            return False
+        return True
+
+    wanted = seen(read_project(db, "p"))
+    monkeypatch.setattr(queue, "call", failing)
+    for k in range(1, 500):
+        db.flushall()
+        if step == "clear":
+            db.set(f"{ROOT}:text:left", "{}")
+        cut = k
+        if await restored():
+            break
+        if not db.hget(ROOT, "limits"):
+            for look in (queue.get("T", project="p"), queue.reap(project="p")):
+                with pytest.raises(mq.Refused, match="there is no project p"):
+                    await look
+        cut = 0
+        assert await restored(), k
+        assert seen(read_project(db, "p")) == wanted, k
+        assert problems(db, "p", since=meta["rev"], bells=True) == [], k
+    else:
+        pytest.fail("the step makes more calls than expected")
+    assert k > (20 if step in ("enter", "settle") else 4), "it was cut off at so many points"
 
 
 async def test_enough_points(server: Server) -> None:
