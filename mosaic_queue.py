@@ -27,6 +27,7 @@ Sections, in the order in which they build on each other; each starts with a ban
     DIAGNOSIS       why something does not move, and whether the key space is whole
     FOLLOWERS       one loop over the events, for whatever is kept in step with them
     RESTORE         a project written out, and made again from its records
+    MANIFESTS       the record as JSON files, one for each mission
     MONITOR         the one process that watches: expired leases, assignments, followers
     RUN             a command under a lease
     MISSION FILES   what the file-based coordinator keeps, read and written as it stands
@@ -69,7 +70,18 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypedDict, TypeVar, cast
+from typing import (
+    IO,
+    Any,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 
 __version__ = "0.1.0"
 
@@ -196,6 +208,7 @@ ENVIRONMENT = {
     "redis.url": "MOSAIC_VALKEY_URL",
 }
 OF_A_PROJECT_FILE = ("project", "mission", "lane", "files")
+OR_A_PATH = ("manifests",)  # besides true and false
 SECRET = ("url", "token", "tokens")  # ends of keys whose values are not printed as they are
 POLICY_KEYS = ("claimTTL", "maxRetries", "deadLetterAfter", "retryDelay", "assign")
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -229,6 +242,7 @@ class Config:
         kind = KEYS.get(key, (int, None))[0]
         text = isinstance(value, str) and VARIABLE.search(value)
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        fits = fits or (key in OR_A_PATH and isinstance(value, str) and value != "")
         if not text and not fits:
             shown = type(value).__name__ if key.endswith(SECRET) else repr(value)
             raise ConfigError(f"{source}: {key} is {shown}; accepted: {kind.__name__}")
@@ -251,6 +265,8 @@ class Config:
         text, kind = VARIABLE.sub(fill, value), KEYS.get(key, (int, None))[0]
         if kind is int and not re.fullmatch(r"\d{1,15}", text):
             raise ConfigError(f"{source}: {key} is {text!r}; accepted: int")
+        if key in OR_A_PATH and text not in ("true", "false"):
+            return text
         if kind is bool and text not in ("true", "false"):
             raise ConfigError(f"{source}: {key} is {text!r}; accepted: true or false")
         return text == "true" if kind is bool else kind(text)
@@ -975,12 +991,31 @@ def needed(prelude: str, body: str) -> str:
 # server inherits that descriptor: the lock lives exactly as long as the server.
 
 
+def data_folder() -> Path:
+    """Where this program keeps the user's data: $XDG_DATA_HOME/mosaic-queue."""
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "mosaic-queue"
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its user may read; refuses one that cannot be."""
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+    except OSError as problem:
+        raise Refused("UNREACHABLE", f"{folder} cannot be made: {problem.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise Refused("UNFIT", f"{folder} is no directory")
+    if found.st_uid != os.getuid():
+        raise Refused("UNFIT", f"{folder} belongs to another user (uid {found.st_uid})")
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
 class PrivateServer:
     """The user's own valkey-server, in `folder` (default $XDG_DATA_HOME/mosaic-queue)."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        data = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-        self.folder = folder or Path(data).expanduser() / "mosaic-queue"
+        self.folder = folder or data_folder()
         self.socket = self._socket_path()
 
     def _socket_path(self) -> Path:
@@ -1033,7 +1068,7 @@ class PrivateServer:
                     print("mosaic-queue: the server reads its data", file=sys.stderr)
                     told, give_up = True, time.monotonic() + LOADING_DEADLINE
             else:
-                self._make_folder(self.folder)
+                private_folder(self.folder)
                 lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1058,20 +1093,6 @@ class PrivateServer:
                 )
             time.sleep(0.02)
 
-    @staticmethod
-    def _make_folder(folder: Path) -> None:
-        try:
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-            found = folder.lstat()
-        except OSError as problem:
-            raise Refused("UNREACHABLE", f"{folder} cannot be made: {problem.strerror}") from None
-        if not stat.S_ISDIR(found.st_mode):
-            raise Refused("UNFIT", f"{folder} is no directory")
-        if found.st_uid != os.getuid():
-            raise Refused("UNFIT", f"{folder} belongs to another user (uid {found.st_uid})")
-        if found.st_mode & 0o077:
-            folder.chmod(0o700)
-
     def _log(self) -> str:
         with contextlib.suppress(OSError, IndexError):
             return (self.folder / "valkey.log").read_text(errors="replace").splitlines()[-1]
@@ -1083,7 +1104,7 @@ class PrivateServer:
 
         if not (self.folder / "appendonlydir").exists():
             print(f"mosaic-queue: a private Valkey lives in {self.folder}", file=sys.stderr)
-        self._make_folder(self.socket.parent)
+        private_folder(self.socket.parent)
         command = [
             *(server_binary(), "--daemonize", "yes", "--port", "0", "--databases", "1"),
             *("--unixsocket", str(self.socket), "--unixsocketperm", "700"),
@@ -1682,7 +1703,7 @@ class Queue:
             await self.reap(project=project)
         raise AssertionError("unreachable")
 
-    def _project(self, project: str | None) -> str:
+    def own(self, project: str | None) -> str:
         """The project that is meant; refused when none is."""
         project = project or self.config["project"]
         if not project:
@@ -1918,7 +1939,7 @@ class Queue:
         """
         import asyncio
 
-        project = self._project(project)
+        project = self.own(project)
         agent = agent or self.agent or self.actor
         give_up = time.monotonic() + wait
         waiter = f"{agent} {lane or ''} {os.urandom(4).hex()}"
@@ -1968,7 +1989,7 @@ class Queue:
         Example: mosaic-queue assign T1 --agent alice
         """
         if task is None:
-            project = self._project(project)
+            project = self.own(project)
         else:
             project, task = await self._locate(task, project)
         return await self._assign(project, {"task": task, "agent": agent, "lane": lane, "op": op})
@@ -2242,7 +2263,7 @@ class Queue:
 
         Example: mosaic-queue purge --project web --status completed --older 2592000
         """
-        project = self._project(project)
+        project = self.own(project)
         answer: Purged = {"purged": 0, "kept": 0}
         while True:
             reply = await self.call("purge", project, {"status": status, "older": older})
@@ -2268,7 +2289,7 @@ class Queue:
         return await self._pause(project, "0")
 
     async def _pause(self, project: str | None, paused: str) -> Paused:
-        project = self._project(project)
+        project = self.own(project)
         reply = await self.call("pause", project, {"paused": paused})
         answer: Paused = {"project": project}
         return answer | {"pausedAt": int(reply[1])} if reply[1] else answer
@@ -2317,7 +2338,7 @@ class Queue:
         Example: mosaic-queue explain T1
         """
         if task is None:
-            return await explain_lane(self, self._project(project), lane)
+            return await explain_lane(self, self.own(project), lane)
         project, name = await self._locate(task, project)
         return await explain_task(self, project, name)
 
@@ -2364,7 +2385,7 @@ class Queue:
         project = project or self.config["project"]
         if project is None:
             if since is not None or wait:
-                self._project(None)
+                self.own(None)
             pages = [await self.events(project=one, limit=limit) for one in await self.projects()]
             merged = [event for page in pages for event in page["events"]]
             return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
@@ -2535,7 +2556,7 @@ class Queue:
 
         Example: mosaic-queue policy --project web --apply
         """
-        project = self._project(project)
+        project = self.own(project)
         numbers, lanes = self.config.policy()
         given = {"apply": int(apply), "policy": numbers, "lanes": lanes}
         reply = await self.call("policy", project, given)
@@ -2793,7 +2814,11 @@ class Changes(NamedTuple):
 
 
 class Follower(Protocol):
-    """What is kept in step.  Its methods raise Refused when the other side says no or is away."""
+    """What is kept in step.  Its methods raise Refused when the other side says no or is away.
+
+    It may have `every`, s between two batches at least, which are larger then, and `wanted()`,
+    which says whether it is to be kept in step at the moment.
+    """
 
     name: str  # an id
     keep: int  # events that wait for it in Valkey at most; 0: it does well without
@@ -2809,9 +2834,13 @@ class Follower(Protocol):
 
 
 async def caught_up(
-    queue: Queue, follower: Follower, project: str, since: tuple[str, int] | None
+    queue: Queue,
+    follower: Follower,
+    project: str,
+    since: tuple[str, int] | None,
+    most: int = FOLLOW,
 ) -> tuple[str, int]:
-    """Give a follower the next changes after `since`, FOLLOW events at most; its new cursor.
+    """Give a follower the next changes after `since`, `most` events at most; its new cursor.
 
     Refuses UNFIT when it followed another epoch: the queue was emptied or replaced meanwhile, and
     what the follower has may be all that is left.
@@ -2827,9 +2856,9 @@ async def caught_up(
     page: EventList = {"events": []}
     lost, before = 0, since[1] if since else None
     if before is None and follower.keep:
-        page = await queue.events(project=project, since=0, limit=FOLLOW)
+        page = await queue.events(project=project, since=0, limit=most)
     elif before is not None and before <= rev:
-        page = await queue.events(project=project, since=before, limit=FOLLOW)
+        page = await queue.events(project=project, since=before, limit=most)
     if before is not None:  # of a project that was restored none are left
         lost = page.get("lost", 0 if page["events"] else max(0, rev - before))
     if before is None or before > rev or lost:
@@ -2856,6 +2885,8 @@ async def follow(queue: Queue, follower: Follower) -> None:
     pauses: dict[str, float] = {}
     again: dict[str, float] = {}
     changed = asyncio.Event()
+    every, wanted = getattr(follower, "every", 0.0), getattr(follower, "wanted", None)
+    most = FOLLOW * (20 if every else 1)
 
     async def wake() -> None:
         async for _ in queue.link.told("mosaic:queue:project:*:events"):
@@ -2864,6 +2895,10 @@ async def follow(queue: Queue, follower: Follower) -> None:
     waker = asyncio.create_task(wake())
     try:
         while True:
+            if wanted and not wanted():
+                cursors.clear()
+                await asyncio.sleep(FOLLOW_EVERY)
+                continue
             changed.clear()
             behind = False
             for project in await projects_of(queue):
@@ -2871,7 +2906,7 @@ async def follow(queue: Queue, follower: Follower) -> None:
                     continue
                 try:
                     since = cursors.pop(project, None) or await follower.cursor(project)
-                    cursors[project] = await caught_up(queue, follower, project, since)
+                    cursors[project] = await caught_up(queue, follower, project, since, most)
                     behind = behind or cursors[project] != since
                     pauses.pop(project, None)
                 except Refused as problem:
@@ -2882,7 +2917,9 @@ async def follow(queue: Queue, follower: Follower) -> None:
                     again[project] = time.monotonic() + pause
                     log("error", follower=follower.name, project=project, code=problem.code,
                         message=problem.message, hint=problem.hint, again=pause)  # fmt: skip
-            if not behind:
+            if behind:
+                await asyncio.sleep(every)
+            else:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(changed.wait(), FOLLOW_EVERY)
     finally:
@@ -3123,13 +3160,15 @@ async def told(source: Records, what: str) -> Records:
             print(f"{what}: {count} tasks", file=sys.stderr, flush=True)
 
 
-def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """A file of ours, whole or as it was before; only its user may read it.  Refuses UNFIT."""
+@contextlib.contextmanager
+def drafted(path: Path) -> Iterator[IO[bytes]]:
+    """A file of ours to write: whole at the end, or as it was before; only its user may read it.
+    Refuses UNFIT when it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
     try:
         try:
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.writelines(line.encode() for line in lines)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
@@ -3140,9 +3179,268 @@ def write_atomically(path: Path, lines: Iterable[str]) -> None:
             draft.unlink(missing_ok=True)
     except OSError as problem:
         said = f"{path} cannot be written: {problem.strerror}"
-        raise Refused(
-            "UNFIT", said, "make room, or give yourself the right to write there"
-        ) from None
+        raise Refused("UNFIT", said, "make room, or name a place where you may write") from None
+
+
+async def export_to(config: Config, unsafe: bool, output: str | None) -> dict[str, Any]:
+    """The command `export`: to a file, or to standard output."""
+    count = -1
+    async with Queue(config, unsafe=unsafe) as queue:
+        project = queue.own(None)
+        to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
+        with to_file as file:
+            async for line in exported(queue, project):
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+                count += 1
+    return {"project": project, "exported": count}
+
+
+async def restore_from(
+    config: Config, unsafe: bool, project: str, epoch: str, meta: Meta, source: Records
+) -> dict[str, Any]:
+    """The commands `restore` and `import`, once their source is known."""
+    async with Queue(config, unsafe=unsafe) as queue:
+        count = await queue.restore(project, meta, told(source, f"restoring {project}"), epoch)
+    if count < 0:
+        return {"project": project, "restored": 0, "rev": meta["rev"], "already": True}
+    return {"project": project, "restored": count, "rev": meta["rev"]}
+
+
+async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
+    """Facts and records of a project from where the configuration keeps them."""
+    return read_manifests(manifest_folder(config), project)
+
+
+async def restore(config: Config, unsafe: bool, source: str | None) -> dict[str, Any]:
+    """The command `restore`: from the record, or from an exported file of the same project."""
+    project = Queue(config).own(None)
+    if source is None:
+        meta, records = await recorded(config, project)
+    else:
+        named, meta, records = read_export(Path(source))
+        if named != project:
+            hint = f"mosaic-queue import {source} --project {project}"
+            raise Refused("INVALID", f"{source} is of project {named}, not of {project}", hint)
+    return await restore_from(config, unsafe, project, "", meta, records)
+
+
+async def import_(config: Config, unsafe: bool, source: str, project: str | None) -> dict[str, Any]:
+    """The command `import`; under another name it becomes another project, of another epoch."""
+    named, meta, records = read_export(Path(source))
+    epoch = "" if project in (None, named) else os.urandom(12).hex()
+    return await restore_from(config, unsafe, project or named, epoch, meta, records)
+
+
+# ==== MANIFESTS ==============================================================================
+#
+# The record as files for people: one per mission, and project.json with what is the project's
+# own and how far the files have come, written last.  Whatever happens in between is healed when
+# the same changes are applied again.
+
+MANIFEST_EVERY = 1.0  # s between two writes of one file
+Missions = dict[Path, dict[str, Record]]  # by file and taskId
+
+
+def manifest_folder(config: Config) -> Path:
+    """Where manifests are kept: where the configuration says, else beside the private server."""
+    named = config["manifests"]
+    return Path(named).expanduser() if isinstance(named, str) else data_folder() / "manifests"
+
+
+def file_name(name: str) -> str:
+    """An id as the name of a file; apart also where A and a are one."""
+    if name == name.lower() and name != "project":
+        return name
+    return f"{name}~{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+
+
+def read_manifest(path: Path, project: str) -> dict[str, Any]:
+    """What a manifest says; refuses UNFIT one that is cut off, foreign or newer."""
+    try:
+        value = json.loads(path.read_bytes())
+        meta_of(value, "manifest") if path.name == "project.json" else None
+        if not isinstance(value, dict) or value.get("v") != VERSION:
+            raise ValueError(f"no manifest of version {VERSION}")
+        if value.get("project") != project:
+            raise ValueError(f"a manifest of project {value.get('project')}")
+        if path.name != "project.json" and not isinstance(value.get("tasks"), list):
+            raise ValueError("no manifest of a mission")
+    except FileNotFoundError:
+        raise Refused("NOT_FOUND", f"there is no manifest {path}", "") from None
+    except Refused as problem:
+        raise Refused(problem.code, f"{path}: {problem.message}", problem.hint) from None
+    except (OSError, ValueError, RecursionError) as problem:
+        said = str(problem) if type(problem) is ValueError else "not JSON, or cut off"
+        said = f"{path} is no manifest: {getattr(problem, 'strerror', None) or said}"
+        raise Refused("UNFIT", said, "a running monitor writes it anew") from None
+    return value
+
+
+def missions_of(folder: Path) -> Sequence[Path]:
+    """The manifests of a project's missions."""
+    return [path for path in sorted(folder.glob("*.json")) if path.name != "project.json"]
+
+
+def read_manifests(folder: Path, project: str) -> tuple[Meta, Records]:
+    """Facts and records of a project from its manifests, all of which are read before."""
+    folder = folder / file_name(project)
+    try:
+        meta = meta_of(read_manifest(folder / "project.json", project), "manifest")
+    except Refused as problem:
+        if problem.code == "NOT_FOUND":
+            hint = "name an exported file: mosaic-queue restore --from FILE"
+            raise Refused("NOT_FOUND", f"{folder} has no record of {project}", hint) from None
+        raise
+    newest: dict[str, int] = {}
+    edges: dict[str, Sequence[str]] = {}
+    for path in missions_of(folder):
+        for record in records_of_manifest(path, project, meta):
+            if record["rev"] >= newest.get(record["taskId"], 0):
+                newest[record["taskId"]] = record["rev"]
+                edges[record["taskId"]] = record.get("dependencies", ())
+    require_no_cycle(edges, str(folder))
+
+    async def records() -> Records:
+        # A task that changed its mission may for a moment stand in two files.
+        for path in missions_of(folder):
+            found = records_of_manifest(path, project, meta)
+            yield [one for one in found if newest.get(one["taskId"]) == one["rev"]]
+
+    return meta, records()
+
+
+def records_of_manifest(path: Path, project: str, meta: Meta) -> Sequence[Record]:
+    """The records of one file, checked; refuses with its path."""
+    value = read_manifest(path, project)
+    try:
+        if value.get("epoch") != meta["epoch"]:
+            invalid("epoch", value.get("epoch"), meta["epoch"])
+        return [record_of(one, meta) for one in value["tasks"]]
+    except Refused as problem:
+        raise Refused(problem.code, f"{path}: {problem.message}", problem.hint) from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock on a file of ours, so that one process writes beside it."""
+    import fcntl
+
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as problem:
+        raise Refused("UNFIT", f"{path} cannot be locked: {problem.strerror}", "") from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+class Manifests:
+    """The follower that writes them.  `wanted` says whether they are kept at the moment."""
+
+    name, keep, every = "manifests", 0, MANIFEST_EVERY
+
+    def __init__(self, folder: Path, wanted: Callable[[], bool] = lambda: True) -> None:
+        self.folder, self.wanted = folder, wanted
+        self.broken: set[str] = set()  # projects with a file that has to be written anew
+
+    async def cursor(self, project: str) -> tuple[str, int] | None:
+        """As project.json has it; None when a file is to be written anew."""
+        folder = self.folder / file_name(project)
+        for left in folder.glob(".*.draft"):  # of a process that was killed
+            left.unlink(missing_ok=True)
+        try:
+            meta = read_manifest(folder / "project.json", project)
+        except Refused:
+            return None
+        return None if project in self.broken else (meta["epoch"], int(meta.get("cursor", 0)))
+
+    async def apply(self, changes: Changes) -> None:
+        """Write the missions anew of which tasks changed."""
+        import asyncio
+
+        await asyncio.to_thread(self._write, changes, self._merged)
+
+    async def rebuild(self, changes: Changes) -> None:
+        """Write all missions anew, unless they are of another epoch: they may be all there is."""
+        import asyncio
+
+        await asyncio.to_thread(self._write, changes, self._replaced)
+        self.broken.discard(changes.project)
+
+    def _write(
+        self, changes: Changes, decided: Callable[[Changes, Path, Missions], Missions]
+    ) -> None:
+        folder = self.folder / file_name(changes.project)
+        for private in (self.folder, folder):
+            private_folder(private)
+        missions: Missions = {}
+        for task, record in changes.tasks.items():
+            path = folder / f"{file_name(record['mission'])}.json"
+            missions.setdefault(path, {})[task] = record
+        with locked(folder / ".lock"):
+            for path, records in decided(changes, folder, missions).items():
+                if records:
+                    with drafted(path) as file:
+                        file.writelines(manifest_lines(changes, records.values()))
+                else:
+                    path.unlink(missing_ok=True)
+            facts = {"v": VERSION, "project": changes.project, **changes.meta}
+            facts |= {"epoch": changes.epoch, "cursor": changes.rev}
+            with drafted(folder / "project.json") as file:
+                file.write((json.dumps(facts, indent=2) + "\n").encode())
+
+    def _merged(self, changes: Changes, folder: Path, missions: Missions) -> Missions:
+        """The files that change, with what stands in them and the newer of each task."""
+        moved = {one["task"] for one in changes.events if one["op"] in ("delete", "purge")}
+        moved |= {
+            one["task"]
+            for one in changes.events
+            if one["op"] == "update" and "mission" in one.get("text", "").split()
+        }
+        merged: Missions = {}
+        for path in {*missions, *(missions_of(folder) if moved else ())}:
+            try:
+                has = read_manifest(path, changes.project)["tasks"] if path.exists() else []
+                stays = {one["taskId"]: one for one in has if one["taskId"] not in moved}
+            except (Refused, TypeError, KeyError):
+                self.broken.add(changes.project)
+                said = f"{path} is cut off or foreign; it is written anew"
+                raise Refused("UNFIT", said, "") from None
+            for task, record in missions.get(path, {}).items():
+                if task not in stays or stays[task]["rev"] <= record["rev"]:
+                    stays[task] = record
+            if path in missions or len(stays) < len(has):
+                merged[path] = stays
+        return merged
+
+    def _replaced(self, changes: Changes, folder: Path, missions: Missions) -> Missions:
+        """All files; those of missions that are no more are taken away."""
+        there = missions_of(folder)
+        for path in (folder / "project.json", *there):
+            try:
+                epoch = read_manifest(path, changes.project).get("epoch")
+            except Refused:
+                continue
+            if epoch == changes.epoch:
+                break
+            said = f"{path} is of another epoch, {epoch}: what it has may be all that is left"
+            hint = f"mosaic-queue restore --project {changes.project}, or remove {folder}"
+            raise Refused("UNFIT", said, hint)
+        return {**{path: {} for path in there}, **missions}
+
+
+def manifest_lines(changes: Changes, records: Iterable[Record]) -> Iterator[bytes]:
+    """The file of a mission: JSON with a line for each task, in the order of their creation."""
+    tasks = sorted(records, key=lambda one: (one["order"], one["taskId"]))
+    head = {"v": VERSION, "project": changes.project, "mission": tasks[0]["mission"]}
+    head |= {"epoch": changes.epoch}
+    yield (json.dumps(head, ensure_ascii=False)[:-1] + ', "tasks": [\n').encode()
+    for at, task in enumerate(tasks, 1):
+        line = json.dumps(in_order(task), ensure_ascii=False)
+        yield (line + ("\n" if at == len(tasks) else ",\n")).encode()
+    yield b"]}\n"
 
 
 # ==== MONITOR ================================================================================
@@ -3182,7 +3480,7 @@ async def monitor(
 
 def followers_of(config: Config) -> Sequence[Follower]:
     """The followers that the configuration asks for."""
-    return []
+    return [Manifests(manifest_folder(config))] if config["manifests"] else []
 
 
 async def led(
@@ -4898,6 +5196,9 @@ ALSO = {
     "run": "Run a command for the next task, under a lease that is renewed",
     "mission": "Keep a mission and its sessions: init, status, continue, run, resume",
     "monitor": "Watch all projects: end leases that ran out, assign tasks",
+    "export": "Write a project out as JSON lines",
+    "import": "Enter an exported project, which has to be new",
+    "restore": "Make a lost project again from its record",
     "mcp": "Serve the queue to an MCP client over stdio",
     "mcp-config": "Print the entry for an MCP client, or write it into the client's file",
     "prime": "Print what an agent should know when a session starts",
@@ -5019,6 +5320,13 @@ def make_parser(prog: str) -> Any:
     work.add_argument("--mission", help=ARGUMENTS["mission"].help)
     add_run(work)
     add_mission(command, Parser, everywhere)
+    out = command("export", ALSO["export"] + ".", "mosaic-queue export --project web > web.jsonl")
+    out.add_argument("--output", metavar="FILE", help="default: standard output")
+    enter = command("import", ALSO["import"] + ".", "mosaic-queue import web.jsonl --project web2")
+    enter.add_argument("source", metavar="FILE", help="what export has written")
+    about = ALSO["restore"] + ": Postgres where it is configured, else manifests."
+    back = command("restore", about, "mosaic-queue restore --project web")
+    back.add_argument("--from", dest="source", metavar="FILE", help="what export has written")
     server = command("server", ALSO["server"] + ".", "mosaic-queue server status")
     server.add_argument("action", choices=("status", "stop"))
     about = ALSO["config"] + ", and where each value came from."
@@ -5454,6 +5762,8 @@ def run(arguments: dict[str, Any], prog: str) -> int:
         print(completion(arguments["shell"]))
     elif command == "mission":
         return run_mission(arguments, config, in_json, unsafe)
+    elif command in ("export", "import", "restore"):
+        print_moved(command, arguments, config, unsafe, in_json)
     elif command == "config":
         keys = config.shown()
         rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in keys.items()]
@@ -5589,6 +5899,30 @@ def run_mission(arguments: dict[str, Any], config: Config, in_json: bool, unsafe
         result = asyncio.run(with_queue(config, unsafe, work[action]))
     print(json.dumps({"v": 1, **result}, ensure_ascii=False) if in_json else human_mission(result))
     return 0
+
+
+def print_moved(
+    command: str, arguments: dict[str, Any], config: Config, unsafe: bool, in_json: bool
+) -> None:
+    """`export`, `import` and `restore`."""
+    import asyncio
+
+    source, output = arguments.get("source"), arguments.get("output")
+    if command == "export":
+        answer = asyncio.run(export_to(config, unsafe, output))
+        if output is None:
+            return
+        said = f"{answer['exported']} tasks of project {answer['project']} are in {output}"
+    else:
+        if command == "import":
+            named = config["project"] if config.source("project") == "flag" else None
+            answer = asyncio.run(import_(config, unsafe, str(source), named))
+        else:
+            answer = asyncio.run(restore(config, unsafe, source))
+        said = f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
+        if "already" in answer:
+            said = f"project {answer['project']} is there already, at rev {answer['rev']}"
+    print(json.dumps({"v": 1, **answer}) if in_json else lines_of([said]))
 
 
 def run_server(action: str, in_json: bool) -> int:
