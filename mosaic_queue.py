@@ -604,7 +604,7 @@ class Record(Task, total=False):
     """
 
     order: int  # us since the epoch: its place among those of one priority
-    waits: list[str]  # the dependencies that it still waits for
+    waits: list[str]  # the dependencies that it waited for at its last change
     hidden: dict[str, Any]
 
 
@@ -2856,9 +2856,14 @@ async def caught_up(
     page: EventList = {"events": []}
     lost, before = 0, since[1] if since else None
     if before is None and follower.keep:
-        page = await queue.events(project=project, since=0, limit=most)
+        page = await queue.events(project=project, since=0, limit=FOLLOW)
     elif before is not None and before <= rev:
-        page = await queue.events(project=project, since=before, limit=most)
+        page = await queue.events(project=project, since=before, limit=FOLLOW)
+        while FOLLOW <= len(page["events"]) < most and len(page["events"]) % FOLLOW == 0:
+            more = await queue.events(project=project, since=page["since"], limit=FOLLOW)
+            page["since"] = more["since"]
+            page["events"] += more["events"]
+            most = most if more["events"] else 0
     if before is not None:  # of a project that was restored none are left
         lost = page.get("lost", 0 if page["events"] else max(0, rev - before))
     if before is None or before > rev or lost:
