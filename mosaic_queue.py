@@ -3154,7 +3154,7 @@ def in_order(record: Record) -> dict[str, Any]:
     return {name: record[name] for name in Record.__annotations__ if name in record}  # type: ignore
 
 
-async def told(source: Records, what: str) -> Records:
+async def counting(source: Records, what: str) -> Records:
     """Records on their way, with a line on stderr for each second after the first."""
     count, next_at = 0, time.monotonic() + 1
     async for records in source:
@@ -3205,7 +3205,7 @@ async def restore_from(
 ) -> dict[str, Any]:
     """The commands `restore` and `import`, once their source is known."""
     async with Queue(config, unsafe=unsafe) as queue:
-        count = await queue.restore(project, meta, told(source, f"restoring {project}"), epoch)
+        count = await queue.restore(project, meta, counting(source, f"restoring {project}"), epoch)
     if count < 0:
         return {"project": project, "restored": 0, "rev": meta["rev"], "already": True}
     return {"project": project, "restored": count, "rev": meta["rev"]}
@@ -4227,7 +4227,7 @@ def counted(tasks: Sequence[Task]) -> dict[str, Any]:
 
 async def standing(queue: Queue, file: Path) -> Standing:
     """A mission as it stands: milestones move on by what the queue says, which is not written."""
-    mission, project = read_mission(file), queue._project(None)
+    mission, project = read_mission(file), queue.own(None)
     called = mission.called(queue.config)
     asked: dict[str, Any] = dict.fromkeys(("status", "lane", "priority", "cursor"))
     asked |= {"mission": called, "agent": "", "limit": RECORDS, "full": 1}
