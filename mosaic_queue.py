@@ -28,6 +28,8 @@ Sections, in the order in which they build on each other; each starts with a ban
     FOLLOWERS       one loop over the events, for whatever is kept in step with them
     RESTORE         a project written out, and made again from its records
     MANIFESTS       the record as JSON files, one for each mission
+    SCHEMA          the record's tables, in SQL, and a task as a row
+    RECORD          what outlives Valkey: Postgres, and what people change there
     MONITOR         the one process that watches: expired leases, assignments, followers
     RUN             a command under a lease
     MISSION FILES   what the file-based coordinator keeps, read and written as it stands
@@ -2943,7 +2945,8 @@ async def projects_of(queue: Queue) -> Sequence[str]:
         return []
 
 
-# ==== RESTORE ================================================================================
+# ==== RESTORE =========================================================================
+
 #
 # A project written out as JSON lines, a header and its records, and made again from records,
 # wherever they were kept.  Nothing is written before all that comes from a file has been read.
@@ -3446,6 +3449,667 @@ def manifest_lines(changes: Changes, records: Iterable[Record]) -> Iterator[byte
         line = json.dumps(in_order(task), ensure_ascii=False)
         yield (line + ("\n" if at == len(tasks) else ",\n")).encode()
     yield b"]}\n"
+=======
+# ==== SCHEMA =================================================================================
+#
+# The record's tables in SQL, and what writes them.  A migration that was shipped is never changed:
+# what is new is one more at the end.  Only the queue's own connections say that they are the
+# writer; a change by anybody else leaves an edit, which is a request.
+
+MIGRATIONS = (
+    """
+create table projects (
+    project text primary key,
+    epoch   text,                       -- of the queue whose record this is
+    rev     bigint,                     -- the cursor: everything up to here is recorded
+    lost    bigint not null default 0,  -- events that were trimmed before they were recorded
+    meta    json                        -- limits, lanes and counters
+);
+create table tasks (
+    project text not null, task_id text not null, mission text not null, title text not null,
+    description text, status text not null default 'pending',
+    priority text not null default 'medium', lane text not null default 'any',
+    dependencies text[] not null default '{}', metadata json,
+    claimed_by text, claimed_at timestamptz, claim_ttl integer, lease_expires_at timestamptz,
+    session text, fence bigint, rev bigint not null default 0,
+    progress text, checkpoint text, summary text, completed_at timestamptz,
+    failed_at timestamptz, failure_reason text, blocked_reason text,
+    not_before timestamptz, max_runtime integer,
+    retry_count integer not null default 0, expiry_count integer, late boolean,
+    created_at timestamptz not null default now(),  -- to the microsecond: the order of tasks
+    updated_at timestamptz not null default now(),
+    waits text[], freed text[], hidden json,        -- what `restore` needs besides
+    gone text, gone_at timestamptz,                 -- deleted, purged or missing: since when
+    primary key (project, task_id)
+);
+create index tasks_status on tasks (project, status) where gone is null;
+create table task_events (
+    project text, rev bigint, task_id text not null, op text not null,
+    from_status text, to_status text, fence bigint, agent text, at timestamptz not null, text text,
+    primary key (project, rev)
+);
+create index task_events_task on task_events (project, task_id, rev);
+create index task_events_at on task_events (at);
+create table rejected (
+    id bigint generated always as identity primary key, at timestamptz not null default now(),
+    kind text not null, project text not null, task_id text, rev bigint, row json not null,
+    code text not null, message text not null
+);
+""",
+    """
+create table edits (
+    id bigint generated always as identity primary key,
+    op uuid not null default gen_random_uuid(), at timestamptz not null default now(),
+    by text not null, application text, kind text not null,  -- insert, update, delete
+    project text not null, task_id text not null, old json, new json,
+    done_at timestamptz, code text, message text             -- code: why it was refused
+);
+create index edits_open on edits (project, id) where done_at is null;
+create function note_edit() returns trigger language plpgsql security definer
+set search_path from current as $$
+declare
+    person text := current_setting('role');
+    one tasks;
+begin
+    if current_setting('mosaic_queue.writer', true) = 'follower' then
+        return null;
+    elsif tg_op = 'TRUNCATE' then
+        raise exception 'tasks is a record: delete its rows instead';
+    elsif tg_op = 'UPDATE' and old::text = new::text or tg_op = 'DELETE' and old.gone is not null
+    then
+        return null;
+    elsif tg_op = 'UPDATE' and old.gone is not null then
+        raise exception 'task %/% is %: its row is history', old.project, old.task_id, old.gone;
+    end if;
+    if person = 'none' then person := session_user; end if;
+    one := case when tg_op = 'INSERT' then new else old end;
+    insert into edits (by, application, kind, project, task_id, old, new)
+    values (person, current_setting('application_name'), lower(tg_op), one.project, one.task_id,
+            case when tg_op <> 'INSERT' then row_to_json(old) end,
+            case when tg_op <> 'DELETE' then row_to_json(new) end);
+    perform pg_notify(tg_table_schema, '');
+    return null;
+end $$;
+create trigger note_edit after insert or update or delete on tasks
+    for each row execute function note_edit();
+create trigger note_truncate before truncate on tasks execute function note_edit();
+""",
+    """
+create view ready as
+    select project, task_id, mission, lane, priority, title, created_at, not_before from tasks
+    where gone is null and status = 'pending' and (not_before is null or not_before <= now())
+    order by project, array_position('{critical,high,medium,low}', priority), created_at;
+create view running as
+    select project, task_id, mission, lane, status, title, claimed_by, claimed_at, progress,
+           lease_expires_at, lease_expires_at - now() as remaining from tasks
+    where gone is null and status in ('claimed', 'in-progress') order by lease_expires_at;
+create view dead_letters as
+    select project, task_id, mission, lane, title, failed_at, failure_reason, retry_count,
+           expiry_count from tasks
+    where gone is null and status = 'failed' order by failed_at desc;
+create view throughput as
+    select project, date_trunc('hour', at) as hour,
+           count(*) filter (where op = 'create') as created,
+           count(*) filter (where op in ('claim', 'next', 'assign')) as claimed,
+           count(*) filter (where op = 'complete') as completed,
+           count(*) filter (where op = 'fail') as failed,
+           count(*) filter (where op = 'reap') as reaped from task_events group by 1, 2;
+create view missions as
+    select project, mission, count(*) as tasks,
+           count(*) filter (where status = 'completed') as completed,
+           count(*) filter (where status = 'failed') as failed,
+           count(*) filter (where status in ('claimed', 'in-progress')) as running,
+           min(created_at) as created_at, max(updated_at) as updated_at from tasks
+    where gone is null or gone = 'purged' group by 1, 2;
+create view mission_tasks as
+    select project, mission, task_id from tasks where gone is null or gone = 'purged';
+create rule task_stays as on delete to mission_tasks do instead nothing;
+""",
+)
+COLUMNS = {  # of tasks: by the name of each the name in a Record
+    re.sub("[A-Z]+", lambda found: "_" + found[0].lower(), name): name
+    for name in Record.__annotations__
+    if name not in ("id", "project", "createdAt", "order", "superseded")
+} | {"created_at": "order"}
+PUT_TASKS = """
+insert into tasks (project, {columns}, gone, gone_at)
+select $1, {values}, gone, gone_at from json_populate_recordset(null::tasks, $2)
+on conflict (project, task_id) do update set {changes}, gone = excluded.gone,
+    gone_at = excluded.gone_at
+where $3 or excluded.rev > tasks.rev or excluded.rev = tasks.rev
+    and (tasks.lease_expires_at, tasks.session, tasks.hidden::text, tasks.gone) is distinct from
+        (excluded.lease_expires_at, excluded.session, excluded.hidden::text, excluded.gone)
+""".format(
+    columns=", ".join(COLUMNS),
+    # As text inside the JSON: only so Postgres takes what it need not understand as it is.
+    values=re.sub(r"\b(metadata|hidden)\b", r"(\1 #>> '{}')::json", ", ".join(COLUMNS)),
+    changes=", ".join(f"{name} = excluded.{name}" for name in COLUMNS),
+)
+PUT_EVENTS = """
+insert into task_events select * from json_populate_recordset(null::task_events, $2)
+where project = $1 on conflict do nothing
+"""
+GONE = """
+update tasks set gone = one.gone, gone_at = one.gone_at, rev = one.rev
+from json_populate_recordset(null::tasks, $2) as one
+where tasks.project = $1 and tasks.task_id = one.task_id and tasks.rev < one.rev
+"""
+MISSING = """
+update tasks set gone = 'missing', gone_at = now() where project = $1 and gone is null
+and not exists (select from unnest($2::text[]) as one where one = task_id)
+"""
+LOCK = """
+insert into projects as one (project) values ($1)
+on conflict (project) do update set project = one.project returning epoch, rev
+"""
+CURSOR = """
+update projects set epoch = $2, rev = $3, lost = lost + $4, meta = $5 where project = $1
+"""
+UNDONE = """
+with undone as (delete from task_events where project = $1 and rev > $2 returning *)
+insert into rejected (kind, project, task_id, rev, row, code, message)
+select 'event', project, task_id, rev, row_to_json(undone), 'STALE_REV',
+       'Valkey has lost this change' from undone
+"""
+# What a person changed and the queue has not answered yet counts as it was before.
+RECORDED = """
+with open as (
+    select distinct on (task_id) task_id, old from edits
+    where project = $1 and done_at is null order by task_id, id
+)
+select coalesce(open.old, row_to_json(one)) from (select * from tasks where project = $1) as one
+full join open using (task_id)
+where case when open.task_id is null then one.gone is null else open.old is not null end
+"""
+REFUSED_ROW = ("22", "23", "44", "54", "P0")  # SQLSTATE classes of what is wrong with a row
+
+
+async def migrated(db: Any, schema: str) -> None:
+    """Bring the schema to MIGRATIONS; any number may do so at once.  Refuses a newer one."""
+
+    async def version() -> int:
+        there = await db.fetchval("select to_regclass($1) is not null", f'"{schema}".version')
+        return await db.fetchval("select max(version) from version") if there else 0
+
+    while (found := await version()) < len(MIGRATIONS):
+        async with db.transaction():
+            await db.execute("select pg_advisory_xact_lock(hashtext($1))", f"mosaic {schema}")
+            if await version() > found:
+                continue  # another one was first
+            if found == 0:
+                if not await db.fetchval("select to_regnamespace($1)", f'"{schema}"'):
+                    await db.execute(f'create schema "{schema}"')
+                await db.execute("create table version (version integer, at timestamptz)")
+            await db.execute(MIGRATIONS[found])
+            await db.execute("insert into version values ($1, now())", found + 1)
+    if found > len(MIGRATIONS):
+        said = f"the record has schema version {found}; this program knows {len(MIGRATIONS)}"
+        raise Refused("SCHEMA", said)
+
+
+def stamped(us: int) -> str:
+    """Microseconds since the epoch as Postgres reads a time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(us // 10**6)) + f".{us % 10**6:06}Z"
+
+
+def timed(column: str) -> bool:
+    """Whether a column of tasks has a time."""
+    return column.endswith("_at") or column == "not_before"
+
+
+def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A Record as a row of tasks."""
+    row: dict[str, Any] = {}
+    for column, name in COLUMNS.items():
+        value = record.get(name)
+        if value is not None and timed(column):
+            value = stamped(value if name == "order" else 1000 * value)
+        if value is not None and name in ("metadata", "hidden"):
+            value = compact(value)
+        row[column] = value
+    return row
+
+
+def record_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The Record of a row of tasks, as JSON has it; refuses a time that is none."""
+    from datetime import datetime, timedelta
+
+    record: dict[str, Any] = {"id": f"{row['project']}/{row['task_id']}", "project": row["project"]}
+    for column, name in COLUMNS.items():
+        value = row[column]
+        if value is None:
+            continue
+        if timed(column):
+            try:
+                at = datetime.fromisoformat(value) - datetime.fromisoformat("1970-01-01T00:00Z")
+            except ValueError:
+                invalid(column, value, "a time of our era")
+            value = at // timedelta(microseconds=1 if name == "order" else 1000)
+        record[name] = value
+    return record | {"createdAt": record["order"] // 1000}
+
+
+def row_of_event(event: Mapping[str, Any]) -> dict[str, Any]:
+    """An Event as a row of task_events."""
+    row = {name: event.get(name) for name in ("project", "rev", "op", "fence", "agent", "text")}
+    row |= {"task_id": event["task"], "at": stamped(1000 * event["at"])}
+    return row | {"from_status": event.get("from"), "to_status": event.get("to")}
+
+
+# ==== RECORD =================================================================================
+#
+# Valkey decides, Postgres is the record: it outlives Valkey.  What other programs change in its
+# rows is a request that is carried out like any call, or refused; either way the row is then
+# written as the queue has the task.
+
+REFRESH = 10.0  # s after which is written what no event tells: renewed leases, the limits
+ROWS = 1000  # that one statement writes at most
+EDITABLE = ["title", "description", "priority", "lane", "mission", "dependencies", "metadata"]
+EDITABLE += ["notBefore"]
+SAID = ["claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason"]
+SAID += ["summary"]  # what may come with an edit of the status
+
+
+class Postgres:
+    """The record in Postgres, a Follower.
+
+    It keeps one connection, made when it is needed; whatever goes wrong there is a refusal that
+    shows no password: UNREACHABLE when it may come right by itself, else UNFIT or SCHEMA.
+    """
+
+    name = "postgres"
+
+    def __init__(self, config: Config) -> None:
+        self.url, self.schema = config["postgres.url"], config["postgres.schema"]
+        self.keep: int = config["events.keep"]
+        self._db: Any = None
+        if not re.match("postgres(ql)?://", self.url):
+            invalid(
+                "postgres.url", masked(self.url), "postgresql://[user[:password]@]host/database"
+            )
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", self.schema):
+            invalid("postgres.schema", self.schema, "a letter, then up to 62 letters, digits and _")
+
+    async def close(self) -> None:
+        """Close the connection."""
+        db, self._db = self._db, None
+        if db is not None:
+            db.terminate()
+
+    async def _open(self) -> Any:
+        import asyncpg
+
+        try:
+            db = await asyncpg.connect(self.url, timeout=DEADLINE, command_timeout=60)
+        except ValueError:
+            invalid(
+                "postgres.url", masked(self.url), "postgresql://[user[:password]@]host/database"
+            )
+        self._db = db
+        # Whoever keeps a row locked holds up this project for so long, and no other.
+        await db.execute(
+            f"set search_path = \"{self.schema}\", pg_temp; set lock_timeout = '10s';"
+            "set application_name = 'mosaic-queue'; set mosaic_queue.writer = 'follower'"
+        )
+        await migrated(db, self.schema)
+        return db
+
+    @contextlib.asynccontextmanager
+    async def session(self) -> AsyncIterator[Any]:
+        """The connection; it is dropped when anything goes wrong."""
+        import asyncpg
+
+        told = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+        try:
+            yield self._db if self._db and not self._db.is_closed() else await self._open()
+        except (*told, OSError) as problem:
+            await self.close()
+            raise self.refusal(problem) from None
+        except BaseException:
+            await self.close()
+            raise
+
+    def refusal(self, problem: Exception) -> Refused:
+        """What Postgres said, or that it said nothing, as a refusal."""
+        state = getattr(problem, "sqlstate", None) or ""
+        said = f"{masked(self.url)}: {problem or 'no answer in time'}"
+        if state.startswith("28"):
+            return Refused("UNREACHABLE", said, "check user and password of postgres.url")
+        if not state or state[:2] in ("08", "40", "53", "55", "57"):
+            return Refused("UNREACHABLE", said, "is Postgres running there, and has it room?")
+        if state == "42501":
+            return Refused("UNFIT", said, "grant its role the rights, or name another schema")
+        return Refused("UNFIT", said, "check postgres.url and postgres.schema")
+
+    async def cursor(self, project: str) -> tuple[str, int] | None:
+        """Epoch, and rev up to which all is recorded."""
+        async with self.session() as db:
+            ask = "select epoch, rev from projects where project = $1 and rev is not null"
+            found = await db.fetchrow(ask, project)
+            return tuple(found) if found else None
+
+    async def apply(self, changes: Changes) -> None:
+        """Record events, tasks and cursor in one transaction."""
+        await self._take(changes, whole=False)
+
+    async def rebuild(self, changes: Changes) -> None:
+        """Record all tasks; rows of others stay, marked as gone."""
+        await self._take(changes, whole=True)
+
+    async def _take(self, changes: Changes, whole: bool) -> None:
+        project, rev, before = changes.project, changes.rev, changes.before
+        async with self.session() as db, db.transaction():
+            stored = tuple(await db.fetchrow(LOCK, project))
+            if stored != (None if before is None else changes.epoch, before):
+                said = f"the record of project {project} is at {stored}, not at rev {before}"
+                raise Refused("STALE_REV", said, "another monitor keeps it too")
+            undone = before is not None and before > rev
+            if undone:
+                await db.execute(UNDONE, project, rev)
+            if changes.events:
+                await put(db, "event", project, [*map(row_of_event, changes.events)])
+            await put_tasks(db, project, changes.tasks.values(), undone)
+            gone = [
+                {"task_id": event["task"], "rev": event["rev"], "gone": event["op"] + "d",
+                 "gone_at": stamped(1000 * event["at"])}
+                for event in changes.events
+                if event["op"] in ("delete", "purge")
+            ]  # fmt: skip
+            if gone:
+                await db.execute(GONE, project, compact(gone))
+            if whole:
+                await db.execute(MISSING, project, [*changes.tasks])
+            meta = compact(changes.meta)
+            await db.execute(CURSOR, project, changes.epoch, rev, changes.lost, meta)
+        if changes.lost:
+            log("lost", follower=self.name, project=project, events=changes.lost)
+
+    async def records(self, project: str) -> tuple[Meta, dict[str, Record]]:
+        """All of a project that `restore` needs, as it was last recorded."""
+        async with self.session() as db:
+            facts = await db.fetchrow("select * from projects where project = $1", project)
+            if facts is None or facts["rev"] is None:
+                raise Refused("NOT_FOUND", f"{masked(self.url)} has no record of project {project}")
+            rows = [json.loads(row[0]) for row in await db.fetch(RECORDED, project)]
+        records = {row["task_id"]: cast(Record, record_of(row)) for row in rows}
+        meta = json.loads(facts["meta"]) | {"epoch": facts["epoch"]}
+        for name in ("rev", "fence"):
+            counted = [meta[name], facts["rev"] if name == "rev" else 0]
+            meta[name] = max(*counted, *(row[name] or 0 for row in rows), 0)
+        return cast(Meta, meta), records
+
+
+async def put(db: Any, kind: str, project: str, rows: Sequence[Any], *more: Any) -> None:
+    """Write rows; those that Postgres refuses are set aside, each with its error."""
+    import asyncpg
+
+    statement = PUT_TASKS if kind == "task" else PUT_EVENTS
+    try:
+        async with db.transaction():
+            await db.execute(statement, project, compact(rows), *more)
+    except asyncpg.PostgresError as problem:
+        if problem.sqlstate[:2] not in REFUSED_ROW:
+            raise
+        if len(rows) > 1:
+            half = len(rows) // 2
+            await put(db, kind, project, rows[:half], *more)
+            await put(db, kind, project, rows[half:], *more)
+            return
+        row, said = rows[0], as_ascii(str(problem))
+        await db.execute(
+            "insert into rejected (kind, project, task_id, rev, row, code, message)"
+            "values ($1, $2, $3, $4, $5, $6, $7)",
+            *(kind, project, row["task_id"], row["rev"], json.dumps(row), problem.sqlstate, said),
+        )
+        log("rejected", kind=kind, task=f"{project}/{row['task_id']}", message=said)
+
+
+async def put_tasks(db: Any, project: str, tasks: Iterable[Record], force: bool = False) -> None:
+    """Write rows of tasks, unless they are there with a later rev; with force in any case."""
+    rows = [row_of(task) for task in tasks]
+    for at in range(0, len(rows), ROWS):
+        await put(db, "task", project, rows[at : at + ROWS], force)
+
+
+def as_ascii(text: str) -> str:
+    """Text that a database of any encoding can store."""
+    return text.encode("ascii", "backslashreplace").decode()
+
+
+async def record(queue: Queue, config: Config) -> None:
+    """Keep the record in step, and carry out people's edits of it, until cancelled."""
+    import asyncio
+
+    follower, editor = Postgres(config), Postgres(config)
+    try:
+        await asyncio.gather(follow(queue, follower), carry_out(queue, editor))
+    finally:
+        await follower.close()
+        await editor.close()
+
+
+async def carry_out(queue: Queue, postgres: Postgres) -> None:
+    """Carry out edits as they come; Postgres tells when there is one."""
+    import asyncio
+
+    changed, pause = asyncio.Event(), 0.25
+    while True:
+        try:
+            async with postgres.session() as db:
+                await db.add_listener(postgres.schema, lambda *_: changed.set())
+                db.add_termination_listener(lambda *_: changed.set())
+                while True:
+                    await refresh(queue, db)
+                    due = time.monotonic() + REFRESH
+                    while (left := due - time.monotonic()) > 0:
+                        changed.clear()
+                        await carry_out_all(queue, db)
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(changed.wait(), left)
+                        pause = 0.25
+        except Refused as problem:
+            pause = min(60, 2 * pause)
+            log("error", follower="postgres", part="edits", code=problem.code,
+                message=problem.message, hint=problem.hint, again=pause)  # fmt: skip
+            await postgres.close()
+            await asyncio.sleep(pause)
+
+
+async def facts_of(queue: Queue, project: str) -> Meta | None:
+    """What is a project's own; None where the queue does not know it."""
+    try:
+        return (await queue.records(project, []))[0] if ID.fullmatch(project) else None
+    except Refused as problem:
+        if problem.code != "NOT_FOUND":
+            raise
+        return None
+
+
+async def refresh(queue: Queue, db: Any) -> None:
+    """Record what changes without an event."""
+    for project, epoch in await db.fetch("select project, epoch from projects where rev >= 0"):
+        facts = await facts_of(queue, project)
+        if facts is None or facts["epoch"] != epoch:
+            continue
+        held = [task["taskId"] for task in await held_in(queue, project)]
+        _, tasks = await queue.records(project, held)
+        async with db.transaction():
+            await db.execute("select from projects where project = $1 for update", project)
+            await put_tasks(db, project, tasks.values())
+            meta = "update projects set meta = $2 where project = $1"
+            await db.execute(meta, project, compact(facts))
+
+
+async def carry_out_all(queue: Queue, db: Any) -> None:
+    """Carry out the edits that are there, but those of a project whose record is of another
+    queue."""
+    ask = "select distinct project, epoch from edits left join projects using (project)"
+    for project, epoch in await db.fetch(ask + " where done_at is null"):
+        facts = await facts_of(queue, project)
+        if (facts["epoch"] if facts else None) == epoch:
+            ask = "select * from edits where project = $1 and done_at is null order by id limit 100"
+            while edits := await db.fetch(ask, project):
+                for edit in edits:
+                    await carry_out_one(queue, db, dict(edit), known=facts is not None)
+
+
+async def carry_out_one(queue: Queue, db: Any, edit: dict[str, Any], known: bool) -> None:
+    """Carry out one edit or refuse it, write the row as the queue has the task, and say so."""
+    code = message = None
+    for side in ("old", "new"):
+        edit[side] = json.loads(edit[side] or "null")
+    try:
+        if not known:
+            hint = "create its first task with mosaic-queue create"
+            raise Refused("NOT_FOUND", f"there is no project {edit['project']} in the queue", hint)
+        await Edit(queue, edit).carry_out()
+    except Refused as refusal:
+        if refusal.code in ("UNREACHABLE", "UNFIT", "SCHEMA"):
+            raise
+        code = refusal.code
+        message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; ").replace("\0", ""))
+    async with db.transaction():
+        project = edit["project"]
+        await db.execute("select from projects where project = $1 for update", project)
+        await put_right(queue, db, edit)
+        done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
+        await db.execute(done, edit["id"], code, message)
+    log("edit", id=edit["id"], kind=edit["kind"], task=f"{project}/{edit['task_id']}",
+        by=edit["by"], **({"code": code, "message": message} if code else {}))  # fmt: skip
+
+
+async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any]) -> None:
+    """Write the row of an edit as the queue has the task; else as it was, and as gone."""
+    old, new, project = edit["old"], edit["new"], edit["project"]
+    places = [(row["project"], row["task_id"]) for row in (old, new) if row]
+    if new and (old is None or places[0] != places[1]):
+        await db.execute("delete from tasks where project = $1 and task_id = $2", *places[-1])
+    for at, name in dict.fromkeys(places):
+        if at == project and ID.fullmatch(at) and ID.fullmatch(name):
+            tasks = (
+                {} if await facts_of(queue, at) is None else (await queue.records(at, [name]))[1]
+            )
+            await put_tasks(db, at, tasks.values(), force=True)
+            if not tasks and old and name == old["task_id"]:
+                with contextlib.suppress(Refused):  # what an earlier edit left is nonsense
+                    await put_tasks(db, at, [cast(Record, record_of(old))], force=True)
+                gone = "update tasks set gone = 'deleted', gone_at = now()"
+                await db.execute(gone + " where project = $1 and task_id = $2", at, name)
+
+
+class Edit:
+    """A change that a person made to a row of tasks, as a request to the queue."""
+
+    def __init__(self, queue: Queue, edit: Mapping[str, Any]) -> None:
+        self.edit = edit
+        self.old = record_of(edit["old"]) if edit["old"] else {}
+        self.new = record_of(edit["new"]) if edit["new"] else {}
+        names = {*self.old, *self.new} - {"id", "createdAt", "updatedAt"}
+        self.changed = {name for name in names if self.old.get(name) != self.new.get(name)}
+        self.queue = copy.copy(queue)
+        self.queue.agent = self.queue.session = None
+        self.queue.actor = "sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100]
+        self.task = {"task": edit["task_id"], "project": edit["project"]}
+        self.why = f"edited in Postgres by {edit['by']}"
+
+    async def call(self, name: str, **given: Any) -> Any:
+        """Call an operation; sent again after a crash, it is carried out once."""
+        op = f"{self.edit['op']}-{name}"
+        return await getattr(self.queue, name)(**self.task, **given, op=op)
+
+    def said(self, name: str) -> Any:
+        """The value that the edit gives a field; None where it does not."""
+        return self.new.get(name) if name in self.changed else None
+
+    def fields(self, names: Iterable[str]) -> dict[str, Any]:
+        """Fields as arguments of `create` and `update`."""
+        given = {name: self.new.get(name) for name in names}
+        due = given.pop("notBefore", None)
+        if due is not None:
+            given["delay"] = max(0, round(due / 1000 - time.time()))
+        return given
+
+    async def carry_out(self) -> None:
+        """Do what is asked for; refuses what the queue refuses, and what is stale."""
+        kind, tries = self.edit["kind"], 5
+        if kind == "delete":
+            await self.call("delete", reason=self.why)
+        elif kind == "insert":
+            await self.create()
+        while kind == "update":
+            try:
+                await self.update()
+                break
+            except Refused as refusal:
+                tries -= 1
+                if refusal.code != "STALE_REV" or not tries:
+                    raise
+
+    async def create(self) -> None:
+        """Create the task of a new row, and bring it to the status that the row has."""
+        names = [name for name in EDITABLE if name in self.new]
+        given = self.fields([*names, "mission"]) | {"max_runtime": self.new.get("maxRuntime")}
+        await self.call("create", **given)
+        if self.new["status"] not in ("pending", "blocked") or "blockedReason" in self.new:
+            await self.move((await self.queue.get(**self.task))["status"])
+
+    async def update(self) -> None:
+        """Change fields that still have their old value, then the status."""
+        moves = "status" in self.changed
+        kept = self.changed - {*EDITABLE, *(("status", *SAID) if moves else ())}
+        if kept:
+            columns = sorted(column for column, name in COLUMNS.items() if name in kept)
+            shown = ", ".join(columns) or "project"
+            raise Refused("INVALID", f"{shown} of a task is for the queue to say", "")
+        current: Any = await self.queue.get(**self.task)
+        now, before, wanted = current["status"], self.old["status"], self.new["status"]
+        fields = sorted(self.changed & {*EDITABLE})
+        stale = [f for f in fields if current.get(f) not in (self.old.get(f), self.new.get(f))]
+        # Whoever says how the work ended need not have seen where it stood.
+        same = now in (before, wanted) or {now, before} <= {*HELD} or wanted in ENDED
+        if stale or (moves and not same):
+            changed = ", ".join([*stale, *([] if same else ["status"])])
+            said = f"{current['id']} has changed meanwhile: {changed}"
+            raise Refused("STALE_REV", said, "read the row again, then repeat the edit")
+        todo = [name for name in fields if current.get(name) != self.new.get(name)]
+        if moves and now == "completed":
+            await self.move(now)
+        if todo:
+            given = self.fields(todo)
+            clear = [{"notBefore": "delay"}.get(f, f) for f in todo if self.new.get(f) is None]
+            given = {name: value for name, value in given.items() if value is not None}
+            if_rev = None if moves and now == "completed" else current["rev"]
+            changes = await self.call("update", **given, clear=clear, if_rev=if_rev)
+            now = changes["status"] if now != "completed" else now
+        if moves and now != "completed":
+            await self.move(now)
+
+    async def move(self, now: str) -> None:
+        """Bring a task from status `now` to the one that the edit says."""
+        wanted, agent = self.new["status"], self.said("claimedBy")
+        if wanted == now:
+            return
+        if wanted == "completed":
+            await self.call("complete", summary=self.said("summary"), force=True)
+        elif wanted == "failed":
+            reason = self.said("failureReason") or self.why
+            await self.call("fail", reason=reason, retry=False, force=True)
+        elif wanted == "blocked":
+            await self.call("block", reason=self.said("blockedReason") or self.why, force=True)
+        elif wanted == "in-progress":
+            await self.call("start", force=True)
+        elif wanted == "claimed" and agent:
+            await self.call("assign", agent=agent)
+        elif wanted == "claimed":
+            raise Refused("INVALID", "claimed_by does not say for whom", "set claimed_by too")
+        elif wanted != "pending":
+            invalid("status", wanted, ", ".join(STATUSES))
+        elif now in HELD:
+            await self.call("release", reason=self.why, force=True)
+        elif now == "completed":
+            await self.call("reopen", reason=self.why)
+        else:
+            await self.call("redrive" if now == "failed" else "unblock")
 
 
 # ==== MONITOR ================================================================================
@@ -3473,6 +4137,9 @@ async def monitor(
         }
         for follower in followers_of(config):
             parts[follower.name] = functools.partial(follow, queue, follower)
+        if config["postgres.url"]:
+            Postgres(config)  # refuses what it cannot be at once
+            parts["postgres"] = functools.partial(record, queue, config)
         for name in only:
             if name not in parts:
                 invalid("--only", name, ", ".join(parts))
