@@ -2933,6 +2933,19 @@ async def follow(queue: Queue, follower: Follower) -> None:
         waker.cancel()
 
 
+async def together(*work: Coroutine[Any, Any, None]) -> None:
+    """Do several things at once; when one fails, or this is cancelled, all of them have ended."""
+    import asyncio
+
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def projects_of(queue: Queue) -> Sequence[str]:
     """All projects; none while Valkey does not answer."""
     import asyncio
@@ -3628,8 +3641,11 @@ async def migrated(db: Any, schema: str) -> None:
     """Bring the schema to MIGRATIONS; any number may do so at once.  Refuses a newer one."""
 
     async def version() -> int:
-        there = await db.fetchval("select to_regclass($1) is not null", f'"{schema}".version')
-        return await db.fetchval("select max(version) from version") if there else 0
+        # Not to_regclass: what it has not found once, it may not find later in a transaction.
+        there = "select from pg_tables where schemaname = $1 and tablename = 'version'"
+        if not await db.fetchval(f"select exists ({there})", schema):
+            return 0
+        return cast(int, await db.fetchval("select max(version) from version"))
 
     while (found := await version()) < len(MIGRATIONS):
         async with db.transaction():
@@ -3637,7 +3653,8 @@ async def migrated(db: Any, schema: str) -> None:
             if await version() > found:
                 continue  # another one was first
             if found == 0:
-                if not await db.fetchval("select to_regnamespace($1)", f'"{schema}"'):
+                there = "select exists (select from pg_namespace where nspname = $1)"
+                if not await db.fetchval(there, schema):  # to create one takes a right
                     await db.execute(f'create schema "{schema}"')
                 await db.execute("create table version (version integer, at timestamptz)")
             await db.execute(MIGRATIONS[found])
@@ -3757,6 +3774,8 @@ class Postgres:
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Any]:
         """The connection; it is dropped when anything goes wrong."""
+        import asyncio
+
         import asyncpg
 
         told = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
@@ -3764,6 +3783,9 @@ class Postgres:
             yield self._db if self._db and not self._db.is_closed() else await self._open()
         except (*told, OSError) as problem:
             await self.close()
+            task = asyncio.current_task()
+            if task and task.cancelling():
+                raise asyncio.CancelledError from None  # that is how the connection took it
             raise self.refusal(problem) from None
         except BaseException:
             await self.close()
@@ -3878,11 +3900,9 @@ def as_ascii(text: str) -> str:
 
 async def record(queue: Queue, config: Config) -> None:
     """Keep the record in step, and carry out people's edits of it, until cancelled."""
-    import asyncio
-
     follower, editor = Postgres(config), Postgres(config)
     try:
-        await asyncio.gather(follow(queue, follower), carry_out(queue, editor))
+        await together(follow(queue, follower), carry_out(queue, editor))
     finally:
         await follower.close()
         await editor.close()
@@ -4006,6 +4026,8 @@ class Edit:
         self.new = record_of(edit["new"]) if edit["new"] else {}
         names = {*self.old, *self.new} - {"id", "createdAt", "updatedAt"}
         self.changed = {name for name in names if self.old.get(name) != self.new.get(name)}
+        if edit["kind"] == "update" and edit["old"]["gone"] != edit["new"]["gone"]:
+            self.changed.add("gone")
         self.queue = copy.copy(queue)
         self.queue.agent = self.queue.session = None
         self.queue.actor = "sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100]
@@ -4058,8 +4080,8 @@ class Edit:
         moves = "status" in self.changed
         kept = self.changed - {*EDITABLE, *(("status", *SAID) if moves else ())}
         if kept:
-            columns = sorted(column for column, name in COLUMNS.items() if name in kept)
-            shown = ", ".join(columns) or "project"
+            names = dict(zip(COLUMNS.values(), COLUMNS, strict=True))
+            shown = ", ".join(sorted(names.get(name, name) for name in kept))
             raise Refused("INVALID", f"{shown} of a task is for the queue to say", "")
         current: Any = await self.queue.get(**self.task)
         now, before, wanted = current["status"], self.old["status"], self.new["status"]
@@ -4127,8 +4149,6 @@ async def monitor(
     Any number may run; in each part one leads, by a lease in Valkey, and the others stand by.  Log
     lines are JSON, on stderr.
     """
-    import asyncio
-
     token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
     interval = max(1, config["watchdog.interval"])
     async with Queue(config, unsafe=unsafe) as queue:
@@ -4145,7 +4165,7 @@ async def monitor(
                 invalid("--only", name, ", ".join(parts))
         log("start", token=token, interval=interval, parts=[*(only or parts)])
         try:
-            await asyncio.gather(*(led(queue, token, name, parts[name]) for name in only or parts))
+            await together(*(led(queue, token, name, parts[name]) for name in only or parts))
         finally:
             log("stop")
 
