@@ -99,6 +99,8 @@ BATCH = 200  # tasks that one `create` enters, all or none
 PURGE = 100  # tasks that one `purge` forgets
 RECORDS = 100  # tasks that one `records` shows
 FOLLOW = 1000  # events that a follower gets at once
+SILENT = 60  # s without a word from a follower after which doctor says so
+BEHIND = 10_000  # changes that a follower has not seen after which doctor says so
 FOLLOW_EVERY = 1.0  # s after which it looks for events that it was not told of
 IDLE = 4 * 3600  # s without a tool call after which an MCP server renews no more leases
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
@@ -2428,6 +2430,8 @@ class Queue:
         durable = await setting_of(self, "appendonly")
         if durable == "no":
             answer["findings"].append("the server keeps no append-only file: appendonly no")
+        for one in (await self.status(project=project))["projects"]:
+            answer["findings"] += unfollowed(one, self.config)
         return await examine(self, project, answer)
 
     @operation(tool="", group="operators")
@@ -2751,6 +2755,22 @@ async def held_in(queue: Queue, project: str, lane: str | None = None) -> Sequen
         for status in ("claimed", "in-progress")
     ]
     return [task for page in pages for task in page["tasks"]]
+
+
+def unfollowed(project: ProjectStatus, config: Config) -> list[str]:
+    """What followers have not seen of a project, as sentences."""
+    name, found, known = project["project"], [], set()
+    for one in project["followers"]:
+        known.add(one["follower"])
+        silent = (project["now"] - one["lastHeard"]) / 1000
+        if silent > SILENT or one["lag"] > BEHIND:
+            found.append(
+                f"{one['follower']} is {one['lag']} changes behind in project {name}, and was last "
+                f"heard of {lasting(silent)} ago: run mosaic-queue monitor, and read its log"
+            )
+    if config["postgres.url"] and "postgres" not in known:
+        found.append(f"postgres has nothing of project {name}: run mosaic-queue monitor")
+    return found
 
 
 async def setting_of(queue: Queue, name: str) -> str:
@@ -3765,7 +3785,7 @@ class Postgres:
         self._db = db
         # Whoever keeps a row locked holds up this project for so long, and no other.
         await db.execute(
-            f"set search_path = \"{self.schema}\", pg_temp; set lock_timeout = '10s';"
+            f"set search_path = \"{self.schema}\", pg_temp; set lock_timeout = '2s';"
             "set application_name = 'mosaic-queue'; set mosaic_queue.writer = 'follower'"
         )
         await migrated(db, self.schema)
@@ -6007,6 +6027,8 @@ def make_parser(prog: str) -> Any:
     shell.add_argument("shell", choices=("bash", "zsh", "fish"))
     watch = command("monitor", ALSO["monitor"] + ".", "mosaic-queue monitor --assign")
     watch.add_argument("--assign", action="store_true", help="give tasks to the agents that wait")
+    parts = "only these parts, between commas: watchdog, postgres and other followers"
+    watch.add_argument("--only", metavar="PARTS", help=parts)
     about = ALSO["run"] + ". Exit 0 completes the task, anything else fails it."
     work = command("run", about, "mosaic-queue run --lane coding --wait 60 --loop -- ./work.sh")
     work.add_argument("--mission", help=ARGUMENTS["mission"].help)
@@ -6325,6 +6347,10 @@ def human_status(result: QueueStatus, now: float) -> str:
             lines.append(f"  lease about to end: {task['taskId']} of {task['claimedBy']}, {ends}")
         if one["tasks"]["failed"]:
             lines.append(f"  dead letters: {one['tasks']['failed']} (list --status failed)")
+        for follower in one["followers"]:
+            heard = lasting((one["now"] - follower["lastHeard"]) / 1000)
+            behind = f"{follower['lag']} changes behind, last heard of {heard} ago"
+            lines.append(f"  follower {follower['follower']}: {behind}")
         if one["policy"]["differs"]:
             differs = ", ".join(one["policy"]["differs"])
             lines.append(f"  policy differs from the local configuration: {differs}")
@@ -6435,7 +6461,8 @@ def run(arguments: dict[str, Any], prog: str) -> int:
     if command == "monitor":
         import asyncio
 
-        asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe)))
+        only = [name for name in arguments.get("only", "").split(",") if name]
+        asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe, only)))
     elif command == "run":
         return run_from(arguments, config, unsafe)
     elif command == "mcp-config":
