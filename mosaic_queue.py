@@ -4640,15 +4640,15 @@ def as_written(raw: bytes, data: Any) -> bytes:
 
 
 def put(file: Path, data: bytes, was: bytes | None) -> bool:
-    """Replace a file in one step, or what a link leads to; False when it does not hold `was` (None:
-    is not there)."""
-    file = file.resolve()
+    """Replace a file in one step; False when it does not hold `was` (None: is not there).  A link
+    is replaced, not followed: a cloned repository must not choose what is written."""
     mode = stat.S_IMODE(file.stat().st_mode) if was is not None else 0o644
     if not mode & 0o222:
         raise PermissionError(13, "it is read-only", str(file))
-    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part = file.with_name(f".{file.name}.part")
+    part.unlink(missing_ok=True)
     try:
-        with open(part, "wb") as out:
+        with open(part, "xb") as out:
             os.fchmod(out.fileno(), mode)
             out.write(data)
             out.flush()
@@ -4656,12 +4656,12 @@ def put(file: Path, data: bytes, was: bytes | None) -> bool:
         if bytes_of(file) != was:
             return False
         part.rename(file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-        return True
     finally:
         part.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+    return True
 
 
 def change(file: Path, edit: Callable[[Mission], object]) -> Mission:
@@ -4672,7 +4672,8 @@ def change(file: Path, edit: Callable[[Mission], object]) -> Mission:
         before = copy.deepcopy(mission.entry.data)
         edit(mission)
         data = mission.entry.data
-        if data == before or put(file, as_written(mission.raw, data), mission.raw):
+        # Of a mission.json that is a link the link stays: what it leads to is a mission.
+        if data == before or put(file.resolve(), as_written(mission.raw, data), mission.raw):
             return mission
     raise Refused("STALE_REV", f"{file} is being written by somebody else", "try again")
 
@@ -4694,7 +4695,7 @@ def registry(folder: Path) -> Iterator[None]:
 
     give_up = time.monotonic() + 2 * DEADLINE
     try:
-        lock = os.open(folder / "registry.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(folder / "registry.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             while True:
                 try:
@@ -4811,7 +4812,12 @@ def begin(file: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[En
         known = [one.text("session_id") for one in mission.entries("sessions")]
         names = (f"sess-{n:03}" for n in itertools.count(len(known) + 1))
         own = {"session_id": next(name for name in names if name not in known), **facts}
-        with open(lock, "x") as out:
+        try:
+            out = open(lock, "x")  # noqa: SIM115
+        except FileExistsError:  # by somebody who knows of no registry
+            said = f"mission {mission.id} was taken by another session in this moment"
+            raise Refused("HELD", said, "mosaic-queue mission status") from None
+        with out:
             try:
                 json.dump(own | {"project_path": str(mission.folder)}, out, indent=2)
                 out.flush()
@@ -5131,14 +5137,15 @@ def mission_init(
     folder: Path, name: str | None, mission: str | None, milestones: Sequence[str]
 ) -> dict[str, Any]:
     """Make the mission.json of a project's folder; refuses EXISTS where one is."""
-    name = name or folder.name
+    name = ARGUMENTS["title"].check("name", name or folder.name)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100] or "mission"
     parts = [one.partition(":") if ":" in one else ("", "", one) for one in milestones]
     rows = [
         (head.strip() or f"phase-{n}", tail.strip()) for n, (head, _, tail) in enumerate(parts, 1)
     ]
-    for milestone, _ in rows:
+    for milestone, title in rows:
         ARGUMENTS["mission"].check("id of a milestone", milestone)
+        ARGUMENTS["title"].check("name of a milestone", title)
     if len(dict(rows)) < len(rows):
         invalid("--milestone", ", ".join(milestone for milestone, _ in rows), "every id once")
     data = {
@@ -5271,6 +5278,7 @@ async def mission_run(
         try:
             for one in await cleaned(queue, file, dead):
                 print(f"mosaic-queue: {cleaned_line(one)}", file=sys.stderr)
+            await written(queue, file, runtime)
             status = await run_commands(
                 config, command, mission=now.called, around=around, unsafe=unsafe, **how
             )
@@ -6616,7 +6624,7 @@ def run_mission(arguments: dict[str, Any], config: Config, in_json: bool, unsafe
             "resume": lambda queue: mission_resume(queue, file, runtime, forced),
         }
         result = asyncio.run(with_queue(config, unsafe, work[action]))
-    print(json.dumps({"v": 1, **result}, ensure_ascii=False) if in_json else human_mission(result))
+    print(json.dumps({"v": 1, **result}) if in_json else human_mission(result))
     return 0
 
 

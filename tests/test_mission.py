@@ -12,6 +12,7 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -166,12 +167,21 @@ def test_init_makes_a_mission_and_never_another(tell: Tell, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["--id", "a b"], ["--milestone", "a b: c"], ["--milestone", "x: 1", "--milestone", "x: 2"]],
+    ("name", "mission", "milestones"),
+    [
+        ("x", "a b", []),
+        ("x", None, ["a b: c"]),
+        ("x", None, ["a:"]),
+        ("x", None, ["x: 1", "x: 2"]),
+        ("\udcff", None, []),
+    ],
 )
-def test_init_refuses_ids_that_are_none(tell: Tell, folder: Path, words: list[str]) -> None:
-    status, _, err = tell("mission", "init", *words)
-    assert (status, err[:8]) == (2, "INVALID:")
+def test_init_refuses_what_is_no_name(
+    folder: Path, name: str, mission: str | None, milestones: list[str]
+) -> None:
+    with pytest.raises(mq.Refused) as refused:
+        mq.mission_init(folder, name, mission, milestones)
+    assert refused.value.code == "INVALID"
     assert not (folder / HERE / "mission.json").exists()
 
 
@@ -252,6 +262,36 @@ def test_a_link_and_the_rights_of_a_file_stay(tell: Tell, server: Server, folder
     assert real.stat().st_mode & 0o777 == 0o640
     assert (folder / HERE / "next-task.json").exists(), "the other files stay where the link is"
     assert json.loads(real.read_text())["milestones"][0]["status"] == "in-progress"
+
+
+def test_links_lead_nobody_to_write_elsewhere(tell: Tell, server: Server, folder: Path) -> None:
+    """A cloned repository may hold links, to files of whoever works in it."""
+    write(folder)
+    create(server, "T1", "one")
+    ask(server, "claim", "T1", "bob")
+    own = folder / "own"
+    own.write_text("mine")
+    for name in ("next-task.json", ".next-task.json.part", ".mission.json.part"):
+        (folder / HERE / name).symlink_to(own)
+    assert tell("mission", "continue")[0] == 0
+    assert read(folder, "next-task.json")["mission_id"] == "m-1"
+    assert statuses(folder) == ["in-progress", "pending"]
+    (folder / HERE / "registry.lock").unlink()
+    (folder / HERE / "registry.lock").symlink_to(folder / "made")
+    assert tell("mission", "resume")[0] == 6
+    assert (own.read_text(), (folder / "made").exists()) == ("mine", False)
+
+
+def test_text_that_is_no_unicode_is_shown_escaped(tell: Tell, server: Server, folder: Path) -> None:
+    milestones = [{"id": "\ud800", "name": "\x1b[31m", "status": "pending"}]
+    write(folder, MISSION | {"name": "\udfff", "milestones": milestones})
+    create(server, "T1")
+    for words in (["status"], ["status", "--json"], ["continue"], ["continue", "--json"]):
+        status, out, _ = tell("mission", *words)
+        assert (status, "\x1b" in out) == (0, False)
+    assert tell("mission", "run", "--", "true")[0] == 0
+    assert read(folder)["milestones"] == milestones
+    assert read(folder)["sessions"][0]["milestone_id"] == "\ud800"
 
 
 BAD: dict[str, tuple[bytes, str]] = {
@@ -598,6 +638,16 @@ def test_without_a_command_the_runtime_gets_the_hand_over(
     assert ask(server, "get", "T1")["summary"] == "all done"
 
 
+def test_a_run_that_finds_nothing_notes_what_others_did(
+    tell: Tell, server: Server, folder: Path
+) -> None:
+    write(folder)
+    create(server, "T1", "one")
+    ask(server, "complete", "T1", force=True)
+    assert tell("mission", "run", "--", "true")[0] == 5
+    assert statuses(folder) == ["completed", "pending"]
+
+
 def test_a_failed_command_is_7(tell: Tell, server: Server, folder: Path) -> None:
     write(folder)
     create(server, "T1", "one")
@@ -744,6 +794,32 @@ def test_run_cleans_up_after_a_dead_session_itself(
     assert ask(server, "get", "T1")["status"] == "completed"
 
 
+def test_a_kill_at_any_moment_can_be_resumed(
+    start: Start, tell: Tell, server: Server, db: redis.Redis, folder: Path
+) -> None:
+    write(folder)
+    for n in range(60):
+        create(server, f"T{n}", "one" if n < 30 else "two")
+    rng = random.Random(5)
+    completed = "mosaic:queue:project:{p}:completed"
+    for _ in range(5):
+        process = start("mission", "run", "--loop", "--", "true")
+        if rng.random() < 0.8:
+            done = db.zcard(completed)
+            until(lambda: db.zcard(completed) > done or process.poll() is not None)  # noqa: B023
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        status, _, err = tell("mission", "resume")
+        assert status == 0, err
+        assert not (folder / HERE / "session.lock").exists()
+        assert all(one["ended_reason"] for one in read(folder)["sessions"])
+        held = [task for task in ask(server, "list", limit=100)["tasks"] if "claimedBy" in task]
+        assert [task for task in held if task["status"] in mq.HELD] == []
+    assert tell("mission", "run", "--loop", "--", "true")[0] in (0, 5)
+    assert statuses(folder) == ["completed", "completed"]
+
+
 def test_resume_goes_on_where_another_was_cut_off(tell: Tell, server: Server, folder: Path) -> None:
     """The lock was removed, and nothing else was done."""
     session = {"session_id": "sess-001", "pid": dead_pid(), "agent": "alice"}
@@ -758,13 +834,19 @@ def test_resume_goes_on_where_another_was_cut_off(tell: Tell, server: Server, fo
     assert (before, last["ended_reason"]) == (unknown, "crashed"), "of some nothing is known"
 
 
-def test_nothing_is_broken_while_valkey_is_away(tell: Tell, folder: Path) -> None:
-    write(folder)
-    put_lock(folder, pid=dead_pid())
-    away = f"unix://{folder}/nobody"
-    status, _, err = tell("mission", "resume", MOSAIC_VALKEY_URL=away)
-    assert (status, err[:11]) == (6, "UNREACHABLE")
-    assert (folder / HERE / "session.lock").exists()
+async def resumed_without_valkey(file: Path) -> None:
+    config = mq.Config(environ={}).set("redis.url", f"unix://{file.parent}/nobody", "t")
+    async with mq.Queue(config.set("project", "p", "t"), deadline=0.3) as queue:
+        await mq.mission_resume(queue, file, "claude", False)
+
+
+def test_nothing_is_broken_while_valkey_is_away(folder: Path) -> None:
+    file = write(folder)
+    lock = put_lock(folder, pid=dead_pid())
+    with pytest.raises(mq.Refused) as refused:
+        asyncio.run(resumed_without_valkey(file))
+    assert refused.value.code == "UNREACHABLE"
+    assert lock.exists()
 
 
 def dead_pid() -> int:
@@ -809,16 +891,20 @@ def test_a_number_that_was_given_again_is_another_process(tell: Tell, folder: Pa
 
 
 @pytest.mark.parametrize("text", ["", '{"pid": ', "[]", '{"pid": "x"}', '{"pid": -1}'])
-def test_a_lock_without_a_pid_counts_by_its_age(tell: Tell, folder: Path, text: str) -> None:
+def test_a_lock_without_a_pid_counts_by_its_age(folder: Path, text: str) -> None:
     """It is empty for a moment when it is made, and for ever when its maker died then."""
-    write(folder)
+    file = write(folder)
     lock = folder / HERE / "session.lock"
     lock.write_text(text)
-    status, _, err = tell("mission", "run", "--", "true")
-    assert (status, "being written" in err) == (4, True)
+    facts = {"pid": os.getpid()}
+    with pytest.raises(mq.Refused) as refused:
+        mq.begin(file, facts)
+    assert refused.value.code == "HELD"
+    assert "being written" in refused.value.message
     os.utime(lock, (1, time.time() - 2 * mq.FRESH))
-    assert tell("mission", "resume")[0] == 0
-    assert not lock.exists()
+    own, dead = mq.begin(file, facts)
+    assert (own["session_id"], dead) == ("sess-001", [])
+    assert read(folder, "session.lock")["pid"] == os.getpid()
 
 
 def test_a_lock_that_cannot_be_filled_is_taken_back(
