@@ -5084,7 +5084,8 @@ def task_ahead(now: Standing, at_hand: Task | None) -> Iterator[str]:
             if key in said:
                 yield f"{key}: {quoted(said[key], 300)}"
     else:
-        yield "Next task: none is ready."
+        done = now.tasks and len(now.having("completed")) == len(now.tasks)
+        yield f"Next task: none is {'left: all are completed' if done else 'ready'}."
 
 
 def cause(now: Standing, task: Task) -> str:

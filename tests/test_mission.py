@@ -193,7 +193,7 @@ def test_a_mission_is_found_upward_or_by_path(tell: Tell, folder: Path, tmp_path
     assert (status, json.loads(out)["mission"]) == (0, "other"), "the project's file may name it"
     status, out, _ = tell("mission", "status", "--json", "--path", str(folder), cwd=tmp_path)
     assert (status, json.loads(out)["mission"]) == (0, "other")
-    status, _, err = tell("mission", "status", cwd=tmp_path)
+    status, _, err = tell("mission", "status", cwd=Path("/"))
     assert (status, "mission init" in err) == (3, True)
 
 
@@ -646,6 +646,7 @@ def test_a_run_that_finds_nothing_notes_what_others_did(
     ask(server, "complete", "T1", force=True)
     assert tell("mission", "run", "--", "true")[0] == 5
     assert statuses(folder) == ["completed", "pending"]
+    assert "none is left: all are completed" in tell("mission", "continue")[1]
 
 
 def test_a_failed_command_is_7(tell: Tell, server: Server, folder: Path) -> None:
