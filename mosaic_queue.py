@@ -3482,7 +3482,8 @@ def manifest_lines(changes: Changes, records: Iterable[Record]) -> Iterator[byte
         line = json.dumps(in_order(task), ensure_ascii=False)
         yield (line + ("\n" if at == len(tasks) else ",\n")).encode()
     yield b"]}\n"
-=======
+
+
 # ==== SCHEMA =================================================================================
 #
 # The record's tables in SQL, and what writes them.  A migration that was shipped is never changed:
@@ -3707,7 +3708,7 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def record_of(row: Mapping[str, Any]) -> dict[str, Any]:
+def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
     """The Record of a row of tasks, as JSON has it; refuses a time that is none."""
     from datetime import datetime, timedelta
 
@@ -3849,7 +3850,7 @@ class Postgres:
             if undone:
                 await db.execute(UNDONE, project, rev)
             if changes.events:
-                await put(db, "event", project, [*map(row_of_event, changes.events)])
+                await put_rows(db, "event", project, [*map(row_of_event, changes.events)])
             await put_tasks(db, project, changes.tasks.values(), undone)
             gone = [
                 {"task_id": event["task"], "rev": event["rev"], "gone": event["op"] + "d",
@@ -3873,7 +3874,7 @@ class Postgres:
             if facts is None or facts["rev"] is None:
                 raise Refused("NOT_FOUND", f"{masked(self.url)} has no record of project {project}")
             rows = [json.loads(row[0]) for row in await db.fetch(RECORDED, project)]
-        records = {row["task_id"]: cast(Record, record_of(row)) for row in rows}
+        records = {row["task_id"]: cast(Record, record_in(row)) for row in rows}
         meta = json.loads(facts["meta"]) | {"epoch": facts["epoch"]}
         for name in ("rev", "fence"):
             counted = [meta[name], facts["rev"] if name == "rev" else 0]
@@ -3881,7 +3882,7 @@ class Postgres:
         return cast(Meta, meta), records
 
 
-async def put(db: Any, kind: str, project: str, rows: Sequence[Any], *more: Any) -> None:
+async def put_rows(db: Any, kind: str, project: str, rows: Sequence[Any], *more: Any) -> None:
     """Write rows; those that Postgres refuses are set aside, each with its error."""
     import asyncpg
 
@@ -3894,8 +3895,8 @@ async def put(db: Any, kind: str, project: str, rows: Sequence[Any], *more: Any)
             raise
         if len(rows) > 1:
             half = len(rows) // 2
-            await put(db, kind, project, rows[:half], *more)
-            await put(db, kind, project, rows[half:], *more)
+            await put_rows(db, kind, project, rows[:half], *more)
+            await put_rows(db, kind, project, rows[half:], *more)
             return
         row, said = rows[0], as_ascii(str(problem))
         await db.execute(
@@ -3910,7 +3911,7 @@ async def put_tasks(db: Any, project: str, tasks: Iterable[Record], force: bool 
     """Write rows of tasks, unless they are there with a later rev; with force in any case."""
     rows = [row_of(task) for task in tasks]
     for at in range(0, len(rows), ROWS):
-        await put(db, "task", project, rows[at : at + ROWS], force)
+        await put_rows(db, "task", project, rows[at : at + ROWS], force)
 
 
 def as_ascii(text: str) -> str:
@@ -4032,7 +4033,7 @@ async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any]) -> None:
             await put_tasks(db, at, tasks.values(), force=True)
             if not tasks and old and name == old["task_id"]:
                 with contextlib.suppress(Refused):  # what an earlier edit left is nonsense
-                    await put_tasks(db, at, [cast(Record, record_of(old))], force=True)
+                    await put_tasks(db, at, [cast(Record, record_in(old))], force=True)
                 gone = "update tasks set gone = 'deleted', gone_at = now()"
                 await db.execute(gone + " where project = $1 and task_id = $2", at, name)
 
@@ -4042,8 +4043,8 @@ class Edit:
 
     def __init__(self, queue: Queue, edit: Mapping[str, Any]) -> None:
         self.edit = edit
-        self.old = record_of(edit["old"]) if edit["old"] else {}
-        self.new = record_of(edit["new"]) if edit["new"] else {}
+        self.old = record_in(edit["old"]) if edit["old"] else {}
+        self.new = record_in(edit["new"]) if edit["new"] else {}
         names = {*self.old, *self.new} - {"id", "createdAt", "updatedAt"}
         self.changed = {name for name in names if self.old.get(name) != self.new.get(name)}
         if edit["kind"] == "update" and edit["old"]["gone"] != edit["new"]["gone"]:
