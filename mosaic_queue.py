@@ -565,11 +565,11 @@ class Task(TypedDict, total=False):
 
     id: str
     project: str
-    mission: str
     taskId: str
+    status: Status
     title: str
     description: str
-    status: Status
+    mission: str
     priority: Priority
     dependencies: list[str]
     lane: str
@@ -5389,7 +5389,9 @@ def as_tool_text(of: Operation, result: Any) -> str:
     """What an agent reads: lines for a list, the task that `next` found or why there is none,
     compact JSON for the rest."""
     if of.signature.return_annotation == "Offer":
-        return compact(result["tasks"][0]) if result["tasks"] else str(result["why"])
+        return compact(for_models(result["tasks"][0])) if result["tasks"] else str(result["why"])
+    if of.signature.return_annotation == "Task":
+        return compact(for_models(result))
     if of.signature.return_annotation != "TaskList" or of.name == "redrive":
         return compact(result)
     lines = []
@@ -5403,6 +5405,14 @@ def as_tool_text(of: Operation, result: Any) -> str:
     shown = f"{len(result['tasks'])} of {result['total']}" if "total" in result else len(lines)
     more = f"; more: cursor {result['cursor']}" if "cursor" in result else ""
     return "\n".join([*lines, f"{shown} tasks{more}"])
+
+
+def for_models(task: Task) -> dict[str, Any]:
+    """A task in the order in which one reads, without what `id` says already or nobody needs."""
+    unsaid = ("project", "taskId", "session")
+    return {
+        name: task[name] for name in Task.__annotations__ if name in task and name not in unsaid
+    }  # type: ignore
 
 
 def mcp_agent(config: Config, minted: bool = True) -> str | None:

@@ -554,7 +554,7 @@ def every_command() -> list[str]:
 def test_help_mentions_every_command(tell: Tell, line: str) -> None:
     status, out, err = tell(line)
     assert (status, err) == (0, "")
-    named = re.findall(r"^  (\w+)  +\S", out, re.MULTILINE)
+    named = re.findall(r"^  ([\w-]+) +\S", out, re.MULTILINE)
     assert sorted(named) == sorted(every_command())
     first, operators = out.split("operators:")
     assert re.findall(r"^  (\w+) ", first, re.MULTILINE) == mq.FIRST
