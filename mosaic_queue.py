@@ -5409,10 +5409,8 @@ def as_tool_text(of: Operation, result: Any) -> str:
 
 def for_models(task: Task) -> dict[str, Any]:
     """A task in the order in which one reads, without what `id` says already or nobody needs."""
-    unsaid = ("project", "taskId", "session")
-    return {
-        name: task[name] for name in Task.__annotations__ if name in task and name not in unsaid
-    }  # type: ignore
+    names = [name for name in Task.__annotations__ if name not in ("project", "taskId", "session")]
+    return {name: task[name] for name in names if name in task}  # type: ignore[literal-required]
 
 
 def mcp_agent(config: Config, minted: bool = True) -> str | None:
