@@ -2978,8 +2978,7 @@ async def projects_of(queue: Queue) -> Sequence[str]:
         return []
 
 
-# ==== RESTORE =========================================================================
-
+# ==== RESTORE ==============================================================================
 #
 # A project written out as JSON lines, a header and its records, and made again from records,
 # wherever they were kept.  Nothing is written before all that comes from a file has been read.
