@@ -16,29 +16,31 @@ changes nothing.  This module is all the rest: the typed API and the surfaces ma
 
 Sections, in the order in which they build on each other; each starts with a banner `# ==== NAME`:
 
-    LIMITS          numbers and words that everything below shares
-    REFUSALS        the closed list of codes, each with its exit and HTTP status
-    CONFIGURATION   YAML files, environment and flags, and where each value came from
-    VOCABULARY      what an argument may be, by its name; the results
-    SCRIPTS         the Lua files composed and pinned by their hash
-    SERVER          the private valkey-server
-    CONNECTION      the way to one Valkey: URLs, sending again, what it has to be
-    QUEUE           the typed operations; the only code that talks to Valkey
-    DIAGNOSIS       why something does not move, and whether the key space is whole
-    FOLLOWERS       one loop over the events, for whatever is kept in step with them
-    RESTORE         a project written out, and made again from its records
-    MANIFESTS       the record as JSON files, one for each mission
-    SCHEMA          the record's tables, in SQL, and a task as a row
-    RECORD          what outlives Valkey: Postgres, and what people change there
-    MONITOR         the one process that watches: expired leases, assignments, followers
-    RUN             a command under a lease
-    MISSION FILES   what the file-based coordinator keeps, read and written as it stands
-    SESSIONS        who works on a mission, and who has died over it
-    HAND OVER       how a mission stands, and what a new session is told
-    MISSIONS        the commands in place of the coordinator's
-    MCP             the tools of an agent
-    AGENT HOSTS     entries in the files of MCP clients, the start of a session, completion
-    COMMAND LINE    the commands of a person or a shell script
+    LIMITS           numbers and words that everything below shares
+    REFUSALS         the closed list of codes, each with its exit and HTTP status
+    CONFIGURATION    YAML files, environment and flags, and where each value came from
+    VOCABULARY       what an argument may be, by its name; the results
+    SCRIPTS          the Lua files composed and pinned by their hash
+    SERVER           the private valkey-server
+    CONNECTION       the way to one Valkey: URLs, sending again, what it has to be
+    QUEUE            the typed operations; the only code that talks to Valkey
+    DIAGNOSIS        why something does not move, and whether the key space is whole
+    FOLLOWERS        one loop over the events, for whatever is kept in step with them
+    RESTORE          a project written out, and made again from its records
+    MANIFESTS        the record as JSON files, one for each mission
+    SCHEMA           the record's tables, in SQL, and a task as a row
+    RECORD           what outlives Valkey: Postgres, and what people change there
+    TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
+    WORKSPACE FILES  a TASKS.md in step with the queue, cell by cell
+    MONITOR          the one process that watches: expired leases, assignments, followers
+    RUN              a command under a lease
+    MISSION FILES    what the file-based coordinator keeps, read and written as it stands
+    SESSIONS         who works on a mission, and who has died over it
+    HAND OVER        how a mission stands, and what a new session is told
+    MISSIONS         the commands in place of the coordinator's
+    MCP              the tools of an agent
+    AGENT HOSTS      entries in the files of MCP clients, the start of a session, completion
+    COMMAND LINE     the commands of a person or a shell script
 
 To add an operation, write `lua/v1/<name>.lua` with its header, a method of `Queue` of the same
 name under `@operation`, and a test.  The command, the tool, its schema and the README's table are
@@ -64,6 +66,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -2517,6 +2520,54 @@ class Queue:
             for task in (await self._assign(project, given))["tasks"]:
                 yield task
 
+    def acting_as(self, actor: str) -> Queue:
+        """The same queue, but its events are by `actor`, which is no agent and holds nothing."""
+        other = copy.copy(self)
+        other.agent, other.session, other.actor, other.leases = None, None, actor, {}
+        return other
+
+    async def revision(self, project: str) -> int:
+        """The number of a project's last change; 0 before there is one."""
+        await self.link.check()
+        return int(await self.link.send("HGET", f"mosaic:queue:project:{{{project}}}", "rev") or 0)
+
+    async def tasks_of(self, project: str) -> dict[str, Task]:
+        """All tasks of a project, whole.  One that moves meanwhile may be missing."""
+        found: dict[str, Task] = {}
+        cursor: str | None = None
+        while True:
+            try:
+                page = await self.list(project=project, limit=1000, full=True, cursor=cursor)
+            except Refused as problem:
+                if problem.code != "NOT_FOUND":
+                    raise
+                return found
+            found |= {task["taskId"]: task for task in page["tasks"]}
+            cursor = page.get("cursor")
+            if cursor is None:
+                return found
+
+    async def files(self, project: str) -> dict[str, str]:
+        """The files that are kept in step with a project: their paths, by mark."""
+        await self.link.check()
+        key = f"mosaic:queue:project:{{{project}}}:files"
+        return cast(dict[str, str], await self.link.send("HGETALL", key))
+
+    async def base(self, project: str, mark: str) -> dict[str, str]:
+        """What a file and the queue last agreed on: JSON, by task."""
+        await self.link.check()
+        key = f"mosaic:queue:project:{{{project}}}:file:{mark}"
+        return cast(dict[str, str], await self.link.send("HGETALL", key))
+
+    async def keep_base(self, project: str, mark: str, path: Path, rows: Mapping[str, Any]) -> None:
+        """Store it, 1,000 tasks at a time; None forgets one."""
+        given = {"file": mark, "path": os.fsencode(path).decode(errors="replace")}
+        names = list(rows)
+        for at in range(0, len(names), 1000):
+            part = names[at : at + 1000]
+            each = [{"task": n, "cells": rows[n] and compact(rows[n])} for n in part]
+            await self.call("base", project, given, each)
+
     async def renew_leases(self, idle: Callable[[], float] = lambda: 0) -> None:
         """Renew the leases of this process's claims, each after a third of it, until cancelled.
 
@@ -4154,6 +4205,1210 @@ class Edit:
             await self.call("redrive" if now == "failed" else "unblock")
 
 
+# ==== TASK TABLES ============================================================================
+#
+# A TASKS.md is text of which a few cells mean something: text in, tables out; edits in, text
+# out.  markdown-it says where the tables are, so that one in code is none.  Rows are split here,
+# at every `|` without a `\` before it as GFM has it, since all that is not a changed cell keeps
+# its bytes.  What a cell says is compared without its escapes and padding.
+
+WORDS = ("not-started", "in-progress", "done", "blocked", "failed")
+OTHER_WORDS = ("needs-qa", "planning-complete", "deferred")  # of task tables too; they stay
+DELETED = "deleted"  # what the row of a task says that the queue has no more
+EMPTY = ("", "—", "\u2013", "-")
+COLUMNS = {  # how a header may spell it; what has been taken is not taken twice
+    "id": ("id", "task_id", "taskid", "task"),
+    "status": ("status", "state"),
+    "title": ("title", "name"),
+    "description": ("description", "task", "summary"),
+    "depends_on": ("depends_on", "dependencies", "depends", "deps", "blocked_by"),
+    **{name: (name,) for name in ("blocks", "priority", "lane", "mission")},
+}
+BAR = re.compile(r"(?<!\\)\|")
+BREAK = re.compile(r"\\?<br ?/?>", re.IGNORECASE)
+LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+\Z")
+DELIMITER = re.compile(r"[ \t>]*(?=[|: \t]*-)[|: \t\r\n-]+\Z")
+PLAIN_ROW = re.compile(r"([ \t>]*)\|(?!.*(?:-->|\?>|\]>|</))")  # nor can it end HTML
+
+
+@dataclass
+class Row:
+    """A row of a task table: the number of its line, from 0, and what its known columns say."""
+
+    line: int
+    task: str
+    cells: dict[str, str]
+
+
+@dataclass
+class TaskTable:
+    """A task table: the line of its delimiter row, how deep in quotes it stands, which known
+    column is where, how many columns there are, and the heading above it."""
+
+    delimiter: int
+    quotes: int
+    columns: dict[str, int]
+    size: int
+    heading: str
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def last(self) -> int:
+        """The line after which a new row goes."""
+        return self.rows[-1].line if self.rows else self.delimiter
+
+
+@dataclass
+class Board:
+    """A document with task tables.  `apart` tells of the tables that are left alone, by line."""
+
+    lines: list[str]
+    tables: list[TaskTable] = field(default_factory=list)
+    apart: dict[int, str] = field(default_factory=dict)
+    code: set[int] = field(default_factory=set)  # lines of code
+    new: dict[int, list[str]] = field(default_factory=dict)  # rows to follow a line
+
+    def text(self) -> str:
+        """The document with all edits."""
+        return "".join(
+            line if at not in self.new else self._followed(line, self.new[at])
+            for at, line in enumerate(self.lines)
+        )
+
+    def _followed(self, line: str, rows: Sequence[str]) -> str:
+        body = line.rstrip("\r\n")
+        end = line[len(body) :]
+        first = self.lines[0]
+        between = end or first[len(first.rstrip("\r\n")) :]
+        return between.join([body, *rows]) + end
+
+    def put(self, table: TaskTable, row: Row, column: str, value: str) -> None:
+        """Write one cell.  Its padding stays where the value fits, else it grows alone."""
+        line, at = self.lines[row.line], table.columns[column]
+        start, cells = split_row(line, table.quotes)
+        rest = line[start + len("|".join(cells)) :]
+        if at >= len(cells) and cells[-1:] and cells[-1].endswith("\\"):
+            cells[-1] += " "
+        cells += [" "] * (at + 1 - len(cells))
+        cells[at] = self._fitted(table, at, cells[at], value)
+        if at == 0 and line[start - 1 : start] != "|":
+            cells[0] = "| " + cells[0]  # a value at the start of a line may look like a list
+        self.lines[row.line] = line[:start] + "|".join(cells) + rest
+        row.cells[column] = meaning(column, escaped(value))
+
+    def append(self, table: TaskTable, values: Mapping[str, str]) -> None:
+        """Add a row at the end of a table; columns without a value are left empty."""
+        line = self.lines[table.last]
+        start, _ = split_row(line, table.quotes)
+        head = line[:start] if line[start - 1 : start] == "|" else line[:start] + "|"
+        by_place = {table.columns[column]: value for column, value in values.items()}
+        cells = [self._fitted(table, at, "  ", by_place.get(at, "")) for at in range(table.size)]
+        self.new.setdefault(table.last, []).append(head + "|".join(cells) + "|")
+
+    def _fitted(self, table: TaskTable, at: int, old: str, value: str) -> str:
+        """A cell with a new value, as wide as before where the table is padded."""
+        bare = old.strip()
+        lead, _, trail = old.partition(bare) if bare else (" ", "", " ") if old else ("", "", "")
+        text = escaped(value) or self._nothing(table, at)
+        trail = " " if text.endswith("\\") and not trail else trail
+        ruled = split_row(self.lines[table.delimiter], table.quotes)[1][at]
+        filled = f"{lead}{text}" if text else ""
+        full = width(ruled) == width(old) and (width(old) > 5 or len(trail) > 1)
+        if full or (old == "  " and self._padded(table, at)):
+            trail = " " * max(len(trail[:1]), width(ruled) - width(filled))
+        return filled + (trail if text or trail else " ")
+
+    def _padded(self, table: TaskTable, at: int) -> bool:
+        """Whether the cells of a column are as wide as its delimiter."""
+        lines = [self.lines[line] for line in {table.delimiter, table.last}]
+        cells = [split_row(line, table.quotes)[1] for line in lines]
+        return len({width(row[at]) for row in cells if at < len(row)}) == 1 and len(lines) > 1
+
+    def _nothing(self, table: TaskTable, at: int) -> str:
+        """How the column says that it is empty: as the last of its empty cells."""
+        for row in reversed(table.rows):
+            cells = split_row(self.lines[row.line], table.quotes)[1]
+            if at < len(cells) and cells[at].strip() in EMPTY:
+                return cells[at].strip()
+        return ""
+
+
+def split_row(line: str, quotes: int) -> tuple[int, list[str]]:
+    """Where the first cell of a row begins, and its cells with their padding."""
+    start = 0
+    for _ in range(quotes):
+        start = line.index(">", start) + 1
+    content = line[start:].rstrip()
+    bare = content.lstrip()
+    start += len(content) - len(bare)
+    cells = BAR.split(bare) if "\\" in bare else bare.split("|")
+    if cells[0] == "":
+        del cells[0]
+        start += 1
+    if cells and cells[-1] == "":
+        del cells[-1]
+    return start, cells
+
+
+def escaped(value: str) -> str:
+    """A value as a cell has it: bars and line breaks would end the cell or the row."""
+    text = BREAK.sub(r"\\\g<0>", value.strip().replace("|", "\\|"))
+    return re.sub(r"\r\n?|\n", "<br>", text)
+
+
+def unescaped(cell: str) -> str:
+    """The opposite."""
+    if "<" in cell:
+        cell = BREAK.sub(lambda br: br[0][1:] if br[0][0] == "\\" else "\n", cell)
+    return cell.replace("\\|", "|")
+
+
+def plain(text: str) -> str:
+    """Text without the marks around it: `**T1**`, `[T1](url)`."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).strip(" *`~")
+
+
+@functools.lru_cache(65536)
+def meaning(column: str, cell: str) -> str:
+    """What a cell says: '' when it is empty, ids between spaces, a status word in lower case."""
+    text = normal(unescaped(cell))
+    if column in ("title", "description", "text"):
+        return text
+    if column in ("depends_on", "blocks"):
+        ids = (plain(one) for one in re.split(r"[,;\s]+", text))
+        return " ".join(sorted({one for one in ids if one not in EMPTY}))
+    if column in ("status", "priority"):
+        return re.sub(r"[\s_]+", "-", plain(text).lower())
+    return plain(text)
+
+
+def normal(text: str) -> str:
+    """Text as it is compared: line ends of one kind, nothing around it, a dash is nothing."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    return "" if text in EMPTY else text
+
+
+def structure(lines: Sequence[str]) -> tuple[list[Any], list[int]]:
+    """The block tokens of a document, and the number of each line that they count.
+
+    A plain row after another of the same indentation changes no structure, so the parser is
+    spared it: 50,000 rows would keep it for ten seconds."""
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark").enable("table")
+    kept, before = [], None
+    for at, line in enumerate(lines):
+        row = None if DELIMITER.match(line) else PLAIN_ROW.match(line)
+        if row and at + 1 < len(lines) and DELIMITER.match(lines[at + 1]):
+            row = None
+        if row is None or row[1] != before:
+            kept.append(at)
+        before = row[1] if row else None
+    tokens: list[Any] = []
+    text = "\n".join(lines[at].rstrip("\r\n") for at in kept).removeprefix("\ufeff")
+    parser.block.parse(text, parser, {}, tokens)
+    return tokens, kept
+
+
+def read_board(text: str) -> Board:
+    """The task tables of a document, wherever they stand."""
+    from itertools import islice, takewhile
+
+    board = Board(LINES.findall(text))
+    tokens, kept = structure(board.lines)
+    ends = [*kept, len(board.lines)]
+    heading, quotes = "", 0
+    for at, token in enumerate(tokens):
+        if token.type == "heading_open":
+            heading = tokens[at + 1].content
+        elif token.type in ("blockquote_open", "blockquote_close"):
+            quotes += token.nesting
+        elif token.type in ("fence", "code_block"):
+            board.code.update(range(ends[token.map[0]], ends[token.map[1]]))
+        elif token.type == "table_open":
+            head = takewhile(lambda one: one.type != "thead_close", islice(tokens, at, None))
+            names = [one.content for one in head if one.type == "inline"]
+            columns = columns_of(names)
+            begins = ends[token.map[0]]
+            table = TaskTable(begins + 1, quotes, columns, len(names), heading)
+            read_rows(board, table, ends[token.map[1]])
+    return board
+
+
+def columns_of(names: Sequence[str]) -> dict[str, int]:
+    """The known columns of a table and their places.  A description without a title beside it
+    is `text`: the title of the task, or, when it is long, its description."""
+    spelled = [re.sub(r"[\s-]+", "_", plain(name).lower()) for name in names]
+    found: dict[str, int] = {}
+    for column, spellings in COLUMNS.items():
+        places = (spelled.index(one) for one in spellings if one in spelled)
+        place = next((one for one in places if one not in found.values()), None)
+        if place is not None:
+            found[column] = place
+    if "description" in found and "title" not in found:
+        found["text"] = found.pop("description")
+    return found
+
+
+def read_rows(board: Board, table: TaskTable, end: int) -> None:
+    """Enter a table into the board, or among those that are left alone."""
+    if not {"id", "status"} <= table.columns.keys():
+        board.apart[table.delimiter - 1] = "no task table: it has no id and status column"
+        return
+    for line in range(table.delimiter + 1, end):
+        _, cells = split_row(board.lines[line], table.quotes)
+        known = {
+            column: meaning(column, cells[at]) if at < len(cells) else ""
+            for column, at in table.columns.items()
+        }
+        if any(known.values()):
+            table.rows.append(Row(line, known.pop("id"), known))
+    words = {row.cells["status"] for row in table.rows} - {""}
+    if words and not words & {*WORDS, *OTHER_WORDS, DELETED}:
+        shown = ", ".join(sorted(words)[:5])
+        board.apart[table.delimiter - 1] = f"no task table: its status words are {shown}"
+    else:
+        board.tables.append(table)
+
+
+def width(text: str) -> int:
+    """How many columns a terminal gives a text."""
+    import unicodedata
+
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+# ==== WORKSPACE FILES ========================================================================
+#
+# A TASKS.md is a working copy of a project.  A sync compares three values of every cell: what
+# the file says, what the queue says, and what both said last, the base.  What changed in the
+# file alone becomes an operation by `file:<name>`; what changed in the queue alone is written;
+# what changed on both sides stays as it is on both, and is told until one of them gives in.
+#
+# The operations come first, then the file, then the base: whatever is cut off is found out by
+# the next sync.  The base of a task is `cells`, what the file said, and `was`, what the queue
+# said where that is something else: an empty priority means medium.
+
+DIRECTIONS = ("both", "to-file", "to-queue")
+TRIES = 20  # that one sync makes while others write the file
+LOCK_WAIT = 60.0  # s that one sync waits for another
+LOOK_EVERY = 0.25  # s between two looks of `watch_file`
+WRITE_EVERY = 1.0  # s
+MANY = 1000  # changed tasks, from which on the whole project is read
+KINDS = ["created", "changed", "written", "added", "deleted", "conflict", "refused", "invalid"]
+KINDS += ["unwritten", "kept", "skipped", "missing"]
+WRONG = ("conflict", "refused", "invalid", "unwritten")  # what somebody has to look at
+MISSION = re.compile(r"[\s>*_-]*mission[*_]*\s*:[\s*_`]*([A-Za-z0-9][\w.@-]{0,127})", re.IGNORECASE)
+MARKER = re.compile(r"(<{7}|>{7})(\s|$)")
+
+Direction = Literal["both", "to-file", "to-queue"]
+
+
+class Difference(TypedDict, total=False):
+    """One thing that a sync found.  `line` counts from 1; `file` and `queue` are what they said.
+
+    kind: `created` and `changed` tell of the queue, `written`, `added` and `deleted` of the file;
+    `conflict` `refused` `invalid` `unwritten` need somebody; `kept` `skipped` `missing` are
+    notes."""
+
+    kind: str
+    line: int
+    task: str
+    field: str
+    file: str
+    queue: str
+    why: str
+
+
+class SyncReport(TypedDict):
+    """What a sync did, or would do; `wrote` when the file was written.  `ready` are tasks that
+    may be claimed though the file shows them waiting."""
+
+    file: str
+    project: str
+    mission: str
+    wrote: bool
+    rows: list[Difference]
+    ready: list[str]
+
+
+def drifted(report: SyncReport) -> bool:
+    """Whether file and queue say different things."""
+    return any(
+        row["kind"] not in ("kept", "skipped", "missing") or row.get("file") == "in-progress"
+        for row in report["rows"]
+    )
+
+
+async def sync_file(
+    queue: Queue,
+    path: str | Path,
+    project: str,
+    *,
+    mission: str | None = None,
+    direction: Direction = "both",
+    milestones: bool = False,
+    dry_run: bool = False,
+    whole: bool = False,
+) -> SyncReport:
+    """Bring a TASKS.md and a project in step, once.
+
+    New rows become tasks of `mission`, which is, without one, what the file's `Mission:` line
+    says, else the configuration, else the file's name; with `milestones` each table has a
+    mission of its own under a heading with that word.  `to-file` changes nothing in the queue,
+    `to-queue` nothing in the file, `dry_run` neither.  `whole` reads all tasks again, not only
+    those that have changed.  Refuses INVALID for a file that is no UTF-8 text with a task table,
+    or that has a merge conflict in it; HELD when another sync does not end.
+    """
+    if direction not in DIRECTIONS:
+        invalid("direction", direction, ", ".join(DIRECTIONS))
+    file = Path(os.path.realpath(path))
+    acting = queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name)))
+    told: list[Difference] = []
+    # The base of a path: another file of the same name has another one.
+    mark = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
+    async with contextlib.AsyncExitStack() as stack:
+        if not dry_run:
+            await stack.enter_async_context(file_lock(mark, file))
+        for _ in range(TRIES):
+            data = read_file(file)
+            board = read_board(data.decode())
+            require_mergeable(file, board)
+            named = mission or mission_of(board) or mission_from(queue.config, file)
+            sync = Sync(acting, file, mark, project, named, board, told)
+            sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
+            sync.milestones, sync.dry = milestones, dry_run
+            try:
+                await sync.merge(whole or dry_run)
+                text = board.text().encode()
+                if dry_run or text == data or put(file, text, data):
+                    await sync.keep()
+                    return sync.report(text != data)
+            except Refused as problem:
+                if problem.code != "STALE_REV":
+                    raise
+            except OSError as problem:
+                said = f"{file} cannot be written: {problem.strerror}"
+                raise Refused("UNFIT", said, "make it writable for this user") from None
+            told = [row for row in sync.told if row["kind"] in ("created", "changed")]
+        raise Refused("HELD", f"{file} or its tasks change faster than they can be synced")
+
+
+async def watch_file(
+    queue: Queue, path: str | Path, project: str, tell: Callable[[SyncReport], None], **how: Any
+) -> None:
+    """Keep a file in step until cancelled, and tell what is new.  An edit is noticed within a
+    second; the file is written at most once a second."""
+    import asyncio
+
+    before: Any = None
+    said: Any = None
+    while True:
+        try:
+            state = (file_state(Path(path)), await queue.revision(project))
+            report: SyncReport | None = None
+            if state != before:
+                report = await sync_file(queue, path, project, **how)
+        except Refused as problem:
+            if before is None:
+                raise
+            # A file that is away, or Valkey: both may come back.
+            why: Difference = {"kind": "invalid", "why": f"{problem.code}: {problem.message}"}
+            report = SyncReport(
+                file=str(path), project=project, mission="", wrote=False, rows=[why], ready=[]
+            )
+        if report and report["rows"] != said:
+            said = report["rows"]
+            if said:
+                tell(report)
+        before = state
+        await asyncio.sleep(WRITE_EVERY if report and report["wrote"] else LOOK_EVERY)
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes a file."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return ()
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of UTF-8 text; refused when it is none."""
+    try:
+        data = path.read_bytes()
+        data.decode()
+    except OSError as problem:
+        accepted = f"a file that can be read ({problem.strerror})"
+        invalid("FILE", str(path), accepted)
+    except UnicodeDecodeError as problem:
+        said = f"line {1 + data[: problem.start].count(10)} of {path} is not UTF-8"
+        raise Refused("INVALID", said, "save it as UTF-8") from None
+    return data
+
+
+def require_mergeable(path: Path, board: Board) -> None:
+    """Refuse a document without a task table, or with a merge conflict in it."""
+    for at, line in enumerate(board.lines):
+        if line[0] in "<>" and MARKER.match(line) and at not in board.code:
+            said = f"line {at + 1} of {path} is a merge conflict: {line.strip()[:40]}"
+            raise Refused("INVALID", said, "resolve the conflict, then sync again")
+    if not board.tables:
+        why = [f"; line {at + 1}: {said}" for at, said in board.apart.items()]
+        said = f"there is no task table in {path}{''.join(why[:3])}"
+        raise Refused("INVALID", said, "a task table begins with: | id | status | description |")
+
+
+def mission_of(board: Board) -> str | None:
+    """What the `Mission:` line above the first table says."""
+    head = enumerate(board.lines[: board.tables[0].delimiter])
+    found = (MISSION.match(line) for at, line in head if at not in board.code)
+    return next((one[1] for one in found if one), None)
+
+
+def mission_from(config: Config, path: Path) -> str:
+    """The mission of a file that names none: the configured one, else the file's name."""
+    stem = re.sub(r"[^A-Za-z0-9._@-]+", "-", path.stem).lstrip("._@-")[:128]
+    return str(config["mission"] or stem or "tasks")
+
+
+@contextlib.asynccontextmanager
+async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
+    """Be the one sync of a file on this host.  The lock ends with its process; its file names
+    the owner, and lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of any repository."""
+    import asyncio
+    import fcntl
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    folder = state / "mosaic-queue" / "locks"
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / mark, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as problem:
+        said = f"{folder} cannot be used: {problem.strerror}"
+        raise Refused("INVALID", said, "set XDG_STATE_HOME to a folder of yours") from None
+    give_up = time.monotonic() + LOCK_WAIT
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    owner = os.pread(lock, 4096, 0).decode(errors="replace").strip()
+                    said = f"{path} is being synced: {owner}"
+                    raise Refused("HELD", said, "wait until that sync ends") from None
+                await asyncio.sleep(0.05)
+        os.ftruncate(lock, 0)
+        owner = f"host {socket.gethostname()}, process {os.getpid()}, {path}\n"
+        os.pwrite(lock, owner.encode(errors="replace"), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+def writable(path: Path) -> bool:
+    """Whether a file may be replaced.  One without any write bit is meant to stay, whoever asks."""
+    marked = path.stat().st_mode & 0o222
+    return bool(marked) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+
+
+class Base(TypedDict, total=False):
+    """What file and queue last said of a task.  `new`: it is being entered; `away`: its row is
+    gone, and that was told."""
+
+    cells: dict[str, str]
+    was: dict[str, str]
+    new: bool
+    away: bool
+
+
+def said_of(task: Task) -> str:
+    """The status word of a task."""
+    if task["status"] in HELD:
+        return "in-progress"
+    if task["status"] in ENDED:
+        return "done" if task["status"] == "completed" else "failed"
+    return "blocked" if "blockedReason" in task else "not-started"
+
+
+def parts_of(text: str) -> dict[str, str]:
+    """Title and description of a text: one that is too long for a title is the description, and
+    its title the first words of it."""
+    if len(text.encode()) <= ARGUMENTS["title"].high and "\n" not in text:
+        return {"title": text}
+    first = text.partition("\n")[0]
+    cut = first.encode()[: ARGUMENTS["title"].high - 3].decode(errors="ignore")
+    if cut != first:
+        cut = cut.rpartition(" ")[0] or cut
+    return {"title": cut.rstrip() + "…", "description": text}
+
+
+def value_of(task: Task, name: str) -> str:
+    """What the queue says in a cell."""
+    if name == "status":
+        return said_of(task)
+    if name == "depends_on":
+        return " ".join(sorted(task["dependencies"]))
+    if name == "text":
+        text = normal(task.get("description", ""))
+        return text if text and parts_of(text).items() <= task.items() else normal(task["title"])
+    return normal(str(task.get(name, "")))
+
+
+@dataclass
+class Sync:
+    """One pass over one file.  `rows` are those that can be synced, by task; `seen` all ids;
+    `tasks` what has been read of the queue; `acted` the tasks that an operation has changed."""
+
+    queue: Queue
+    file: Path
+    mark: str
+    project: str
+    mission: str
+    board: Board
+    told: list[Difference]
+    takes: bool = True
+    writes: bool = True
+    milestones: bool = False
+    dry: bool = False
+    rows: dict[str, tuple[TaskTable, Row]] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+    base: dict[str, Base] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    look: dict[str, None] = field(default_factory=dict)
+    blockers: dict[str, tuple[set[str], set[str]]] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)
+    acted: set[str] = field(default_factory=set)
+    refused: set[tuple[str, str]] = field(default_factory=set)
+    unsettled: set[str] = field(default_factory=set)  # whose dependencies differ
+    touched: set[str] = field(default_factory=set)  # whose base is another
+    again: set[str] = field(default_factory=set)  # to be read by the next sync
+    ready: list[str] = field(default_factory=list)
+    state: str = ""
+    rev: int = 0
+
+    def tell(self, kind: str, task: str = "", **facts: Any) -> None:
+        """Enter something into the report."""
+        row = {"kind": kind, "line": self.seen[task] + 1 if task in self.seen else 0, "task": task}
+        told = {key: value for key, value in (row | facts).items() if value or key == "file"}
+        self.told.append(cast(Difference, told))
+
+    async def merge(self, whole: bool) -> None:
+        """Compare, tell the queue, and edit the board."""
+        raw = await self.queue.base(self.project, self.mark)
+        self.state = raw.pop(":state", "")
+        self.base = {task: json.loads(text) for task, text in raw.items()}
+        for line, why in self.board.apart.items():
+            self.tell("skipped", line=line + 1, why=why)
+        self.enter_rows()
+        await self.leave_shared()
+        self.read_blocks()
+        await self.read(whole)
+        self.ready = self.hidden()
+        await self.create()
+        for task in [task for task in self.look if await self.obey(task)]:
+            await self.obey(task, last=True)
+        await self.obey_outside()
+        for task in self.look:
+            self.settle(task)
+        self.add_rows()
+        self.note()
+        if self.acted and not self.dry:
+            others = await self.changed(self.rev, self.acted)
+            self.again |= others or set()
+
+    def enter_rows(self) -> None:
+        """Enter the rows whose ids can be ids and stand here once."""
+        for table in self.board.tables:
+            for row in table.rows:
+                task, line = row.task, row.line + 1
+                if not ID.fullmatch(task):
+                    said = f"{printable(task)[:60]!r} is no id; accepted: {ID_RULE}"
+                    self.tell("invalid", line=line, why=said if task else "the row has no id")
+                elif task in self.seen:
+                    first = self.seen[task] + 1
+                    self.tell("invalid", task, line=line, why=f"line {first} has this id too")
+                    if self.rows.pop(task, None):
+                        self.tell("invalid", task, why=f"line {line} has this id too")
+                else:
+                    self.seen[task] = row.line
+                    self.rows[task] = (table, row)
+
+    async def leave_shared(self) -> None:
+        """Leave out the rows that another file of the project has too: neither syncs them."""
+        for mark, path in (await self.queue.files(self.project)).items():
+            if mark == self.mark or not os.path.isfile(path):
+                continue
+            theirs = await self.queue.base(self.project, mark)
+            self.elsewhere |= theirs.keys()
+            both = [task for task in self.rows if task in theirs]
+            lines: dict[str, int] = {}
+            if both:
+                with contextlib.suppress(Refused):
+                    tables = read_board(read_file(Path(path)).decode()).tables
+                    lines = {row.task: row.line + 1 for table in tables for row in table.rows}
+            for task in both:
+                if task in lines:
+                    self.tell("invalid", task, why=f"line {lines[task]} of {path} has this id too")
+                    del self.rows[task]
+                    if task not in self.base:  # so that the other file sees it too
+                        self.base[task] = {"cells": {}, "was": {}}
+                        self.touched.add(task)
+
+    def read_blocks(self) -> None:
+        """Who blocks whom by a `blocks` cell, as the base has it and as the file has it now."""
+        for task, (_, row) in self.rows.items():
+            if "blocks" not in row.cells:
+                continue
+            base = self.base.get(task, {}).get("cells", {}).get("blocks", "")
+            for at, said in enumerate((base, row.cells["blocks"])):
+                for other in said.split():
+                    self.blockers.setdefault(other, (set(), set()))[at].add(task)
+
+    async def read(self, whole: bool) -> None:
+        """Read the tasks that may differ, and list the rows to look at."""
+        state = json.loads(self.state or "{}")
+        self.rev = await self.queue.revision(self.project)
+        changed = None
+        if state and not whole and state["rev"] <= self.rev:  # else Valkey lost its last writes
+            changed = await self.changed(state["rev"], set())
+        if changed is None or len(changed) > MANY:
+            self.tasks = await self.queue.tasks_of(self.project)
+            self.look = dict.fromkeys(self.rows)
+            wanted = {task for task in self.rows if task in self.base}
+        else:
+            dirty = {task for task, (_, row) in self.rows.items() if self.dirty(task, row)}
+            dirty |= {task for task, (was, now) in self.blockers.items() if was != now}
+            wanted = dirty | changed | set(state["again"])
+            self.look = {task: None for task in self.rows if task in wanted}
+        for task in self.look:
+            needs = self.needs(task)
+            wanted |= {one for one in needs if one in self.base or one not in self.rows}
+        edges = {other for other, (was, now) in self.blockers.items() if was != now}
+        wanted |= edges - self.rows.keys()
+        await self.fetch({task for task in wanted if task not in self.tasks and ID.fullmatch(task)})
+
+    def dirty(self, task: str, row: Row) -> bool:
+        base = self.base.get(task)
+        if base is None:
+            return row.cells["status"] != DELETED
+        return base["cells"] != row.cells or "new" in base
+
+    async def changed(self, since: int, own: set[str]) -> set[str] | None:
+        """The tasks changed after a rev, but for our own changes of our `own` tasks; None when
+        nobody knows any more.  `rev` is then the last one that was looked at."""
+        found: set[str] = set()
+        while True:
+            page = await self.queue.events(project=self.project, since=since, limit=1000)
+            if page.get("lost"):
+                return None
+            for event in page["events"]:
+                if event["task"] not in own or event["agent"] != self.queue.actor:
+                    found.add(event["task"])
+            self.rev = since = page["since"]
+            if len(page["events"]) < 1000:
+                return found
+
+    async def fetch(self, names: Collection[str]) -> None:
+        """Read some tasks again; one that is gone is none of `tasks` then."""
+        found: dict[str, Task] = {}
+        try:
+            found = await self.queue.records(self.project, sorted(names))
+        except Refused as problem:
+            if problem.code != "NOT_FOUND":  # no project yet
+                raise
+        for task in names:
+            self.tasks.pop(task, None)
+        self.tasks |= found
+
+    def needs(self, task: str) -> set[str]:
+        """What a task depends on as the file says, in its own cell and in `blocks` of others: the
+        last value of the queue with what was added and taken out since."""
+        cells = self.rows[task][1].cells if task in self.rows else {}
+        base = self.base.get(task, {}).get("cells", {})
+        now = set(cells.get("depends_on", "").split())
+        was = set(base.get("depends_on", "").split()) if "depends_on" in cells else set()
+        blocked, blocks = self.blockers.get(task, (set(), set()))
+        added = now - was | (blocks - blocked)
+        return (set(self.told_last(task, "depends_on").split()) | added) - (
+            (was - now | (blocked - blocks)) - added
+        )
+
+    def told_last(self, task: str, name: str) -> str:
+        """What the queue said of a cell when the base was made."""
+        base = self.base.get(task, {})
+        return base.get("was", {}).get(name, base.get("cells", {}).get(name, ""))
+
+    # -- the file's side --
+
+    async def create(self) -> None:
+        """Enter the rows that the queue does not know, what they depend on first."""
+        waits = {task: self.needs(task) for task in self.look if self.is_new(task)}
+        known, batch = set(self.tasks), []
+        order, circles = ordered(waits)
+        for task, circle in circles.items():
+            why = f"these wait for each other: {' -> '.join(circle)}"
+            self.refuse(task, "depends_on", Refused("CYCLE", why))
+        for task in order:
+            lost = sorted(waits[task] - known)
+            if not self.takes:
+                self.tell("conflict", task, why="the queue has no such task")
+            elif lost:
+                entered = lost[0] in self.seen
+                why = "could not be entered" if entered else "neither the file nor the queue has"
+                why = f"it depends on {lost[0]}, which {why}"
+                self.refuse(task, "depends_on", Refused("NOT_FOUND", why))
+            else:
+                known.add(task)
+                batch.append(task)
+        for at in range(0, len(batch), BATCH):
+            await self.enter({task: waits[task] for task in batch[at : at + BATCH]})
+
+    def is_new(self, task: str) -> bool:
+        """Whether a row stands for a task that is to be made."""
+        word, base = self.rows[task][1].cells["status"], self.base.get(task)
+        if task in self.tasks or word == DELETED:
+            return False
+        if base is None or not base["cells"] or "new" in base:
+            return True
+        last = self.told_last(task, "status")
+        return last == DELETED or (last in ("done", "failed") and word == "not-started")
+
+    async def enter(self, batch: Mapping[str, set[str]]) -> None:
+        """Create tasks.  Their base comes first: what is cut off is then known as ours."""
+        new: dict[str, NewTask] = {}
+        bases: dict[str, Base | None] = {}
+        for task, needs in batch.items():
+            new[task] = self.new_task(*self.rows[task], needs)
+            cells = dict(self.rows[task][1].cells)
+            cells |= {"blocks": ""} if "blocks" in cells else {}
+            if cells["status"] in ("done", "failed", "blocked"):
+                cells["status"] = "not-started"  # and then it is an edit like any other
+            first = {"status": "pending", "priority": "medium", "lane": "any", **new[task]}
+            self.tasks[task] = cast(Task, first)
+            said = {name: value_of(self.tasks[task], name) for name in cells if name != "blocks"}
+            said["depends_on"] = " ".join(sorted(needs))
+            was = {name: now for name, now in said.items() if now != cells.get(name, "")}
+            bases[task] = {"cells": cells, "was": was, "new": True}
+        try:
+            made = []
+            if not self.dry:
+                await self.queue.keep_base(self.project, self.mark, self.file, bases)
+                made = await self.queue.create_all([*new.values()], project=self.project)
+        except Refused as problem:
+            if problem.code in ("UNREACHABLE", "UNFIT", "SCHEMA"):
+                raise
+            for task, needs in batch.items():
+                del self.tasks[task]
+                if len(batch) > 1:
+                    await self.enter({task: needs})
+                    continue
+                self.base.pop(task, None)
+                self.refuse(task, "", problem)
+                await self.queue.keep_base(self.project, self.mark, self.file, {task: None})
+            return
+        for task, given in zip(new, made, strict=not self.dry):
+            times = {"updatedAt": given["createdAt"]}
+            self.tasks[task] = cast(Task, {**self.tasks[task], **given, **times})
+        for task in batch:
+            self.base[task] = cast(Base, bases[task])
+            self.acted.add(task)
+            self.tell("created", task)
+
+    def new_task(self, table: TaskTable, row: Row, needs: set[str]) -> NewTask:
+        """The task that a row stands for.  It may not be claimed before its status is entered."""
+        cells = row.cells
+        new = NewTask(taskId=row.task, mission=self.mission_in(table, row), title=row.task)
+        new["dependencies"] = sorted(needs)
+        if "text" in cells:
+            new |= cast(NewTask, parts_of(cells["text"]))
+        if "title" in cells:
+            new["title"] = cells["title"]
+        if cells.get("description"):
+            new["description"] = cells["description"]
+        if cells.get("priority") in PRIORITIES:
+            new["priority"] = cast(Priority, cells["priority"])
+        if cells.get("lane"):
+            new["lane"] = cells["lane"]
+        if cells["status"] in ("done", "failed", "blocked"):
+            new["delay"] = 60
+        return new
+
+    def mission_in(self, table: TaskTable, row: Row | None = None) -> str:
+        """The mission of a row, or of a table's new rows."""
+        own = row.cells.get("mission") if row else None
+        found = re.search(r"milestone[\s:#-]*([\w.-]+)", table.heading, re.IGNORECASE)
+        if self.milestones and found and not own:
+            return f"{self.mission}.milestone-{found[1].lower()}"
+        return own or self.mission
+
+    def compared(self, task: str) -> Iterator[tuple[str, str, str, str]]:
+        """The cells of a row: name, what the file says, what the queue says, and what follows:
+        same, kept, file, queue or conflict."""
+        row = self.rows[task][1]
+        names = [name for name in row.cells if name not in ("depends_on", "blocks")]
+        if "depends_on" in row.cells or task in self.blockers:
+            names.append("depends_on")
+        for name in names:
+            theirs = value_of(self.tasks[task], name)
+            mine = row.cells[name] if name != "depends_on" else " ".join(sorted(self.needs(task)))
+            yield name, mine, theirs, self.verdict(task, name, mine, theirs)
+
+    def verdict(self, task: str, name: str, mine: str, theirs: str) -> str:
+        base = self.base.get(task, {}).get("cells", {})
+        said = self.told_last(task, name)
+        moved = theirs != said
+        known = name in base or (name not in self.rows[task][1].cells and bool(base))
+        if mine == theirs:
+            return "same"
+        if name == "status" and mine not in WORDS[:1] + WORDS[2:]:
+            # A claim is never taken from a file, and another word changes nothing.
+            stays = mine not in ("", "in-progress") or (
+                not moved if known else theirs == "not-started"
+            )
+            return "kept" if stays else "queue"
+        if name == "priority" and mine and mine not in PRIORITIES:
+            return "kept"
+        if known:
+            edited = mine != (said if name == "depends_on" else base[name])
+            return ("same", "queue", "file", "conflict")[2 * edited + moved]
+        if not mine:
+            return "same" if name in ("priority", "lane", "mission") else "queue"
+        # Nobody knows who is right.  The queue is, where somebody has worked on the task.
+        now = self.tasks[task]
+        worked = said_of(now) != "not-started" or now["updatedAt"] > now["createdAt"] + 1
+        return "queue" if worked and not base else "conflict"
+
+    async def obey(self, task: str, last: bool = False) -> bool:
+        """Make the edits of a row operations.  True when it has to be asked again: an edge that
+        closes a circle is told only when the others have had their turn."""
+        if task not in self.tasks or not self.takes:
+            return False
+        found = [(name, mine, was) for name, mine, was, now in self.compared(task) if now == "file"]
+        edits = {name: mine for name, mine, _ in found}
+        groups = [{"status": edits.pop("status")}] if "status" in edits else []
+        if edits:  # of a completed task nothing but the status can change
+            groups.insert(self.tasks[task]["status"] == "completed", edits)
+        failed: dict[str, str] = {}
+        for group in groups:
+            failed |= await self.act(task, group, last)
+        for name, mine, was in found:
+            if name not in failed:
+                self.tell("changed", task, field=name, file=mine, queue=was)
+        return "CYCLE" in failed.values() and not last
+
+    async def act(self, task: str, edits: Mapping[str, str], last: bool) -> dict[str, str]:
+        """One operation; where it is refused for one of several cells, one for each.  Returns the
+        codes of what was refused."""
+        if self.dry:
+            return {}
+        now = self.tasks[task]
+        used_for = f"{self.mark} {task} {now['rev']} {compact(edits)}"
+        op = hashlib.blake2b(used_for.encode(), digest_size=16).hexdigest()
+        try:
+            made = self.move if "status" in edits else self.update
+            done = await made(now, edits, op)
+        except Refused as problem:
+            if problem.code in ("STALE_REV", "UNREACHABLE", "UNFIT", "SCHEMA"):
+                raise
+            failed: dict[str, str] = {}
+            if len(edits) > 1:
+                for name in edits:
+                    failed |= await self.act(task, {name: edits[name]}, last)
+                return failed
+            await self.fetch([task])
+            for name in edits:
+                if problem.code != "CYCLE" or last:
+                    self.refuse(task, name, problem, edits[name])
+                failed[name] = problem.code
+            return failed
+        self.acted.add(task)
+        self.tasks[task] = cast(Task, {**now, **done})
+        return {}
+
+    async def move(self, now: Task, edits: Mapping[str, str], op: str) -> Mapping[str, Any]:
+        """The operation that a status word stands for."""
+        queue, task, word = self.queue, now["taskId"], edits["status"]
+        reason = f"{word} in {self.file.name}"
+        named: dict[str, Any] = {"project": self.project, "op": op}
+        if word == "done":
+            return await queue.complete(task, force=True, **named)
+        if word == "failed":
+            return await queue.fail(task, reason=reason, retry=False, force=True, **named)
+        if word == "blocked":
+            done = await queue.block(task, reason=reason, force=True, **named)
+            return {**done, "blockedReason": reason}
+        if now["status"] in HELD:
+            return await queue.release(task, reason=reason, force=True, **named)
+        if now["status"] == "completed":
+            done = await queue.reopen(task, reason=reason, **named)
+        elif now["status"] == "failed":
+            done = (await queue.redrive(task, **named))["tasks"][0]
+        else:
+            done = await queue.unblock(task, **named)
+        now.pop("blockedReason", None)
+        return done
+
+    async def update(self, now: Task, edits: Mapping[str, str], op: str) -> Mapping[str, Any]:
+        """The other cells are an update, of the task as it was read."""
+        given: dict[str, Any] = {}
+        for name, value in edits.items():
+            if name == "depends_on":
+                given["dependencies"] = value.split()
+            elif name != "text":
+                given[name] = value
+            elif "description" in now and value_of(now, "text") == normal(now["title"]):
+                given["title"] = value  # a description of its own is not overwritten
+            else:
+                given |= {"description": ""} | parts_of(value)
+        clear = ["description"] if given.get("description") == "" else []
+        sent = {name: value for name, value in given.items() if name not in clear}
+        task, rev = now["taskId"], now["rev"]
+        done = await self.queue.update(
+            task, project=self.project, if_rev=rev, clear=clear, op=op, **sent
+        )
+        return {**given, **done}
+
+    async def obey_outside(self) -> None:
+        """The edges that `blocks` cells give to tasks without a row here."""
+        for other, (was, now) in self.blockers.items():
+            if was == now or (other in self.rows and other in self.tasks):
+                continue
+            self.unsettled.add(other)
+            at = min(was ^ now)
+            if other in self.rows or not self.takes:
+                continue
+            if other not in self.tasks:
+                why = f"it blocks {other}, which neither the file nor the queue has"
+                if now - was:
+                    self.refuse(at, "blocks", Refused("NOT_FOUND", why))
+                continue
+            before = set(self.tasks[other]["dependencies"])
+            wanted = " ".join(sorted((before | (now - was)) - (was - now)))
+            if not await self.act(other, {"depends_on": wanted}, True):
+                self.tell("changed", other, line=self.seen[at] + 1, field="depends_on", file=wanted)
+                self.unsettled.discard(other)
+
+    def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
+        """Report a refusal; the cell gets the queue's value back."""
+        self.refused.add((task, name))
+        now = value_of(self.tasks[task], name) if task in self.tasks and name in COLUMNS else ""
+        why = f"{problem.code}: {problem.message}"
+        self.tell("refused", task, field=name, file=said, queue=now, why=why)
+
+    # -- the queue's side --
+
+    def settle(self, task: str) -> None:
+        """Write what has changed in the queue, and remember what both agree on."""
+        if task not in self.tasks:
+            self.gone(task)
+            return
+        for name, mine, theirs, verdict in list(self.compared(task)):
+            refused, done = (task, name) in self.refused, True
+            if verdict == "queue" or refused:
+                done = self.write(task, name, mine, theirs, refused)
+            elif verdict == "conflict" or (verdict == "file" and not self.takes):
+                why = "both have changed" if verdict == "conflict" else "the queue takes no edits"
+                self.tell("conflict", task, field=name, file=mine, queue=theirs, why=why)
+                done = False
+            elif verdict == "file" and self.dry:
+                done = False
+            if done:
+                self.remember(task, name)
+            elif name == "depends_on":
+                self.unsettled.add(task)
+
+    def write(self, task: str, name: str, mine: str, theirs: str, refused: bool = False) -> bool:
+        """Put the queue's value into a cell; False where the file may not be written."""
+        told = {"field": name, "file": mine, "queue": theirs}
+        if not self.may_write(task, **told):
+            return False
+        table, row = self.rows[task]
+        if name == "depends_on":
+            self.write_needs(task, set(theirs.split()))
+        else:
+            self.board.put(table, row, name, theirs)
+        if not refused:
+            self.tell("written", task, **told)
+        return True
+
+    def may_write(self, task: str, **told: str) -> bool:
+        """Whether the file may be written; where not, the next sync looks at the task again."""
+        if self.writes and (self.dry or writable(self.file)):
+            return True
+        self.again.add(task)
+        if self.writes:
+            self.tell("unwritten", task, why=f"{self.file} is read-only", **told)
+        return False
+
+    def write_needs(self, task: str, wanted: set[str]) -> None:
+        """Put dependencies into the task's own cell, and into the `blocks` of others."""
+        table, row = self.rows[task]
+        own = row.cells.get("depends_on", "").split()
+        blocks = self.blockers.get(task, (set(), set()))[1]
+        missing = sorted(wanted - {*own, *blocks})
+        new = [one for one in own if one in wanted] + missing
+        if "depends_on" in row.cells and new != own:
+            self.board.put(table, row, "depends_on", ", ".join(new))
+        for other in [*(blocks - wanted), *missing]:
+            if other in self.rows and "blocks" in self.rows[other][1].cells:
+                its_table, its = self.rows[other]
+                names = set(its.cells["blocks"].split()) ^ {task}
+                self.board.put(its_table, its, "blocks", ", ".join(sorted(names)))
+
+    def gone(self, task: str) -> None:
+        """The row of a task that the queue has no more: it is marked.  One that was done stays
+        as it is, since the queue forgets such tasks after a time."""
+        row, base = self.rows[task][1], self.base.get(task)
+        word, last = row.cells["status"], self.told_last(task, "status")
+        if base is None or not base["cells"] or "new" in base:
+            return  # it could not be entered
+        if word == last and (last == DELETED or last in ("done", "failed")):
+            return
+        if word != DELETED and word != base["cells"]["status"]:
+            why = "the queue has no such task any more"
+            self.tell("conflict", task, field="status", file=word, why=why)
+            return
+        for name, said in row.cells.items():
+            if name != "status" and said != base["cells"].get(name):
+                why = "edited, but the queue has no such task any more"
+                self.tell("conflict", task, field=name, file=said, why=why)
+        if word == DELETED or self.write(task, "status", word, DELETED, True):
+            if word != DELETED:
+                self.tell("deleted", task, file=word)
+            self.base[task] = {"cells": dict(row.cells), "was": {}}
+            self.touched.add(task)
+
+    def remember(self, task: str, name: str) -> None:
+        """File and queue agree on a cell, each in its own words."""
+        base = self.base.setdefault(task, {"cells": {}, "was": {}})
+        cells, was = base["cells"], base["was"]
+        before = (cells.get(name), was.pop(name, None), base.pop("new", False))
+        theirs = value_of(self.tasks[task], name)
+        if name in self.rows[task][1].cells:
+            cells[name] = self.rows[task][1].cells[name]
+        if theirs != cells.get(name, ""):
+            was[name] = theirs
+        if before != (cells.get(name), was.get(name), False) or task in self.acted:
+            self.touched.add(task)
+
+    def add_rows(self) -> None:
+        """Give the queue's new tasks a row in the last table of their mission."""
+        tables: dict[str, TaskTable] = {}
+        for table in self.board.tables:
+            tables |= {self.mission_in(table, row): table for row in table.rows}
+            tables[self.mission_in(table)] = table
+        known = {*self.seen, *self.base, *self.elsewhere}
+        new = [task for name, task in self.tasks.items() if name not in known]
+        for task in sorted(new, key=lambda one: one["createdAt"]):
+            name, home = task["taskId"], tables.get(task["mission"])
+            if home is None or not self.may_write(name):
+                continue
+            needs = sorted(task["dependencies"])
+            blocks = [one for one, other in self.tasks.items() if name in other["dependencies"]]
+            cells = {column: value_of(task, column) for column in home.columns.keys() - {"id"}}
+            cells |= {"depends_on": ", ".join(needs), "blocks": ", ".join(sorted(blocks))}
+            cells = {column: cells[column] for column in home.columns.keys() - {"id"}}
+            self.board.append(home, cells | {"id": name})
+            said = {column: meaning(column, escaped(value)) for column, value in cells.items()}
+            for one in needs:
+                table, row = self.rows.get(one, (home, Row(-1, one, {})))
+                if "blocks" in row.cells and row.line >= 0:
+                    names = sorted({*row.cells["blocks"].split(), name})
+                    self.board.put(table, row, "blocks", ", ".join(names))
+            self.rows[name], self.seen[name] = (home, Row(-1, name, said)), -1
+            for column in [column for column in said if column != "blocks"]:
+                self.remember(name, column)
+            self.tell("added", name, queue=said_of(task))
+
+    def note(self) -> None:
+        """Say what stays as it is: other words, claims of the file's own, rows that are gone."""
+        for task, (_, row) in self.rows.items():
+            word = row.cells["status"]
+            base = self.base.get(task, {"cells": {}, "was": {}})
+            if word not in (*WORDS, "", DELETED):
+                self.tell("kept", task, field="status", file=word, why="the queue has no such word")
+            elif word == "in-progress" and "status" in base["was"]:
+                now, why = base["was"]["status"], "a claim is never taken from a file"
+                self.tell("kept", task, field="status", file=word, queue=now, why=why)
+            if "blocks" in row.cells and base["cells"]:
+                was, now_ = base["cells"].get("blocks", ""), row.cells["blocks"]
+                said = (set(now_.split()) - self.unsettled) | (set(was.split()) & self.unsettled)
+                if said != set(was.split()) or "blocks" not in base["cells"]:
+                    base["cells"]["blocks"] = " ".join(sorted(said))
+                    self.touched.add(task)
+        for task, base in self.base.items():
+            if (task in self.seen) == bool(base.get("away")):
+                if task in self.seen:
+                    del base["away"]
+                else:
+                    base["away"] = True
+                    self.tell("missing", task, why="its row is gone; the task stays as it is")
+                self.touched.add(task)
+
+    async def keep(self) -> None:
+        """Store the base, and how far the queue was read, for the next sync."""
+        if self.dry:
+            return
+        rows: dict[str, Any] = {task: self.base.get(task) for task in self.touched}
+        state = compact({"rev": self.rev, "again": sorted(self.again)})
+        if rows or state != self.state:
+            rows[":state"] = json.loads(state)
+            await self.queue.keep_base(self.project, self.mark, self.file, rows)
+
+    def hidden(self) -> list[str]:
+        """Tasks that may be claimed, though the file shows what they wait for as not done."""
+        return [
+            task
+            for task in self.rows
+            if self.tasks.get(task, {}).get("status") == "pending"
+            and any(
+                self.rows[one][1].cells["status"] != "done"
+                for one in self.tasks[task]["dependencies"]
+                if one in self.rows
+            )
+        ]
+
+    def report(self, wrote: bool) -> SyncReport:
+        """What was found."""
+        return {
+            "file": str(self.file),
+            "project": self.project,
+            "mission": self.mission,
+            "wrote": wrote and not self.dry,
+            "rows": self.told,
+            "ready": self.ready,
+        }
+
+
+def ordered(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[str]]]:
+    """Tasks in their order, but after those that they wait for; and those that wait for
+    themselves, each with the circle it is in."""
+    order: dict[str, None] = {}
+    circles: dict[str, list[str]] = {}
+    for first in waits:
+        path: dict[str, None] = {first: None}
+        while path:
+            task = next(reversed(path))
+            left = (one for one in sorted(waits[task]) if one in waits)
+            need = next((one for one in left if one not in order and one not in circles), None)
+            if task in order or task in circles:
+                path.popitem()
+            elif need is None:
+                order[task] = None
+            elif need in path:
+                names = [*path]
+                circle = names[names.index(need) :]
+                circles |= {one: [*circle, need] for one in circle}
+            else:
+                path[need] = None
+    return [*order], circles
+
+
 # ==== MONITOR ================================================================================
 
 LEADS = 15  # s of the leader's lease
@@ -4650,6 +5905,10 @@ def put(file: Path, data: bytes, was: bytes | None) -> bool:
     try:
         with open(part, "xb") as out:
             os.fchmod(out.fileno(), mode)
+            if was is not None:
+                found = file.stat()
+                with contextlib.suppress(PermissionError):
+                    os.fchown(out.fileno(), found.st_uid, found.st_gid)
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
@@ -5923,6 +7182,7 @@ def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence
 COMMANDS = {"get": "show"}  # where the command is not called as the method
 ALSO = {
     "run": "Run a command for the next task, under a lease that is renewed",
+    "sync": "Bring a TASKS.md and a project in step, both ways",
     "mission": "Keep a mission and its sessions: init, status, continue, run, resume",
     "monitor": "Watch all projects: end leases that ran out, assign tasks",
     "export": "Write a project out as JSON lines",
@@ -6058,6 +7318,14 @@ def make_parser(prog: str) -> Any:
     about = ALSO["restore"] + ": Postgres where it is configured, else manifests."
     back = command("restore", about, "mosaic-queue restore --project web")
     back.add_argument("--from", dest="source", metavar="FILE", help="what export has written")
+    board = command("sync", ALSO["sync"] + ".", "mosaic-queue sync docs/TASKS.md --project web")
+    board.add_argument("file", metavar="FILE")
+    board.add_argument("--mission", help="mission of its new tasks; default: the Mission: line")
+    board.add_argument("--milestones", action="store_true", help="a mission for each milestone")
+    board.add_argument("--direction", metavar="WAY", help=", ".join(DIRECTIONS))
+    board.add_argument("--dry-run", action="store_true", help="say what it would do")
+    board.add_argument("--check", action="store_true", help="say what differs; 7 if anything does")
+    board.add_argument("--watch", action="store_true", help="go on until interrupted")
     server = command("server", ALSO["server"] + ".", "mosaic-queue server status")
     server.add_argument("action", choices=("status", "stop"))
     about = ALSO["config"] + ", and where each value came from."
@@ -6212,16 +7480,6 @@ async def run_operation(
                 shown = "--title" if name == "title" else "taskId" if name == "task" else name
                 raise Refused("INVALID", f"create needs {shown}", "mosaic-queue create --help")
         return await queue.create(**arguments)
-
-
-def width(text: str) -> int:
-    """How many columns a terminal gives a text."""
-    import unicodedata
-
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -6480,6 +7738,8 @@ def run(arguments: dict[str, Any], prog: str) -> int:
 
         only = [name for name in arguments.get("only", "").split(",") if name]
         asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe, only)))
+    elif command == "sync":
+        return run_sync(arguments, config, unsafe, in_json)
     elif command == "run":
         return run_from(arguments, config, unsafe)
     elif command == "mcp-config":
@@ -6659,6 +7919,53 @@ def print_moved(
         if "already" in answer:
             said = f"project {answer['project']} is there already, at rev {answer['rev']}"
     print(json.dumps({"v": 1, **answer}) if in_json else lines_of([said]))
+
+
+def run_sync(arguments: dict[str, Any], config: Config, unsafe: bool, in_json: bool) -> int:
+    """The command `sync`."""
+    import asyncio
+
+    file, check = arguments.pop("file"), arguments.pop("check", False)
+    watch, reports = arguments.pop("watch", False), cast(list[SyncReport], [])
+    if "mission" in arguments:
+        ARGUMENTS["mission"].check("mission", arguments["mission"])
+    arguments["dry_run"] = dry = arguments.get("dry_run", False) or check
+    if watch and dry:
+        raise Refused("INVALID", "--watch syncs, --dry-run and --check do not", "leave one out")
+
+    def tell(report: SyncReport) -> None:
+        reports.append(report)
+        print(as_json("sync", report) if in_json else human_sync(report, file, dry), flush=True)
+
+    async def work() -> None:
+        async with Queue(config, unsafe=unsafe) as queue:
+            project = queue.own(None)
+            if watch:
+                await until_stopped(watch_file(queue, file, project, tell, **arguments))
+            else:
+                tell(await sync_file(queue, file, project, **arguments))
+
+    asyncio.run(work())
+    wrong = [row for report in reports for row in report["rows"] if row["kind"] in WRONG]
+    return 7 if not watch and (wrong or (check and drifted(reports[0]))) else 0
+
+
+def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
+    """What a sync found, a line for each thing, as compilers do."""
+    lines = []
+    for row in report["rows"]:
+        where = f"{file}:{row['line']}: " if "line" in row else f"{file}: "
+        text = f"{where}{row['kind']} {row.get('task', '')} {row.get('field', '')}".rstrip()
+        values = [(side, row[side]) for side in ("file", "queue") if row.get(side)]
+        shown = ", ".join(f"{side} {clipped(value, 80)!r}" for side, value in values)
+        facts = "; ".join(filter(None, (shown, row.get("why"))))
+        lines.append(f"{text}: {facts}" if facts else text)
+    counts = {kind: sum(row["kind"] == kind for row in report["rows"]) for kind in KINDS}
+    said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' * bool(said and dry)}")
+    if report["ready"]:
+        lines.append(f"ready, but not on the board: {', '.join(report['ready'])}")
+    return lines_of(lines)
 
 
 def run_server(action: str, in_json: bool) -> int:

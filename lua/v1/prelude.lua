@@ -36,6 +36,8 @@
 --   <root>:inbox:<agent>    list    the agent's own bell, a token for each assignment; at most 32
 --   <root>:waiting          zset    `agent lane mark` of agents that wait for an assignment, by the end
 --                                   of their wait (ms)
+--   <root>:files            hash    mark -> path of the files that are kept in step
+--   <root>:file:<mark>      hash    what file and queue last agreed on: task -> JSON; and `:state`
 --   <root>:op:<op>          string  receipt: digest task fence rev, PX = 15 minutes
 --   <root>:events           stream  <rev>-0 -> one field; the channel of the same name carries
 --                                   the same string
