@@ -31,7 +31,8 @@ Sections, in the order in which they build on each other; each starts with a ban
     SCHEMA           the record's tables, in SQL, and a task as a row
     RECORD           what outlives Valkey: Postgres, and what people change there
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
-    WORKSPACE FILES  a TASKS.md in step with the queue, cell by cell
+    SYNC             file, queue and what both said last, compared cell by cell
+    WORKSPACE FILES  a TASKS.md kept in step with a project
     MONITOR          the one process that watches: expired leases, assignments, followers
     RUN              a command under a lease
     MISSION FILES    what the file-based coordinator keeps, read and written as it stands
@@ -4216,7 +4217,7 @@ WORDS = ("not-started", "in-progress", "done", "blocked", "failed")
 OTHER_WORDS = ("needs-qa", "planning-complete", "deferred")  # of task tables too; they stay
 DELETED = "deleted"  # what the row of a task says that the queue has no more
 EMPTY = ("", "—", "\u2013", "-")
-COLUMNS = {  # how a header may spell it; what has been taken is not taken twice
+SPELLINGS = {  # how a header may spell it; what has been taken is not taken twice
     "id": ("id", "task_id", "taskid", "task"),
     "status": ("status", "state"),
     "title": ("title", "name"),
@@ -4376,7 +4377,7 @@ def meaning(column: str, cell: str) -> str:
         return text
     if column in ("depends_on", "blocks"):
         ids = (plain(one) for one in re.split(r"[,;\s]+", text))
-        return " ".join(sorted({one for one in ids if one not in EMPTY}))
+        return " ".join(sorted({one for one in ids if one.lower() not in (*EMPTY, "none", "n/a")}))
     if column in ("status", "priority"):
         return re.sub(r"[\s_]+", "-", plain(text).lower())
     return plain(text)
@@ -4440,7 +4441,7 @@ def columns_of(names: Sequence[str]) -> dict[str, int]:
     is `text`: the title of the task, or, when it is long, its description."""
     spelled = [re.sub(r"[\s-]+", "_", plain(name).lower()) for name in names]
     found: dict[str, int] = {}
-    for column, spellings in COLUMNS.items():
+    for column, spellings in SPELLINGS.items():
         places = (spelled.index(one) for one in spellings if one in spelled)
         place = next((one for one in places if one not in found.values()), None)
         if place is not None:
@@ -4481,7 +4482,7 @@ def width(text: str) -> int:
     )
 
 
-# ==== WORKSPACE FILES ========================================================================
+# ==== SYNC ===================================================================================
 #
 # A TASKS.md is a working copy of a project.  A sync compares three values of every cell: what
 # the file says, what the queue says, and what both said last, the base.  What changed in the
@@ -4492,19 +4493,10 @@ def width(text: str) -> int:
 # the next sync.  The base of a task is `cells`, what the file said, and `was`, what the queue
 # said where that is something else: an empty priority means medium.
 
-DIRECTIONS = ("both", "to-file", "to-queue")
-TRIES = 20  # that one sync makes while others write the file
-LOCK_WAIT = 60.0  # s that one sync waits for another
-LOOK_EVERY = 0.25  # s between two looks of `watch_file`
-WRITE_EVERY = 1.0  # s
 MANY = 1000  # changed tasks, from which on the whole project is read
 KINDS = ["created", "changed", "written", "added", "deleted", "conflict", "refused", "invalid"]
 KINDS += ["unwritten", "kept", "skipped", "missing"]
 WRONG = ("conflict", "refused", "invalid", "unwritten")  # what somebody has to look at
-MISSION = re.compile(r"[\s>*_-]*mission[*_]*\s*:[\s*_`]*([A-Za-z0-9][\w.@-]{0,127})", re.IGNORECASE)
-MARKER = re.compile(r"(<{7}|>{7})(\s|$)")
-
-Direction = Literal["both", "to-file", "to-queue"]
 
 
 class Difference(TypedDict, total=False):
@@ -4538,187 +4530,14 @@ class SyncReport(TypedDict):
 def drifted(report: SyncReport) -> bool:
     """Whether file and queue say different things."""
     return any(
-        row["kind"] not in ("kept", "skipped", "missing") or row.get("file") == "in-progress"
+        row["kind"] not in ("kept", "skipped", "missing") or "queue" in row
         for row in report["rows"]
     )
 
 
-async def sync_file(
-    queue: Queue,
-    path: str | Path,
-    project: str,
-    *,
-    mission: str | None = None,
-    direction: Direction = "both",
-    milestones: bool = False,
-    dry_run: bool = False,
-    whole: bool = False,
-) -> SyncReport:
-    """Bring a TASKS.md and a project in step, once.
-
-    New rows become tasks of `mission`, which is, without one, what the file's `Mission:` line
-    says, else the configuration, else the file's name; with `milestones` each table has a
-    mission of its own under a heading with that word.  `to-file` changes nothing in the queue,
-    `to-queue` nothing in the file, `dry_run` neither.  `whole` reads all tasks again, not only
-    those that have changed.  Refuses INVALID for a file that is no UTF-8 text with a task table,
-    or that has a merge conflict in it; HELD when another sync does not end.
-    """
-    if direction not in DIRECTIONS:
-        invalid("direction", direction, ", ".join(DIRECTIONS))
-    file = Path(os.path.realpath(path))
-    acting = queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name)))
-    told: list[Difference] = []
-    # The base of a path: another file of the same name has another one.
-    mark = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
-    async with contextlib.AsyncExitStack() as stack:
-        if not dry_run:
-            await stack.enter_async_context(file_lock(mark, file))
-        for _ in range(TRIES):
-            data = read_file(file)
-            board = read_board(data.decode())
-            require_mergeable(file, board)
-            named = mission or mission_of(board) or mission_from(queue.config, file)
-            sync = Sync(acting, file, mark, project, named, board, told)
-            sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
-            sync.milestones, sync.dry = milestones, dry_run
-            try:
-                await sync.merge(whole or dry_run)
-                text = board.text().encode()
-                if dry_run or text == data or put(file, text, data):
-                    await sync.keep()
-                    return sync.report(text != data)
-            except Refused as problem:
-                if problem.code != "STALE_REV":
-                    raise
-            except OSError as problem:
-                said = f"{file} cannot be written: {problem.strerror}"
-                raise Refused("UNFIT", said, "make it writable for this user") from None
-            told = [row for row in sync.told if row["kind"] in ("created", "changed")]
-        raise Refused("HELD", f"{file} or its tasks change faster than they can be synced")
-
-
-async def watch_file(
-    queue: Queue, path: str | Path, project: str, tell: Callable[[SyncReport], None], **how: Any
-) -> None:
-    """Keep a file in step until cancelled, and tell what is new.  An edit is noticed within a
-    second; the file is written at most once a second."""
-    import asyncio
-
-    before: Any = None
-    said: Any = None
-    while True:
-        try:
-            state = (file_state(Path(path)), await queue.revision(project))
-            report: SyncReport | None = None
-            if state != before:
-                report = await sync_file(queue, path, project, **how)
-        except Refused as problem:
-            if before is None:
-                raise
-            # A file that is away, or Valkey: both may come back.
-            why: Difference = {"kind": "invalid", "why": f"{problem.code}: {problem.message}"}
-            report = SyncReport(
-                file=str(path), project=project, mission="", wrote=False, rows=[why], ready=[]
-            )
-        if report and report["rows"] != said:
-            said = report["rows"]
-            if said:
-                tell(report)
-        before = state
-        await asyncio.sleep(WRITE_EVERY if report and report["wrote"] else LOOK_EVERY)
-
-
-def file_state(path: Path) -> tuple[int, ...]:
-    """What changes when somebody writes a file."""
-    with contextlib.suppress(OSError):
-        found = path.stat()
-        return found.st_ino, found.st_mtime_ns, found.st_size
-    return ()
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file of UTF-8 text; refused when it is none."""
-    try:
-        data = path.read_bytes()
-        data.decode()
-    except OSError as problem:
-        accepted = f"a file that can be read ({problem.strerror})"
-        invalid("FILE", str(path), accepted)
-    except UnicodeDecodeError as problem:
-        said = f"line {1 + data[: problem.start].count(10)} of {path} is not UTF-8"
-        raise Refused("INVALID", said, "save it as UTF-8") from None
-    return data
-
-
-def require_mergeable(path: Path, board: Board) -> None:
-    """Refuse a document without a task table, or with a merge conflict in it."""
-    for at, line in enumerate(board.lines):
-        if line[0] in "<>" and MARKER.match(line) and at not in board.code:
-            said = f"line {at + 1} of {path} is a merge conflict: {line.strip()[:40]}"
-            raise Refused("INVALID", said, "resolve the conflict, then sync again")
-    if not board.tables:
-        why = [f"; line {at + 1}: {said}" for at, said in board.apart.items()]
-        said = f"there is no task table in {path}{''.join(why[:3])}"
-        raise Refused("INVALID", said, "a task table begins with: | id | status | description |")
-
-
-def mission_of(board: Board) -> str | None:
-    """What the `Mission:` line above the first table says."""
-    head = enumerate(board.lines[: board.tables[0].delimiter])
-    found = (MISSION.match(line) for at, line in head if at not in board.code)
-    return next((one[1] for one in found if one), None)
-
-
-def mission_from(config: Config, path: Path) -> str:
-    """The mission of a file that names none: the configured one, else the file's name."""
-    stem = re.sub(r"[^A-Za-z0-9._@-]+", "-", path.stem).lstrip("._@-")[:128]
-    return str(config["mission"] or stem or "tasks")
-
-
-@contextlib.asynccontextmanager
-async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
-    """Be the one sync of a file on this host.  The lock ends with its process; its file names
-    the owner, and lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of any repository."""
-    import asyncio
-    import fcntl
-
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    folder = state / "mosaic-queue" / "locks"
-    try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / mark, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as problem:
-        said = f"{folder} cannot be used: {problem.strerror}"
-        raise Refused("INVALID", said, "set XDG_STATE_HOME to a folder of yours") from None
-    give_up = time.monotonic() + LOCK_WAIT
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    owner = os.pread(lock, 4096, 0).decode(errors="replace").strip()
-                    said = f"{path} is being synced: {owner}"
-                    raise Refused("HELD", said, "wait until that sync ends") from None
-                await asyncio.sleep(0.05)
-        os.ftruncate(lock, 0)
-        owner = f"host {socket.gethostname()}, process {os.getpid()}, {path}\n"
-        os.pwrite(lock, owner.encode(errors="replace"), 0)
-        yield
-    finally:
-        os.close(lock)
-
-
-def writable(path: Path) -> bool:
-    """Whether a file may be replaced.  One without any write bit is meant to stay, whoever asks."""
-    marked = path.stat().st_mode & 0o222
-    return bool(marked) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
-
-
 class Base(TypedDict, total=False):
-    """What file and queue last said of a task.  `new`: it is being entered; `away`: its row is
-    gone, and that was told."""
+    """What file and queue last said of a task.  `new`: it is being entered; `away`: it has no row,
+    or one that another row or file has too, so that nobody looks at it."""
 
     cells: dict[str, str]
     was: dict[str, str]
@@ -4896,15 +4715,16 @@ class Sync:
         base = self.base.get(task)
         if base is None:
             return row.cells["status"] != DELETED
-        return base["cells"] != row.cells or "new" in base
+        return base["cells"] != row.cells or "new" in base or "away" in base
 
     async def changed(self, since: int, own: set[str]) -> set[str] | None:
         """The tasks changed after a rev, but for our own changes of our `own` tasks; None when
         nobody knows any more.  `rev` is then the last one that was looked at."""
-        found: set[str] = set()
+        found, before = set[str](), self.rev
         while True:
             page = await self.queue.events(project=self.project, since=since, limit=1000)
             if page.get("lost"):
+                self.rev = before
                 return None
             for event in page["events"]:
                 if event["task"] not in own or event["agent"] != self.queue.actor:
@@ -4915,9 +4735,9 @@ class Sync:
 
     async def fetch(self, names: Collection[str]) -> None:
         """Read some tasks again; one that is gone is none of `tasks` then."""
-        found: dict[str, Task] = {}
+        found: Mapping[str, Task] = {}
         try:
-            found = await self.queue.records(self.project, sorted(names))
+            _, found = await self.queue.records(self.project, sorted(names))
         except Refused as problem:
             if problem.code != "NOT_FOUND":  # no project yet
                 raise
@@ -4954,6 +4774,10 @@ class Sync:
             why = f"these wait for each other: {' -> '.join(circle)}"
             self.refuse(task, "depends_on", Refused("CYCLE", why))
         for task in order:
+            # What was done long ago, and forgotten by the queue, holds up nothing.
+            waits[task] -= {
+                one for one in waits[task] - known if self.told_last(one, "status") == "done"
+            }
             lost = sorted(waits[task] - known)
             if not self.takes:
                 self.tell("conflict", task, why="the queue has no such task")
@@ -5067,7 +4891,7 @@ class Sync:
             return "same"
         if name == "status" and mine not in WORDS[:1] + WORDS[2:]:
             # A claim is never taken from a file, and another word changes nothing.
-            stays = mine not in ("", "in-progress") or (
+            stays = mine not in ("", "in-progress", DELETED) or (
                 not moved if known else theirs == "not-started"
             )
             return "kept" if stays else "queue"
@@ -5196,7 +5020,7 @@ class Sync:
     def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
         self.refused.add((task, name))
-        now = value_of(self.tasks[task], name) if task in self.tasks and name in COLUMNS else ""
+        now = value_of(self.tasks[task], name) if task in self.tasks and name in SPELLINGS else ""
         why = f"{problem.code}: {problem.message}"
         self.tell("refused", task, field=name, file=said, queue=now, why=why)
 
@@ -5302,14 +5126,19 @@ class Sync:
         for table in self.board.tables:
             tables |= {self.mission_in(table, row): table for row in table.rows}
             tables[self.mission_in(table)] = table
+        dependents: dict[str, list[str]] = {}
+        for name, task in self.tasks.items():
+            for one in task["dependencies"]:
+                dependents.setdefault(one, []).append(name)
         known = {*self.seen, *self.base, *self.elsewhere}
         new = [task for name, task in self.tasks.items() if name not in known]
-        for task in sorted(new, key=lambda one: one["createdAt"]):
+        # Those of one `create` have one time: T2 before T10 then.
+        for task in sorted(new, key=lambda t: (t["createdAt"], len(t["taskId"]), t["taskId"])):
             name, home = task["taskId"], tables.get(task["mission"])
             if home is None or not self.may_write(name):
                 continue
             needs = sorted(task["dependencies"])
-            blocks = [one for one, other in self.tasks.items() if name in other["dependencies"]]
+            blocks = dependents.get(name, [])
             cells = {column: value_of(task, column) for column in home.columns.keys() - {"id"}}
             cells |= {"depends_on": ", ".join(needs), "blocks": ", ".join(sorted(blocks))}
             cells = {column: cells[column] for column in home.columns.keys() - {"id"}}
@@ -5332,8 +5161,10 @@ class Sync:
             base = self.base.get(task, {"cells": {}, "was": {}})
             if word not in (*WORDS, "", DELETED):
                 self.tell("kept", task, field="status", file=word, why="the queue has no such word")
-            elif word == "in-progress" and "status" in base["was"]:
+            elif word in ("in-progress", DELETED) and "status" in base["was"]:
                 now, why = base["was"]["status"], "a claim is never taken from a file"
+                if word == DELETED:
+                    why = f"a file deletes no task; mosaic-queue delete {self.project}/{task}"
                 self.tell("kept", task, field="status", file=word, queue=now, why=why)
             if "blocks" in row.cells and base["cells"]:
                 was, now_ = base["cells"].get("blocks", ""), row.cells["blocks"]
@@ -5342,12 +5173,11 @@ class Sync:
                     base["cells"]["blocks"] = " ".join(sorted(said))
                     self.touched.add(task)
         for task, base in self.base.items():
-            if (task in self.seen) == bool(base.get("away")):
-                if task in self.seen:
-                    del base["away"]
-                else:
+            if (task in self.rows) == ("away" in base):
+                if base.pop("away", None) is None:
                     base["away"] = True
-                    self.tell("missing", task, why="its row is gone; the task stays as it is")
+                    if task not in self.seen:
+                        self.tell("missing", task, why="its row is gone; the task stays as it is")
                 self.touched.add(task)
 
     async def keep(self) -> None:
@@ -5407,6 +5237,201 @@ def ordered(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[st
             else:
                 path[need] = None
     return [*order], circles
+
+
+# ==== WORKSPACE FILES ========================================================================
+#
+# A sync reads a file once, works on what it read, and writes it in one step, alone on this host.
+# When somebody else has written meanwhile, it starts again.
+
+DIRECTIONS = ("both", "to-file", "to-queue")
+TRIES = 20  # that one sync makes while others write the file
+LOCK_WAIT = 60.0  # s that one sync waits for another
+LOOK_EVERY = 0.25  # s between two looks of `watch_file`
+WRITE_EVERY = 1.0  # s
+MISSION = re.compile(  # one word; a sentence is no name
+    r"[\s>*_-]*mission[*_]*\s*:[\s*_`]*([A-Za-z0-9][A-Za-z0-9._@-]{0,127})[\s*_`]*(?:$|[(,|—])",
+    re.IGNORECASE,
+)
+MARKER = re.compile(r"(<{7}|>{7})(\s|$)")
+
+Direction = Literal["both", "to-file", "to-queue"]
+
+
+async def sync_file(
+    queue: Queue,
+    path: str | Path,
+    project: str,
+    *,
+    mission: str | None = None,
+    direction: Direction = "both",
+    milestones: bool = False,
+    dry_run: bool = False,
+    whole: bool = False,
+) -> SyncReport:
+    """Bring a TASKS.md and a project in step, once.
+
+    New rows become tasks of `mission`, which is, without one, what the file's `Mission:` line
+    says, else the configuration, else the file's name; with `milestones` each table has a
+    mission of its own under a heading with that word.  `to-file` changes nothing in the queue,
+    `to-queue` nothing in the file, `dry_run` neither.  `whole` reads all tasks again, not only
+    those that have changed.  Refuses INVALID for a file that is no UTF-8 text with a task table,
+    or that has a merge conflict in it; HELD when another sync does not end.
+    """
+    if direction not in DIRECTIONS:
+        invalid("direction", direction, ", ".join(DIRECTIONS))
+    file = Path(os.path.realpath(path))
+    acting = queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name)))
+    told: list[Difference] = []
+    # The base of a path: another file of the same name has another one.
+    mark = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
+    async with contextlib.AsyncExitStack() as stack:
+        if not dry_run:
+            await stack.enter_async_context(file_lock(mark, file))
+        for _ in range(TRIES):
+            data = read_file(file)
+            board = read_board(data.decode())
+            require_mergeable(file, board)
+            named = mission or mission_of(board) or mission_from(queue.config, file)
+            sync = Sync(acting, file, mark, project, named, board, told)
+            sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
+            sync.milestones, sync.dry = milestones, dry_run
+            try:
+                await sync.merge(whole or dry_run)
+                text = board.text().encode()
+                if dry_run or text == data or put(file, text, data):
+                    await sync.keep()
+                    return sync.report(text != data)
+            except Refused as problem:
+                if problem.code != "STALE_REV":
+                    raise
+            except OSError as problem:
+                said = f"{file} cannot be written: {problem.strerror}"
+                raise Refused("UNFIT", said, "make it writable for this user") from None
+            told = [row for row in sync.told if row["kind"] in ("created", "changed")]
+        raise Refused("HELD", f"{file} or its tasks change faster than they can be synced")
+
+
+async def watch_file(
+    queue: Queue, path: str | Path, project: str, tell: Callable[[SyncReport], None], **how: Any
+) -> None:
+    """Keep a file in step until cancelled, and tell what is new.  An edit is noticed within a
+    second; the file is written at most once a second."""
+    import asyncio
+
+    before: Any = None
+    said: Any = None
+    state: Any
+    while True:
+        try:
+            state = (file_state(Path(path)), await queue.revision(project))
+            report: SyncReport | None = None
+            if state != before:
+                report = await sync_file(queue, path, project, **how)
+        except Refused as problem:
+            if before is None:
+                raise
+            # A file that is away, or Valkey: both may come back.
+            if problem.code != "INVALID":
+                state = ()
+            why: Difference = {"kind": "invalid", "why": f"{problem.code}: {problem.message}"}
+            report = SyncReport(
+                file=str(path), project=project, mission="", wrote=False, rows=[why], ready=[]
+            )
+        if report and report["rows"] != said:
+            said = report["rows"]
+            if said:
+                tell(report)
+        before = state
+        await asyncio.sleep(WRITE_EVERY if report and report["wrote"] else LOOK_EVERY)
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """What changes when somebody writes a file."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_size
+    return ()
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of UTF-8 text; refused when it is none."""
+    try:
+        data = path.read_bytes()
+        data.decode()
+    except OSError as problem:
+        accepted = f"a file that can be read ({problem.strerror})"
+        invalid("FILE", str(path), accepted)
+    except UnicodeDecodeError as problem:
+        said = f"line {1 + data[: problem.start].count(10)} of {path} is not UTF-8"
+        raise Refused("INVALID", said, "save it as UTF-8") from None
+    return data
+
+
+def require_mergeable(path: Path, board: Board) -> None:
+    """Refuse a document without a task table, or with a merge conflict in it."""
+    for at, line in enumerate(board.lines):
+        if line[0] in "<>" and MARKER.match(line) and at not in board.code:
+            said = f"line {at + 1} of {path} is a merge conflict: {line.strip()[:40]}"
+            raise Refused("INVALID", said, "resolve the conflict, then sync again")
+    if not board.tables:
+        why = [f"; line {at + 1}: {said}" for at, said in board.apart.items()]
+        said = f"there is no task table in {path}{''.join(why[:3])}"
+        raise Refused("INVALID", said, "a task table begins with: | id | status | description |")
+
+
+def mission_of(board: Board) -> str | None:
+    """What the `Mission:` line above the first table says."""
+    head = enumerate(board.lines[: board.tables[0].delimiter])
+    found = (MISSION.match(line) for at, line in head if at not in board.code)
+    return next((one[1] for one in found if one), None)
+
+
+def mission_from(config: Config, path: Path) -> str:
+    """The mission of a file that names none: the configured one, else the file's name."""
+    stem = re.sub(r"[^A-Za-z0-9._@-]+", "-", path.stem).lstrip("._@-")[:128]
+    return str(config["mission"] or stem or "tasks")
+
+
+@contextlib.asynccontextmanager
+async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
+    """Be the one sync of a file on this host.  The lock ends with its process; its file names
+    the owner, and lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of any repository."""
+    import asyncio
+    import fcntl
+
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    folder = state / "mosaic-queue" / "locks"
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / mark, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as problem:
+        said = f"{folder} cannot be used: {problem.strerror}"
+        raise Refused("INVALID", said, "set XDG_STATE_HOME to a folder of yours") from None
+    give_up = time.monotonic() + LOCK_WAIT
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > give_up:
+                    owner = os.pread(lock, 4096, 0).decode(errors="replace").strip()
+                    said = f"{path} is being synced: {owner}"
+                    raise Refused("HELD", said, "wait until that sync ends") from None
+                await asyncio.sleep(0.05)
+        os.ftruncate(lock, 0)
+        owner = f"host {socket.gethostname()}, process {os.getpid()}, {path}\n"
+        os.pwrite(lock, owner.encode(errors="replace"), 0)
+        yield
+    finally:
+        os.close(lock)
+
+
+def writable(path: Path) -> bool:
+    """Whether a file may be replaced.  One without any write bit is meant to stay, whoever asks."""
+    marked = path.stat().st_mode & 0o222
+    return bool(marked) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
 
 
 # ==== MONITOR ================================================================================

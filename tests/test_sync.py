@@ -147,7 +147,7 @@ async def test_rows_in_any_order_and_both_columns_of_dependencies(
 ) -> None:
     head = "| id | status | depends_on | blocks | description |\n|---|---|---|---|---|\n"
     rows = "| C | not-started | B | | c |\n| B | not-started | `A`,D | — | b |\n"
-    rows += "| A | done | | | a |\n| D | not-started | — | C, B | d |\n"
+    rows += "| A | done | none | N/A | a |\n| D | not-started | — | C, B | d |\n"
     path = written(tmp_path / "TASKS.md", head + rows)
     await sync(queue, path)
     tasks = await queue.tasks_of("p")
@@ -224,7 +224,8 @@ async def test_a_long_description_gets_a_title_of_its_first_words(
         (NINE, {"milestones": True}, "control-20260506.milestone-1"),
         (FOURTEEN, {}, "TASKS"),
         ("**Mission**: `m1`\n\n" + FOURTEEN, {}, "m1"),
-        ("Mission: m 1\n\n" + FOURTEEN, {}, "m"),
+        ("> Mission: m-1 (active)\n\n" + FOURTEEN, {}, "m-1"),
+        ("Mission: to boldly go\n\n" + FOURTEEN, {}, "TASKS"),
     ],
 )
 async def test_the_mission_of_new_tasks(
@@ -447,6 +448,19 @@ async def test_new_tasks_get_a_row_in_the_table_of_their_mission(
     await in_step(queue, path)
 
 
+async def test_an_empty_table_is_filled_from_the_queue(queue: mq.Queue, tmp_path: Path) -> None:
+    head = "| id | depends_on | blocks | status | title | priority | notes |\n"
+    path = written(tmp_path / "TASKS.md", head + "|---|---|---|---|---|---|---|\n")
+    await queue.create("p", "TASKS", "A", title="first", priority="high")
+    await queue.create("p", "TASKS", "B", title="x\ny", dependencies=["A"])
+    await queue.complete("A", project="p", force=True)
+    await sync(queue, path)
+    assert path.read_text().split("\n")[2:] == [
+        "| A | | B | done | first | high | |", "| B | A | | not-started | x<br>y | medium | |", ""
+    ]  # fmt: skip
+    await in_step(queue, path)
+
+
 async def test_with_milestones_each_table_has_its_mission(queue: mq.Queue, tmp_path: Path) -> None:
     path = written(tmp_path / "TASKS.md", NINE)
     await sync(queue, path, milestones=True)
@@ -488,6 +502,30 @@ async def test_what_the_queue_forgets_stays_done(queue: mq.Queue, board: Path) -
     assert (await queue.purge(project="p", older=0))["purged"] == 2
     await in_step(queue, board)
     assert "| A | done |" in board.read_text()
+    written(board, board.read_text() + row("C", needs="B"))
+    assert kinds(await sync(queue, board)) == [("created", "C")]
+    assert (await queue.get("C", project="p"))["status"] == "pending"
+    await in_step(queue, board)
+
+
+async def test_a_word_deletes_nothing_and_gives_way_to_the_queue(
+    queue: mq.Queue, board: Path
+) -> None:
+    await sync(queue, board)
+    replaced(board, "| A | not-started", "| A | deleted")
+    for _ in range(2):
+        assert whys(await sync(queue, board), "kept") == [
+            "3: a file deletes no task; mosaic-queue delete p/A"
+        ]
+    await queue.complete("A", project="p", force=True)
+    assert kinds(await sync(queue, board)) == [("written", "A")]
+    await queue.delete("B", project="p")
+    await sync(queue, board)
+    assert "| B | deleted" in board.read_text()
+    await queue.create("p", "TASKS", "B", title="do B", dependencies=["A"])
+    await sync(queue, board)
+    assert "| B | not-started | do B | A |" in board.read_text()
+    await in_step(queue, board)
 
 
 async def test_a_missing_row_is_no_delete(queue: mq.Queue, board: Path) -> None:
@@ -500,6 +538,24 @@ async def test_a_missing_row_is_no_delete(queue: mq.Queue, board: Path) -> None:
     await queue.update("B", project="p", title="changed meanwhile")
     written(board, whole)
     assert kinds(await sync(queue, board)) == [("written", "B")]
+
+
+@pytest.mark.parametrize("twice", [False, True])
+async def test_a_row_that_comes_back_is_looked_at(
+    queue: mq.Queue, board: Path, twice: bool
+) -> None:
+    """Whatever happened while nobody looked at it."""
+    await sync(queue, board)
+    whole = board.read_text()
+    if twice:
+        written(board, whole + row("A"))
+    else:
+        replaced(board, row("A"), "")
+    await queue.complete("A", project="p", force=True)
+    await sync(queue, board)
+    written(board, whole)
+    assert kinds(await sync(queue, board)) == [("written", "A")]
+    await in_step(queue, board)
 
 
 async def test_both_sides_to_the_same_value_is_nothing(queue: mq.Queue, board: Path) -> None:
@@ -629,6 +685,23 @@ async def test_check_names_what_differs_and_what_a_stale_board_hides(
     replaced(board, "| B | not-started", "| B | in-progress")
     assert command("sync", "TASKS.md", "--project", "p").returncode == 0
     assert command("sync", "TASKS.md", "--project", "p", "--check").returncode == 7
+
+
+async def test_the_command_watches_until_it_is_stopped(
+    queue: mq.Queue, board: Path, server: Server, tmp_path: Path
+) -> None:
+    words = ["sync", str(board), "--project", "p", "--watch", "--json", "--url", server.url]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
+    with subprocess.Popen([*PROGRAM, *words], env=environ, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        try:
+            assert len(json.loads(process.stdout.readline())["rows"]) == 2
+            await queue.complete("A", project="p", force=True)
+            assert json.loads(process.stdout.readline())["rows"][0]["kind"] == "written"
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
+    assert "| A | done" in board.read_text()
 
 
 async def test_the_command_exits_7_when_somebody_has_to_look(
@@ -1114,5 +1187,6 @@ def test_no_edit_is_lost_that_was_not_told(
 
 if __name__ == "__main__":
     count = sys.argv[1] if len(sys.argv) > 1 else "10000"
-    os.environ["MOSAIC_TEST_HISTORIES"] = count
-    sys.exit(pytest.main([__file__, "-k", "no_edit_is_lost", "-p", "no:cacheprovider"]))
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "no_edit_is_lost"]
+    environ = os.environ | {"MOSAIC_TEST_HISTORIES": count}
+    sys.exit(subprocess.run(command, env=environ, check=False).returncode)
