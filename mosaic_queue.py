@@ -28,6 +28,7 @@ Sections, in the order in which they build on each other; each starts with a ban
     FOLLOWERS        one loop over the events, for whatever is kept in step with them
     RESTORE          a project written out, and made again from its records
     MANIFESTS        the record as JSON files, one for each mission
+    OPENBRAIN        what agents found out, told to OpenBrain
     SCHEMA           the record's tables, in SQL, and a task as a row
     RECORD           what outlives Valkey: Postgres, and what people change there
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
@@ -214,6 +215,8 @@ ENVIRONMENT = {
     "project": "MOSAIC_PROJECT",
     "agent": "MOSAIC_AGENT",
     "redis.url": "MOSAIC_VALKEY_URL",
+    "openbrain.url": "OPENBRAIN_URL",
+    "openbrain.token": "OPENBRAIN_TOKEN",
 }
 OF_A_PROJECT_FILE = ("project", "mission", "lane", "files")
 OR_A_PATH = ("manifests",)  # besides true and false
@@ -770,6 +773,7 @@ class ProjectStatus(TypedDict, total=False):
     expiring: list[Task]
     policy: Policy
     followers: list[Lag]
+    captures: bool  # with openbrain.autoCapture: whether a monitor does it
 
 
 class Server(TypedDict):
@@ -2335,6 +2339,9 @@ class Queue:
         status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
         status["policy"] = self._policy(project, policy)
         status["followers"] = [{"lag": 0} | paired(one) for one in followers]
+        if self.config["openbrain.autoCapture"]:
+            heard = {one["follower"]: one["lastHeard"] for one in status["followers"]}
+            status["captures"] = status["now"] - heard.get("openbrain", 0) < CAPTURE_HEARD
         return cast(ProjectStatus, status)
 
     @operation(reads=True)
@@ -2452,12 +2459,23 @@ class Queue:
         reply = await self.call("lead", "", {"token": token, "ttl": ttl}, root=root)
         return bool(reply[1] == token)
 
-    async def follow(self, project: str, name: str, rev: int, keep: int) -> tuple[str, int]:
+    async def follow(
+        self, project: str, name: str, rev: int, keep: int, epoch: str = ""
+    ) -> tuple[str, int]:
         """Say that a follower has seen a project's changes up to `rev`; later events wait for it,
-        `keep` of them at most.  Epoch and rev of the project."""
-        given = {"name": name, "cursor": rev, "keep": keep}
+        `keep` of them at most.  Epoch and rev of the project; when its epoch is not the one that
+        is named, nothing was said."""
+        given = {"name": name, "cursor": rev, "keep": keep, "of": epoch}
         facts = paired((await self.call("follow", project, given))[1])
         return str(facts.get("epoch", "")), facts["rev"]
+
+    async def followed(self, project: str, name: str) -> tuple[str, int, int | None]:
+        """Epoch and rev of a project, and what a follower has said last of how far it has come."""
+        await self.link.check()
+        root = f"mosaic:queue:project:{{{project}}}"
+        facts = await self.link.send("HMGET", root, "epoch", "rev", f"follow:{name}")
+        stored = int(facts[2].split()[0]) if facts[2] else None
+        return facts[0] or "", int(facts[1] or 0), stored
 
     async def records(self, project: str, ids: Sequence[str]) -> tuple[Meta, dict[str, Record]]:
         """The tasks of these ids that are there, whole, and what is the project's own.  Each task
@@ -2919,7 +2937,8 @@ async def caught_up(
     Refuses UNFIT when it followed another epoch: the queue was emptied or replaced meanwhile, and
     what the follower has may be all that is left.
     """
-    epoch, rev = await queue.follow(project, follower.name, since[1] if since else 0, follower.keep)
+    own, at = since or ("", 0)
+    epoch, rev = await queue.follow(project, follower.name, at, follower.keep, own)
     if since and since[0] != epoch:
         raise Refused(
             "UNFIT",
@@ -3000,7 +3019,8 @@ async def follow(queue: Queue, follower: Follower) -> None:
                 await asyncio.sleep(every)
             else:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), FOLLOW_EVERY)
+                    async with asyncio.timeout(FOLLOW_EVERY):  # wait_for may swallow a cancellation
+                        await changed.wait()
     finally:
         waker.cancel()
 
@@ -3030,7 +3050,7 @@ async def projects_of(queue: Queue) -> Sequence[str]:
         return []
 
 
-# ==== RESTORE ==============================================================================
+# ==== RESTORE ================================================================================
 #
 # A project written out as JSON lines, a header and its records, and made again from records,
 # wherever they were kept.  Nothing is written before all that comes from a file has been read.
@@ -3300,14 +3320,32 @@ async def restore_from(
 
 async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
     """Facts and records of a project from where the configuration keeps them."""
-    return read_manifests(manifest_folder(config), project)
+    if not config["postgres.url"]:
+        return read_manifests(manifest_folder(config), project)
+    postgres = Postgres(config)
+    try:
+        meta, found = await postgres.records(project)
+    except Refused as problem:
+        if problem.code == "UNREACHABLE":
+            problem.hint = f"from manifests: mosaic-queue restore --from {manifest_folder(config)}"
+        raise
+    finally:
+        await postgres.close()
+
+    async def records() -> Records:
+        yield list(found.values())
+
+    return meta, records()
 
 
 async def restore(config: Config, unsafe: bool, source: str | None) -> dict[str, Any]:
-    """The command `restore`: from the record, or from an exported file of the same project."""
+    """The command `restore`: from the record, or from what is named: an exported file of the same
+    project, or a folder of manifests."""
     project = Queue(config).own(None)
     if source is None:
         meta, records = await recorded(config, project)
+    elif Path(source).is_dir():
+        meta, records = read_manifests(Path(source), project)
     else:
         named, meta, records = read_export(Path(source))
         if named != project:
@@ -3533,6 +3571,165 @@ def manifest_lines(changes: Changes, records: Iterable[Record]) -> Iterator[byte
         line = json.dumps(in_order(task), ensure_ascii=False)
         yield (line + ("\n" if at == len(tasks) else ",\n")).encode()
     yield b"]}\n"
+
+
+# ==== OPENBRAIN ==============================================================================
+#
+# Summaries of completions, reasons of failures and notes become thoughts: each at least once, in
+# order.  The cursor is kept in Valkey, and moves when the receiver has said yes.
+
+CAPTURE_WITHIN = 10.0  # s for one thought, from the connection to the end of the answer
+CAPTURE_AGAIN = (30.0, 600.0)  # s before a receiver that a person has to set right is asked again
+CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
+
+
+def receiver(config: Config) -> tuple[str, dict[str, str]]:
+    """Where thoughts go, and the headers that they need; a ConfigError when it is not known."""
+    url, token = config["openbrain.url"] or "", config["openbrain.token"] or ""
+    if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url):
+        is_now = f"is {masked(url)!r}" if url else "is missing"
+        raise ConfigError(f"openbrain.url, or $OPENBRAIN_URL, {is_now}; accepted: http(s)://HOST")
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise ConfigError("openbrain.token, or $OPENBRAIN_TOKEN, has white space or no ASCII in it")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return url.rstrip("/") + "/v1/thoughts", headers
+
+
+async def post_thought(client: Any, config: Config, text: str, metadata: Mapping[str, Any]) -> str:
+    """Hand a thought over; its id, as far as the answer has one.
+
+    Refuses UNREACHABLE when trying again may help, UNFIT when somebody has to set something right
+    first, and INVALID when the receiver will never take this thought.
+    """
+    import asyncio
+
+    import httpx2
+
+    url, headers = receiver(config)
+    thought = {"content": text, "source": "mosaic-queue", "metadata": metadata}
+    try:
+        async with asyncio.timeout(CAPTURE_WITHIN):
+            answer = await client.post(url, json=thought, headers=headers)
+    except TimeoutError:
+        said = f"OpenBrain at {masked(url)} did not answer within {CAPTURE_WITHIN:g} s"
+        raise Refused("UNREACHABLE", said, "is it running there?") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as problem:
+        said = f"OpenBrain at {masked(url)}: {str(problem) or type(problem).__name__}"
+        raise Refused("UNREACHABLE", said, "is it running there?") from None
+    said, status = f"OpenBrain at {masked(url)} answers {answer.status_code}", answer.status_code
+    if status in (401, 403):
+        hint = "set openbrain.token, or $OPENBRAIN_TOKEN, to one that it takes"
+        raise Refused("UNFIT", f"{said}: it does not take the token", hint)
+    if status in (400, 409, 413, 422):
+        excerpt = answer.text[:300].replace(config["openbrain.token"] or "\0", "***")
+        raise Refused("INVALID", f"{said}: it does not take this thought: {excerpt}", "")
+    if status in (408, 425, 429) or status >= 500:
+        raise Refused("UNREACHABLE", said, "look at its log")
+    if not 200 <= status < 300:
+        raise Refused("UNFIT", said, "set openbrain.url, or $OPENBRAIN_URL, to where it is")
+    with contextlib.suppress(ValueError, AttributeError):
+        found = answer.json()
+        return str(found.get("id") or found.get("thought", {}).get("id") or "")
+    return ""
+
+
+def thought_of(event: Event, changes: Changes) -> tuple[str, dict[str, Any]] | None:
+    """Text and metadata of an event that is worth keeping; None for any other."""
+    if event["op"] not in ("complete", "fail", "note"):
+        return None
+    task: Mapping[str, Any] = changes.tasks.get(event["task"], {})
+    text = event.get("text", "")
+    if not text and event["op"] == "complete":
+        # A long summary stands with the task alone.
+        text = task.get("summary") or task.get("hidden", {}).get("summary", "")
+    key = f"{changes.project}:{changes.epoch}:{event['rev']}"
+    names = ("project", "task", "agent", "op", "fence", "rev")
+    facts: Mapping[str, Any] = event
+    metadata = {name: facts[name] for name in names if name in facts}
+    metadata |= {"mission": task["mission"]} if "mission" in task else {}
+    return (text, metadata | {"idempotencyKey": key}) if text else None
+
+
+class OpenBrain:
+    """The follower that tells OpenBrain."""
+
+    name = "openbrain"
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.keep = queue, queue.config["events.keep"]
+        receiver(queue.config)
+        self.began = 0  # by the server's clock, ms
+        self.aside = 0  # thoughts that the receiver will never take
+        self.pause, self.until = 0.0, 0.0  # how long, and until when, nothing is sent
+
+    async def cursor(self, project: str) -> tuple[str, int]:
+        """As Valkey has it.  The first time it is the present, not the beginning of history, but
+        for a project that began since we look."""
+        if not self.began:
+            seconds, micro = await self.queue.link.send("TIME")
+            self.began = 1000 * int(seconds) + int(micro) // 1000
+        epoch, rev, stored = await self.queue.followed(project, self.name)
+        if stored is not None:
+            return epoch, stored
+        first = (await self.queue.events(project=project, since=0, limit=1))["events"]
+        young = first and first[0]["rev"] == 1 and first[0]["at"] >= self.began
+        return epoch, 0 if young else rev
+
+    async def rebuild(self, changes: Changes) -> None:
+        """Events were trimmed before they were seen: go on with those that are left."""
+        log("lost", follower=self.name, project=changes.project, events=changes.lost)
+        await self.apply(changes)
+
+    async def apply(self, changes: Changes) -> None:
+        """Tell what there is to tell, one thought after the other."""
+        import httpx2
+
+        if time.monotonic() < self.until:
+            raise Refused("UNFIT", "OpenBrain is not asked again so soon after its refusal", "")
+        async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
+            for event in changes.events:
+                thought = thought_of(event, changes)
+                if thought is not None:
+                    await self._tell(client, *thought)
+                    cursor = (self.name, event["rev"], self.keep, changes.epoch)
+                    await self.queue.follow(changes.project, *cursor)
+
+    async def _tell(self, client: Any, text: str, metadata: Mapping[str, Any]) -> None:
+        try:
+            await post_thought(client, self.queue.config, text, metadata)
+        except Refused as problem:
+            if problem.code == "UNFIT":
+                self.pause = min(CAPTURE_AGAIN[1], 2 * self.pause or CAPTURE_AGAIN[0])
+                self.until = time.monotonic() + self.pause
+            if problem.code != "INVALID":
+                raise
+            self.aside += 1
+            log("set aside", follower=self.name, message=problem.message, count=self.aside,
+                metadata=metadata)  # fmt: skip
+        self.pause = 0.0
+
+
+async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> dict[str, str]:
+    """The command `capture`: hand a thought over and wait until it is taken."""
+    import httpx2
+
+    receiver(config)
+    ARGUMENTS["summary"].check("text", text)
+    if not text.strip():
+        invalid("text", text, "what is to be kept")
+    agent = config["agent"] or user_at_host()
+    metadata: dict[str, Any] = {"agent": agent, "op": "capture"}
+    if config["project"]:
+        metadata["project"] = config["project"]
+    if task is not None:
+        async with Queue(config, unsafe=unsafe) as queue:
+            found: Mapping[str, Any] = await queue.get(task)
+        names = ("project", "mission", "fence", "rev")
+        metadata |= {name: found[name] for name in names if name in found}
+        metadata["task"] = found["taskId"]
+    metadata["idempotencyKey"] = os.urandom(12).hex()
+    async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
+        return {"id": await post_thought(client, config, text, metadata)}
 
 
 # ==== SCHEMA =================================================================================
@@ -3980,6 +4177,29 @@ async def record(queue: Queue, config: Config) -> None:
         await editor.close()
 
 
+async def stand_in(queue: Queue, config: Config) -> None:
+    """Keep manifests while Postgres does not answer, until cancelled."""
+    import asyncio
+
+    postgres, away = Postgres(config), False
+
+    async def look() -> None:
+        nonlocal away
+        while True:
+            try:
+                async with postgres.session() as db:
+                    await db.execute("select")
+                    away = False
+            except Refused as problem:
+                away = problem.code == "UNREACHABLE"
+            await asyncio.sleep(DEADLINE)
+
+    try:
+        await together(follow(queue, Manifests(manifest_folder(config), lambda: away)), look())
+    finally:
+        await postgres.close()
+
+
 async def carry_out(queue: Queue, postgres: Postgres) -> None:
     """Carry out edits as they come; Postgres tells when there is one."""
     import asyncio
@@ -3997,7 +4217,8 @@ async def carry_out(queue: Queue, postgres: Postgres) -> None:
                         changed.clear()
                         await carry_out_all(queue, db)
                         with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(changed.wait(), left)
+                            async with asyncio.timeout(left):
+                                await changed.wait()
                         pause = 0.25
         except Refused as problem:
             pause = min(60, 2 * pause)
@@ -5455,11 +5676,12 @@ async def monitor(
         parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "watchdog": lambda: watchdog(queue, interval, assign)
         }
-        for follower in followers_of(config):
+        for follower in followers_of(config, queue):
             parts[follower.name] = functools.partial(follow, queue, follower)
         if config["postgres.url"]:
             Postgres(config)  # refuses what it cannot be at once
             parts["postgres"] = functools.partial(record, queue, config)
+            parts.setdefault("manifests", functools.partial(stand_in, queue, config))
         for name in only:
             if name not in parts:
                 invalid("--only", name, ", ".join(parts))
@@ -5470,9 +5692,14 @@ async def monitor(
             log("stop")
 
 
-def followers_of(config: Config) -> Sequence[Follower]:
+def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
     """The followers that the configuration asks for."""
-    return [Manifests(manifest_folder(config))] if config["manifests"] else []
+    found: list[Follower] = []
+    if config["manifests"]:
+        found.append(Manifests(manifest_folder(config)))
+    if config["openbrain.autoCapture"]:
+        found.append(OpenBrain(queue))
+    return found
 
 
 async def led(
@@ -7213,6 +7440,7 @@ ALSO = {
     "export": "Write a project out as JSON lines",
     "import": "Enter an exported project, which has to be new",
     "restore": "Make a lost project again from its record",
+    "capture": "Tell OpenBrain a finding, and wait until it has it",
     "mcp": "Serve the queue to an MCP client over stdio",
     "mcp-config": "Print the entry for an MCP client, or write it into the client's file",
     "prime": "Print what an agent should know when a session starts",
@@ -7342,7 +7570,6 @@ def make_parser(prog: str) -> Any:
     enter.add_argument("source", metavar="FILE", help="what export has written")
     about = ALSO["restore"] + ": Postgres where it is configured, else manifests."
     back = command("restore", about, "mosaic-queue restore --project web")
-    back.add_argument("--from", dest="source", metavar="FILE", help="what export has written")
     board = command("sync", ALSO["sync"] + ".", "mosaic-queue sync docs/TASKS.md --project web")
     board.add_argument("file", metavar="FILE")
     board.add_argument("--mission", help="mission of its new tasks; default: the Mission: line")
@@ -7351,6 +7578,11 @@ def make_parser(prog: str) -> Any:
     board.add_argument("--dry-run", action="store_true", help="say what it would do")
     board.add_argument("--check", action="store_true", help="say what differs; 7 if anything does")
     board.add_argument("--watch", action="store_true", help="go on until interrupted")
+    named = "what export has written, or a folder of manifests"
+    back.add_argument("--from", dest="source", metavar="FILE", help=named)
+    tell = command("capture", ALSO["capture"] + ".", "mosaic-queue capture --task T1 it leaks")
+    tell.add_argument("words", nargs="+", metavar="TEXT", help="the finding")
+    tell.add_argument("--task", metavar="taskId", help=ARGUMENTS["task"].help)
     server = command("server", ALSO["server"] + ".", "mosaic-queue server status")
     server.add_argument("action", choices=("status", "stop"))
     about = ALSO["config"] + ", and where each value came from."
@@ -7651,6 +7883,9 @@ def human_status(result: QueueStatus, now: float) -> str:
             heard = lasting((one["now"] - follower["lastHeard"]) / 1000)
             behind = f"{follower['lag']} changes behind, last heard of {heard} ago"
             lines.append(f"  follower {follower['follower']}: {behind}")
+        if not one.get("captures", True):
+            lines.append("  openbrain.autoCapture is on, and no monitor runs that captures")
+            lines.append("  -> mosaic-queue monitor")
         if one["policy"]["differs"]:
             differs = ", ".join(one["policy"]["differs"])
             lines.append(f"  policy differs from the local configuration: {differs}")
@@ -7785,6 +8020,12 @@ def run(arguments: dict[str, Any], prog: str) -> int:
         return run_mission(arguments, config, in_json, unsafe)
     elif command in ("export", "import", "restore"):
         print_moved(command, arguments, config, unsafe, in_json)
+    elif command == "capture":
+        import asyncio
+
+        text, task = " ".join(arguments["words"]), arguments.get("task")
+        got = asyncio.run(capture(config, unsafe, text, task))
+        print(json.dumps({"v": 1, **got}) if in_json else lines_of([got["id"] or "captured"]))
     elif command == "config":
         keys = config.shown()
         rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in keys.items()]
