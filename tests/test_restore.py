@@ -6,9 +6,11 @@ before, key by key, but for receipts, bells and what no task needs any more.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,3 +351,193 @@ async def test_facts_of_a_project_that_cannot_be_are_refused(
     with pytest.raises(mq.Refused, match=said):
         await queue.restore("p", {**meta, **changes}, source(records))
     assert key_space(server) == {}
+
+
+# ---- files ----
+
+
+def command(config: mq.Config, capsys: Any, *words: str) -> tuple[int, str, str]:
+    """A command line in this process: exit status, stdout, stderr."""
+    status = mq.main([*words, "--url", config["redis.url"], "--config", "/dev/null"])
+    return (status, *capsys.readouterr())
+
+
+@pytest.fixture
+def exported(config: mq.Config, tmp_path: Path) -> tuple[Path, list[Any]]:
+    """A populated project as a file, and its lines."""
+
+    async def lines() -> list[Any]:
+        async with mq.Queue(config) as queue:
+            await populate(queue)
+            return [line async for line in mq.exported(queue, "p")]
+
+    found, path = asyncio.run(lines()), tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in found))
+    return path, found
+
+
+def test_export_and_restore(
+    exported: Any, config: mq.Config, db: redis.Redis, tmp_path: Path, capsys: Any
+) -> None:
+    """A life as command lines: written out, flushed, back, and still the same lines."""
+    before = kept(read_project(db, "p"))
+    first, again = tmp_path / "first", tmp_path / "again"
+    tasks = len(before["tasks"])
+    assert command(config, capsys, "export", "--project", "p", "--output", str(first)) == (
+        0, f"{tasks} tasks of project p are in {first}\n", "",
+    )  # fmt: skip
+    assert first.stat().st_mode & 0o777 == 0o600
+    db.flushall()
+    words = ("restore", "--project", "p", "--from", str(first))
+    status, out, err = command(config, capsys, *words)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"project p: {tasks} tasks, rev ")
+    assert kept(read_project(db, "p")) == before
+    status, out, _ = command(config, capsys, *words, "--json")
+    assert json.loads(out) == {
+        "v": 1, "project": "p", "restored": 0, "rev": int(before["meta"]["rev"]), "already": True,
+    }  # fmt: skip
+    assert command(config, capsys, "export", "--project", "p", "--output", str(again))[0] == 0
+    one, two = (path.read_text().splitlines() for path in (first, again))
+    assert one[1:] == two[1:], "a stable order"
+    assert [json.loads(line)["taskId"] for line in one[1:]] == sorted(before["tasks"])
+
+
+def test_import_under_another_name(
+    exported: Any, config: mq.Config, db: redis.Redis, capsys: Any
+) -> None:
+    """Another project, of another epoch, beside the first."""
+    path, lines = exported
+    status, out, err = command(config, capsys, "import", str(path), "--project", "new")
+    assert (status, err) == (0, "")
+    assert out == f"project new: {len(lines) - 1} tasks, rev {lines[0]['rev']}\n"
+    old, new = kept(read_project(db, "p")), kept(read_project(db, "new"))
+    assert old["meta"].pop("epoch") != new["meta"].pop("epoch")
+    assert old == new
+    assert problems(db, "new", since=lines[0]["rev"], locks=True) == []
+    status, _, err = command(config, capsys, "import", str(path), "--project", "new")
+    assert status == 4
+    assert "EXISTS: project new is there already, with another epoch" in err
+    status, _, err = command(config, capsys, "restore", "--project", "q", "--from", str(path))
+    assert status == 2
+    assert f"mosaic-queue import {path} --project q" in err
+
+
+BAD: list[tuple[Callable[[list[Any]], Any], int, str]] = [
+    (lambda lines: lines.pop(0), 1, "no export: it has no version"),
+    (lambda lines: lines[0].update(v=2), 1, "version 2"),
+    (lambda lines: lines[0].update(epoch=7), 1, "epoch is '7'"),
+    (lambda lines: lines[0].update(project="a b"), 1, "project is 'a b'"),
+    (lambda lines: lines[3].update(title=""), 4, "title is ''"),
+    (lambda lines: lines[3].update(title=None), 4, "title is 'null'"),
+    (lambda lines: lines[3].pop("mission"), 4, "mission is missing"),
+    (lambda lines: lines[3].update(status="done"), 4, "status is 'done'"),
+    (lambda lines: lines[3].update(status="completed"), 4, "completedAt is missing"),
+    (lambda lines: lines[3].update(lane="none"), 4, "lane is 'none'"),
+    (lambda lines: lines[3].update(rev=-1), 4, "rev is '-1'"),
+    (lambda lines: lines[3].update(rev=True), 4, "rev is 'true'"),
+    (lambda lines: lines[3].update(order=2**60), 4, "order is"),
+    (lambda lines: lines[3].update(tilte="x"), 4, "field of a record is 'tilte'"),
+    (lambda lines: lines[3].update(dependencies=["a b"]), 4, "dependencies is 'a b'"),
+    (lambda lines: lines[3].update(waits=[1, "a b"]), 4, "waits is"),
+    (lambda lines: lines[3].update(hidden={"blocked": "x"}), 4, "blocked is 'x'"),
+    (lambda lines: lines[3].update(hidden={"rank": 1}), 4, "field of a record is 'rank'"),
+    (lambda lines: lines[3].update(hidden=[1]), 4, "hidden is"),
+    (lambda lines: lines[3].update(metadata="{}"), 4, "metadata is '{}'"),
+    (lambda lines: lines[3].update(description="\ud800"), 4, "description is"),
+    (lambda lines: lines[3].update(session="a\tb"), 4, "session is"),
+    (lambda lines: lines.append(lines[3]), 0, "is in two lines"),
+    (lambda lines: lines.append([1]), 0, "a record is '[1]'"),
+]
+
+
+@pytest.mark.parametrize(("change", "number", "said"), BAD, ids=[said for _, _, said in BAD])
+def test_a_malformed_file_is_refused_with_its_line(
+    exported: Any,
+    config: mq.Config,
+    server: Server,
+    capsys: Any,
+    change: Callable[[list[Any]], Any],
+    number: int,
+    said: str,
+) -> None:
+    path, lines = exported
+    change(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = key_space(server)
+    status, out, err = command(config, capsys, "import", str(path), "--project", "new")
+    assert status in (2, 6)
+    assert out == ""
+    assert f"line {number or len(lines)} of {path}: " in err
+    assert said in err
+    assert key_space(server) == before, "nothing was written"
+
+
+def test_what_is_no_file_of_lines(
+    exported: Any, config: mq.Config, server: Server, tmp_path: Path, capsys: Any
+) -> None:
+    path, lines = exported
+    text = path.read_bytes()
+    before = key_space(server)
+    for content, said in (
+        (text[:-40], f"line {len(lines)} of {path} is no JSON"),
+        (text + b"\xff\n", f"line {len(lines) + 1} of {path} is no JSON"),
+        (b"", f"line 1 of {path} is no JSON"),
+    ):
+        path.write_bytes(content)
+        status, _, err = command(config, capsys, "import", str(path), "--project", "new")
+        assert status == 2
+        assert said in err
+    looped = [dict(line) for line in lines]
+    by_id = {line.get("taskId"): line for line in looped}
+    by_id["ready"]["dependencies"] = ["waits"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in looped))
+    status, _, err = command(config, capsys, "import", str(path), "--project", "new")
+    assert status == 4
+    assert "CYCLE" in err
+    for missing in ("restore", "import"):
+        where = ("--project", "p", "--from", str(tmp_path / "none"))
+        words = where if missing == "restore" else (str(tmp_path / "none"),)
+        status, _, err = command(config, capsys, missing, *words)
+        assert status == 2
+        assert "No such file" in err
+    assert key_space(server) == before
+
+
+def test_export_of_what_is_not_there(config: mq.Config, capsys: Any, tmp_path: Path) -> None:
+    """Neither the project nor the place to write it to; what was there is kept."""
+    old = tmp_path / "old"
+    old.write_text("old")
+    status, out, err = command(config, capsys, "export", "--project", "none", "--output", str(old))
+    assert (status, out) == (3, "")
+    assert "there is no project none" in err
+    assert old.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    words = ("export", "--project", "none", "--output", str(tmp_path / "no" / "file"))
+    status, _, err = command(config, capsys, *words)
+    assert status == 6
+    assert "cannot be written: No such file or directory" in err
+
+
+async def test_export_while_the_project_lives(queue: mq.Queue, db: redis.Redis) -> None:
+    """Each task is as it was at one moment; restored, what depends on what is set right."""
+    for n in range(150):
+        await create(queue, f"T{n:03}", *([f"T{n - 1:03}"] if n % 3 else []))
+
+    async def works() -> None:
+        for n in range(150):
+            await queue.complete(f"T{n:03}", force=True)
+
+    working = asyncio.create_task(works())
+    found = []
+    async for line in mq.exported(queue, "p"):
+        found.append(line)
+        await asyncio.sleep(0.001)
+    await working
+    header, records = found[0], found[1:]
+    db.flushall()
+    meta = mq.meta_of(header, "export")
+    assert await queue.restore("p", meta, source(records[:70], records[70:])) == 150
+    rev = max(meta["rev"], *(one["rev"] for one in records))
+    assert problems(db, "p", since=rev) == []
+    assert (await queue.doctor(project="p"))["findings"][1:] == []
