@@ -9,6 +9,8 @@ import itertools
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -374,3 +376,33 @@ async def test_a_project_without_manifests(tmp_path: Path) -> None:
     with pytest.raises(mq.Refused, match="has no record of none") as refused:
         mq.read_manifests(tmp_path, "none")
     assert refused.value.code == "NOT_FOUND"
+
+
+async def test_a_monitor_keeps_them_and_a_command_restores(
+    queue: mq.Queue, db: redis.Redis, server: Server, tmp_path: Path
+) -> None:
+    """As people do it: a configuration, a monitor, a flush, `restore`."""
+    file = tmp_path / "queue.yaml"
+    file.write_text(f"project: p\nmanifests: {tmp_path / 'kept'}\n")
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MOSAIC_VALKEY_URL": server.url}
+    program = [sys.executable, mq.__file__]
+    await create(queue, "A", "B")
+    await queue.claim("A", "alice", ttl=900)
+    before = await queue.records("p", ["A", "B"])
+    with subprocess.Popen(
+        [*program, "monitor", "--config", str(file)], env=environ, stderr=subprocess.DEVNULL
+    ) as running:
+        try:
+            await until(lambda: cursor(tmp_path / "kept") == 3)
+            db.flushall()
+            done = await asyncio.to_thread(
+                subprocess.run, [*program, "restore", "--config", str(file)],
+                env=environ, capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert (done.returncode, done.stderr) == (0, "")
+            assert done.stdout == "project p: 2 tasks, rev 3\n"
+            assert await queue.records("p", ["A", "B"]) == before
+            await queue.complete("A", agent="alice")
+            await until(lambda: titles(tmp_path / "kept") == {"A": "completed", "B": "pending"})
+        finally:
+            running.terminate()
