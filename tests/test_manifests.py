@@ -406,3 +406,29 @@ async def test_a_monitor_keeps_them_and_a_command_restores(
             await until(lambda: titles(tmp_path / "kept") == {"A": "completed", "B": "pending"})
         finally:
             running.terminate()
+
+
+async def test_they_stand_in_while_postgres_is_away(
+    queue: mq.Queue,
+    db: redis.Redis,
+    config: mq.Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    folder = tmp_path / "mosaic-queue" / "manifests"
+    config.set("postgres.url", "postgresql://nobody@127.0.0.1:1/none", "test")
+    await create(queue, "A")
+    watching = asyncio.create_task(mq.monitor(config))
+    try:
+        await in_step(queue, folder)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    db.flushall()
+    with pytest.raises(mq.Refused) as refused:
+        await mq.restore(config, False, None)
+    assert refused.value.code == "UNREACHABLE"
+    assert refused.value.hint.endswith(f"restore --from {folder}")
+    assert (await mq.restore(config, False, str(folder)))["restored"] == 1
+    assert (await queue.get("A"))["status"] == "pending"
