@@ -5682,12 +5682,19 @@ async def monitor(
             Postgres(config)  # refuses what it cannot be at once
             parts["postgres"] = functools.partial(record, queue, config)
             parts.setdefault("manifests", functools.partial(stand_in, queue, config))
+        for given in workspace_files(config):
+            # A file is one of this host, and another leader's monitor need not know of it.
+            place = f"{socket.gethostname()} {given['path']}"
+            mark = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
+            parts[f"files.{mark}"] = functools.partial(keep_file, queue, **given)
+        kinds = dict.fromkeys(name.partition(".")[0] for name in parts)
         for name in only:
-            if name not in parts:
-                invalid("--only", name, ", ".join(parts))
-        log("start", token=token, interval=interval, parts=[*(only or parts)])
+            if name not in kinds:
+                invalid("--only", name, ", ".join(kinds))
+        chosen = [name for name in parts if not only or name.partition(".")[0] in only]
+        log("start", token=token, interval=interval, parts=chosen)
         try:
-            await together(*(led(queue, token, name, parts[name]) for name in only or parts))
+            await together(*(led(queue, token, name, parts[name]) for name in chosen))
         finally:
             log("stop")
 
@@ -5700,6 +5707,44 @@ def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
     if config["openbrain.autoCapture"]:
         found.append(OpenBrain(queue))
     return found
+
+
+def workspace_files(config: Config) -> Iterator[dict[str, Any]]:
+    """What `files` names, as `keep_file` takes it: a path, or a mapping with path, project,
+    mission, direction and milestones.  A path is relative to the folder of the configuration;
+    one that comes with a repository stays in it."""
+    source = Path(config.source("files"))
+    local = source.parent.name == ".mosaic"
+    base = source.parent.parent if local else source.parent
+    for one in config["files"]:
+        given = {"path": one} if isinstance(one, str) else one
+        accepted = ("path", "project", "mission", "direction", "milestones")
+        if not isinstance(given, dict) or not {"path"} <= given.keys() <= set(accepted):
+            shown = f"{source}: a file is {one!r}"
+            raise ConfigError(f"{shown}; accepted: a path, or {', '.join(accepted)}")
+        path = Path(os.path.realpath(base / Path(str(given["path"])).expanduser()))
+        if local and not path.is_relative_to(os.path.realpath(base)):
+            raise ConfigError(f"{source}: {given['path']} lies outside of {base}")
+        project = given.get("project") or config["project"]
+        if not project:
+            raise ConfigError(f"{source}: {given['path']} has no project")
+        ARGUMENTS["project"].check("project", project)
+        yield given | {"path": path, "project": project}
+
+
+async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:
+    """Keep a TASKS.md in step until cancelled; what cannot be synced yet is tried again."""
+    import asyncio
+
+    def tell(report: SyncReport) -> None:
+        log("sync", file=str(path), project=project, rows=report["rows"])
+
+    while True:
+        try:
+            await watch_file(queue, path, project, tell, **how)
+        except Refused as problem:
+            log("error", file=str(path), code=problem.code, message=problem.message)
+            await asyncio.sleep(5)
 
 
 async def led(

@@ -285,9 +285,7 @@ async def test_waiters_listen_to_their_inbox_alone(
     assert not db.exists(f"{ROOT}:waiting")
 
 
-async def test_who_waits_with_a_lane_gets_its_tasks(
-    queue: mq.Queue, assigning: mq.Config
-) -> None:
+async def test_who_waits_with_a_lane_gets_its_tasks(queue: mq.Queue, assigning: mq.Config) -> None:
     await create(queue, "C1", lane="coding", priority="critical")
     await create(queue, "P1", lane="planning")
     async with watching(assigning, assign=True):
@@ -372,3 +370,92 @@ async def test_a_monitor_killed_while_it_assigns_loses_nothing(
     assert not db.keys(f"{ROOT}:assigned:*")
     found = (await queue.doctor(project="p"))["findings"]
     assert [one for one in found if "append-only" not in one] == []
+
+
+# ---- files ----
+
+
+def configured(tmp_path: Path, server: Server, text: str) -> mq.Config:
+    path = tmp_path / "queue.yaml"
+    path.write_text(f"redis: {{url: {server.url}}}\nproject: p\n{text}")
+    return mq.load_config(str(path), environ={}, start=tmp_path)
+
+
+async def test_the_files_of_the_configuration_are_kept_in_step(
+    tmp_path: Path, server: Server, queue: mq.Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    head = "| id | status | description |\n|---|---|---|\n"
+    one, two = tmp_path / "TASKS.md", tmp_path / "other.md"
+    one.write_text(head + "| A | not-started | do A |\n")
+    files = "files:\n  - TASKS.md\n  - {path: other.md, project: q, mission: m2}\n"
+    config = configured(tmp_path, server, files)
+    task = asyncio.create_task(mq.monitor(config, only=["files"]))
+    try:
+
+        async def status(name: str) -> str:
+            with contextlib.suppress(mq.Refused):
+                return (await queue.get(name))["status"]
+            return ""
+
+        async def comes_true(true: Callable[[], Any]) -> None:
+            give_up = time.monotonic() + 60
+            while not await true():
+                assert time.monotonic() < give_up
+                assert not task.done(), task
+                await asyncio.sleep(0.05)
+
+        async def is_pending() -> bool:
+            return await status("p/A") == "pending"
+
+        await comes_true(is_pending)
+        await queue.claim("A", "al", project="p")
+        await queue.complete("A", project="p")
+
+        async def is_done() -> bool:
+            return "| A | done | do A |" in one.read_text()
+
+        await comes_true(is_done)
+        two.write_text(head + "| B | not-started | do B |\n")  # it comes later
+
+        async def has_mission() -> bool:
+            with contextlib.suppress(mq.Refused):
+                return (await queue.get("q/B"))["mission"] == "m2"
+            return False
+
+        await comes_true(has_mission)
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ("files: [3]", "a file is 3; accepted: a path, or path, project, mission"),
+        ("files: [{project: p}]", "accepted: a path, or path"),
+        ("files: [{path: a, owner: x}]", "accepted: a path, or path"),
+    ],
+)
+def test_files_that_cannot_be_meant(tmp_path: Path, server: Server, files: str, said: str) -> None:
+    config = configured(tmp_path, server, files)
+    with pytest.raises(mq.ConfigError, match="accepted") as error:
+        list(mq.workspace_files(config))
+    assert said in error.value.message
+
+
+def test_a_repository_names_no_file_outside_of_it(tmp_path: Path) -> None:
+    repository = tmp_path / "cloned"
+    (repository / ".mosaic").mkdir(parents=True)
+    (repository / "out").symlink_to(tmp_path)
+    local = repository / ".mosaic" / "queue.yaml"
+    for name in ("../../etc/passwd", "/etc/passwd", "out/TASKS.md"):
+        local.write_text(f"project: p\nfiles: [{name}]\n")
+        config = mq.load_config(environ={"HOME": str(tmp_path)}, start=repository)
+        with pytest.raises(mq.ConfigError, match="lies outside of"):
+            list(mq.workspace_files(config))
+    local.write_text("project: p\nfiles: [docs/TASKS.md]\n")
+    config = mq.load_config(environ={"HOME": str(tmp_path)}, start=repository)
+    (given,) = mq.workspace_files(config)
+    assert given["path"] == repository / "docs/TASKS.md"
