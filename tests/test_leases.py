@@ -316,8 +316,8 @@ async def test_the_next_session_of_a_killed_agent_goes_on_at_once(
         client.kill()
         await until(lambda: orphaned(boss))
         async with connect() as again:
-            assert (await taken(again))["taskId"] == "T1"
-            assert (await taken(again))["taskId"] == "T2"
+            assert (await taken(again))["id"] == "p/T1"
+            assert (await taken(again))["id"] == "p/T2"
             assert not (await again.call_tool("queue_complete", {"task": "T1"})).is_error
 
 
@@ -335,11 +335,11 @@ async def test_a_session_that_slept_is_refused(
     note_pid = "import os, pathlib; pathlib.Path('pid').write_text(str(os.getpid()))"
     async with connect(ttl=3, setting=note_pid) as old, connect(ttl=60) as new:
         pid = int((tmp_path / "pid").read_text())
-        assert (await taken(old))["taskId"] == "T1"
+        assert (await taken(old))["id"] == "p/T1"
         os.kill(pid, signal.SIGSTOP)
         try:
             await asyncio.sleep(2.2)
-            assert (await taken(new))["taskId"] == "T1"
+            assert (await taken(new))["id"] == "p/T1"
         finally:
             os.kill(pid, signal.SIGCONT)
         refused = await old.call_tool("queue_complete", {"task": "T1"})
@@ -375,7 +375,7 @@ async def test_two_sub_agents_that_ask_at_once_get_two_tasks(
     await create(boss, "T1", "T2", "T3", "T4")
     async with connect() as client:
         got = await asyncio.gather(*(taken(client) for _ in range(4)))
-        assert {task["taskId"] for task in got} == {"T1", "T2", "T3", "T4"}
+        assert {task["id"][2:] for task in got} == {"T1", "T2", "T3", "T4"}
         assert len({task["fence"] for task in got}) == 4
 
 
@@ -387,7 +387,7 @@ async def test_two_sub_agents_that_wait_get_two_tasks(connect: Connect, boss: mq
         await asyncio.sleep(0.5)
         await create(boss, "T1", "T2")
         got = await asyncio.wait_for(asyncio.gather(*waiting), 8)  # unwoken, they look after 10
-        assert {task["taskId"] for task in got} == {"T1", "T2"}
+        assert {task["id"][2:] for task in got} == {"T1", "T2"}
 
 
 class Wire:
