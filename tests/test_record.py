@@ -22,6 +22,8 @@ from typing import Any
 import asyncpg
 import pytest
 from conftest import BINARIES, Server
+from invariants import problems, read_project
+from test_restore import kept, populate
 
 import mosaic_queue as mq
 
@@ -527,3 +529,20 @@ async def test_an_open_edit_is_no_part_of_the_record(
         "insert into tasks (project, mission, task_id, title) values ('p', 'm', 'new', 't')"
     )
     assert await postgres.records("p") == before
+
+
+async def test_a_flushed_project_comes_back(
+    queue: mq.Queue, db: Any, config: mq.Config, postgres: mq.Postgres
+) -> None:
+    """As before in every key; the record goes on where it was."""
+    await populate(queue)
+    await follow(queue, postgres)
+    before = kept(read_project(db, "p"))
+    db.flushall()
+    assert (await mq.restore(config, False, None))["restored"] == len(before["tasks"])
+    assert kept(read_project(db, "p")) == before
+    await queue.complete("running", agent="bob")
+    await follow(queue, postgres)
+    _, found = await postgres.records("p")
+    assert found["running"]["status"] == "completed"
+    assert problems(db, "p", since=int(before["meta"]["rev"])) == []
