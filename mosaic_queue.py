@@ -3062,7 +3062,7 @@ IN_HASH = (
     *("claimedBy", "claimedAt", "claimTTL", "session", "fence", "maxRuntime", "retryCount"),
     *("expiryCount", "completedAt", "failedAt"),
 )
-MARKS = {"blocked": "1", "assigned": "1", "orphaned": "1", "late": "1"}  # in the hash alone
+MARKS = ("blocked", "assigned", "orphaned", "late")  # `1` in the hash
 IN_WORK = ("progress", "checkpoint", "failureReason", "blockedReason")
 NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "order", "rev", "updatedAt")
 NEEDED_IN = {
@@ -3100,10 +3100,9 @@ class Unsettled:
     """The tasks of which other tasks decide where they stand: they wait until all are entered."""
 
     def __init__(self) -> None:
-        self.tasks: dict[
-            str, tuple[int, str]
-        ] = {}  # rev, and the dependencies that it waits not for
-        self.freed: dict[str, list[tuple[int, str]]] = {}  # by task: rev and name of who freed it
+        # By task its rev and what it waits not for; rev and name of those that have freed it.
+        self.tasks: dict[str, tuple[int, str]] = {}
+        self.freed: dict[str, list[tuple[int, str]]] = {}
 
     def note(self, records: Iterable[Record]) -> None:
         """Look at records on their way."""
@@ -3111,9 +3110,9 @@ class Unsettled:
             task, rev, edges = record["taskId"], record["rev"], record.get("dependencies", [])
             for other in record.get("freed", ()):
                 self.freed.setdefault(other, []).append((rev, task))
-            by_hand = bool(record.get("hidden", {}).get("blocked") or "blockedReason" in record)
-            odd = record["status"] in ("pending", "blocked")
-            odd = odd and by_hand != (record["status"] == "blocked")
+            # Blocked by what is no dependency of it, or not blocked: its place has to be found.
+            by_hand = bool(record.get("hidden", {}).get("blocked"))
+            odd = record["status"] == ("pending" if by_hand else "blocked")
             if record["status"] != "completed" and (edges or odd):
                 waits = record.get("waits", ())
                 self.tasks[task] = rev, " ".join(one for one in edges if one not in waits)

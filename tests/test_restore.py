@@ -541,3 +541,21 @@ async def test_export_while_the_project_lives(queue: mq.Queue, db: redis.Redis) 
     rev = max(meta["rev"], *(one["rev"] for one in records))
     assert problems(db, "p", since=rev) == []
     assert (await queue.doctor(project="p"))["findings"][1:] == []
+
+
+async def test_a_record_that_contradicts_itself_is_set_right(
+    queue: mq.Queue, db: redis.Redis
+) -> None:
+    """Blocked by nothing, or pending though somebody blocked it: one event says what became."""
+    await create(queue, "idle")
+    await create(queue, "busy")
+    meta, records = await taken(queue)
+    busy, idle = records
+    db.flushall()
+    changed: Any = [{**idle, "status": "blocked"}, {**busy, "hidden": {"blocked": "1"}}]
+    await queue.restore("p", meta, source(changed))
+    assert (await queue.get("idle"))["status"] == "pending"
+    assert (await queue.get("busy"))["status"] == "blocked"
+    events = (await queue.events(project="p", since=meta["rev"]))["events"]
+    assert [(one["task"], one["op"]) for one in events] == [("idle", "update"), ("busy", "update")]
+    assert problems(db, "p", since=meta["rev"]) == []
