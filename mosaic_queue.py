@@ -4033,7 +4033,7 @@ class Postgres:
         self._db = db
         # Whoever keeps a row locked holds up this project for so long, and no other.
         await db.execute(
-            f"set search_path = \"{self.schema}\", pg_temp; set lock_timeout = '2s';"
+            f"set search_path = \"{self.schema}\", pg_temp; set lock_timeout = '500ms';"
             "set application_name = 'mosaic-queue'; set mosaic_queue.writer = 'follower'"
         )
         await migrated(db, self.schema)
@@ -4091,7 +4091,7 @@ class Postgres:
         async with self.session() as db, db.transaction():
             stored = tuple(await db.fetchrow(LOCK, project))
             if stored != (None if before is None else changes.epoch, before):
-                said = f"the record of project {project} is at {stored}, not at rev {before}"
+                said = f"the record of project {project} is at rev {stored[1]}, not at {before}"
                 raise Refused("STALE_REV", said, "another monitor keeps it too")
             undone = before is not None and before > rev
             if undone:
@@ -4259,14 +4259,20 @@ async def carry_out_all(queue: Queue, db: Any) -> None:
     for project, epoch in await db.fetch(ask + " where done_at is null"):
         facts = await facts_of(queue, project)
         if (facts["epoch"] if facts else None) == epoch:
-            ask = "select * from edits where project = $1 and done_at is null order by id limit 100"
-            while edits := await db.fetch(ask, project):
-                for edit in edits:
-                    await carry_out_one(queue, db, dict(edit), known=facts is not None)
+            ask = "select id from edits where project = $1 and done_at is null order by id"
+            for edit in await db.fetch(ask, project):
+                async with db.transaction():
+                    await carry_out_one(queue, db, edit["id"], known=facts is not None)
 
 
-async def carry_out_one(queue: Queue, db: Any, edit: dict[str, Any], known: bool) -> None:
-    """Carry out one edit or refuse it, write the row as the queue has the task, and say so."""
+async def carry_out_one(queue: Queue, db: Any, number: int, known: bool) -> None:
+    """Carry out one edit or refuse it, write the row as the queue has the task, and say so; unless
+    another is at it."""
+    ask = "select * from edits where id = $1 and done_at is null for update skip locked"
+    row = await db.fetchrow(ask, number)
+    if row is None:
+        return
+    edit: dict[str, Any] = dict(row)
     code = message = None
     for side in ("old", "new"):
         edit[side] = json.loads(edit[side] or "null")
@@ -4279,15 +4285,19 @@ async def carry_out_one(queue: Queue, db: Any, edit: dict[str, Any], known: bool
         if refusal.code in ("UNREACHABLE", "UNFIT", "SCHEMA"):
             raise
         code = refusal.code
-        message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; ").replace("\0", ""))
-    async with db.transaction():
-        project = edit["project"]
-        await db.execute("select from projects where project = $1 for update", project)
+        message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; "))
+    await db.execute("select from projects where project = $1 for update", edit["project"])
+    # The row stays as somebody has left it who edits on, until that is answered too.
+    ask = "select from edits where project = $1 and task_id = $2 and id > $3 and done_at is null"
+    place = (edit["project"], edit["task_id"])
+    on = await db.fetchval(f"select exists ({ask})", *place, number)
+    if not (on and edit["kind"] == "update" and edit["new"]["task_id"] == place[1]):
         await put_right(queue, db, edit)
-        done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
-        await db.execute(done, edit["id"], code, message)
-    log("edit", id=edit["id"], kind=edit["kind"], task=f"{project}/{edit['task_id']}",
-        by=edit["by"], **({"code": code, "message": message} if code else {}))  # fmt: skip
+    done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
+    await db.execute(done, number, code, message)
+    facts = {"code": code, "message": message} if code else {}
+    name = f"{edit['project']}/{edit['task_id']}"
+    log("edit", id=number, kind=edit["kind"], task=name, by=edit["by"], **facts)
 
 
 async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any]) -> None:

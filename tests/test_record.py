@@ -21,6 +21,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+import redis
 from conftest import BINARIES, Server
 from invariants import problems, read_project
 from test_restore import kept, populate
@@ -29,6 +30,7 @@ import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 SCHEMA = "mosaic_queue"
+UNKIND = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,8 @@ class Cluster:
         give_up = time.monotonic() + 60
         while True:
             try:
-                (self.folder / "data/postmaster.pid").unlink(missing_ok=True)
+                for name in ("postmaster.pid", ".s.PGSQL.5432.lock"):
+                    (self.folder / "data" / name).unlink(missing_ok=True)
                 return self.server.ensure_postgres_running()
             except Exception:
                 if time.monotonic() > give_up:
@@ -105,8 +108,10 @@ def config(config: mq.Config, url: str) -> mq.Config:
 @contextlib.asynccontextmanager
 async def connected(url: str, **options: Any) -> AsyncIterator[Any]:
     db = await asyncpg.connect(url, server_settings={"search_path": SCHEMA}, **options)
-    yield db
-    await db.close()
+    try:
+        yield db
+    finally:
+        db.terminate()
 
 
 @pytest.fixture
@@ -160,12 +165,16 @@ async def create(queue: mq.Queue, *names: str, project: str = "p", **rest: Any) 
 async def equal(
     queue: mq.Queue, postgres: mq.Postgres, project: str = "p"
 ) -> dict[str, mq.Record]:
-    """The record has every task as the queue has it, field by field."""
+    """The record has every task as the queue has it, field by field; but for `waits`, which is
+    told when a task has nothing more to wait for, and follows from the others."""
     facts, tasks = await queue.records(project, await queue.ids(project))
     recorded_facts, recorded = await postgres.records(project)
     assert recorded.keys() == tasks.keys()
     for name, task in tasks.items():
-        assert recorded[name] == task, name
+        known = {**task, **recorded[name]}.keys() - {"waits"}
+        both = {key: (recorded[name].get(key), task.get(key)) for key in known}
+        wrong = {key: values for key, values in both.items() if values[0] != values[1]}
+        assert not wrong, (name, wrong)
     assert recorded_facts == facts
     return recorded
 
@@ -196,7 +205,7 @@ async def test_it_ends_at_any_moment(
     queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = random.Random(4)
-    for n in range(40):
+    for n in range(25):
         task = asyncio.create_task(mq.record(queue, config))
         await create(queue, *[f"T{n}-{i}" for i in range(50)])
         await asyncio.sleep(rng.uniform(0, 0.1))
@@ -427,6 +436,7 @@ async def test_an_edit_arrives_at_once(
         for n in range(5):
             await person.execute("update tasks set title = $1", f"title {n}")
             took.append(await until(lambda: titled(queue, f"title {n}")))  # noqa: B023
+            await answered(person)
     assert min(took) < 1
 
 
@@ -546,3 +556,642 @@ async def test_a_flushed_project_comes_back(
     _, found = await postgres.records("p")
     assert found["running"]["status"] == "completed"
     assert problems(db, "p", since=int(before["meta"]["rev"])) == []
+
+
+# ---- what it withstands ----
+
+
+async def history(queue: mq.Queue, rng: random.Random, changes: int) -> None:
+    """Calls of all kinds on a few tasks; what is refused is no change."""
+
+    def calls(name: str, other: str, agent: str, text: str) -> list[Callable[[], Awaitable[Any]]]:
+        return [
+            lambda: create(queue, name, title=text, lane=rng.choice(["any", "coding"])),
+            lambda: create(queue, name, dependencies=[other], metadata={text: [1.0, None]}),
+            lambda: queue.claim(name, agent, ttl=rng.randint(1, 600)),
+            lambda: queue.next(agent),
+            lambda: queue.start(name),
+            lambda: queue.heartbeat(name, progress=text, checkpoint=text),
+            lambda: queue.heartbeat(name, ttl=700),
+            lambda: queue.release(name, delay=rng.choice([None, 60])),
+            lambda: queue.complete(name, summary=text, force=rng.random() < 0.3),
+            lambda: queue.fail(name, reason=text, retry=rng.random() < 0.5),
+            lambda: queue.note(name, text),
+            lambda: queue.block(name, reason=text),
+            lambda: queue.unblock(name),
+            lambda: queue.update(name, title=text, priority=rng.choice(mq.PRIORITIES)),
+            lambda: queue.update(name, dependencies=[other], clear=["description"]),
+            lambda: queue.redrive(name),
+            lambda: queue.reopen(name, reason=text),
+            lambda: queue.assign(agent=agent),
+            lambda: queue.delete(name, force=True),
+            lambda: queue.purge(older=0),
+        ]
+
+    names = [f"T{n}" for n in range(25)]
+    for _ in range(changes):
+        agent = rng.choice(["ann", "bob"])
+        with contextlib.suppress(mq.Refused):
+            text = f"Text {rng.random()} ↯"
+            await rng.choice(calls(rng.choice(names), rng.choice(names), agent, text))()
+
+
+async def events_equal(queue: mq.Queue, person: Any, project: str = "p") -> int:
+    """Every event of the stream is recorded as it is, and no other."""
+    events: list[Any] = []
+    while page := (await queue.events(project=project, since=len(events), limit=1000))["events"]:
+        events += page
+    rows = await person.fetch(
+        "select * from task_events where project = $1 order by rev", project
+    )
+    names = ("rev", "task_id", "op", "from_status", "to_status", "fence", "agent", "text")
+    recorded = [tuple(row[name] for name in names) for row in rows]
+    names = ("rev", "task", "op", "from", "to", "fence", "agent", "text")
+    assert recorded == [tuple(event.get(name) for name in names) for event in events]
+    at = [row["at"].timestamp() * 1000 for row in rows]
+    assert [round(ms) for ms in at] == [event["at"] for event in events]
+    return len(events)
+
+
+async def test_a_random_history(
+    queue: mq.Queue, postgres: mq.Postgres, person: Any
+) -> None:
+    rng = random.Random(7)
+    for _ in range(25):
+        await history(queue, rng, 100)
+        await follow(queue, postgres)
+        await postgres_refreshed(queue, postgres)
+        await equal(queue, postgres)
+    assert await events_equal(queue, person) > 400
+
+
+async def postgres_refreshed(queue: mq.Queue, postgres: mq.Postgres) -> None:
+    async with postgres.session() as db:
+        await mq.refresh(queue, db)
+
+
+class Proxy:
+    """A way to Postgres that ends at the `cut`th message: before it, or before its answer."""
+
+    def __init__(self, cluster: Cluster, cut: int, late: bool) -> None:
+        self.real = f"{cluster.host}/.s.PGSQL.5432"
+        self.cut, self.late, self.messages = cut, late, 0
+
+    async def __aenter__(self) -> Proxy:
+        self.host = tempfile.mkdtemp(prefix="mq-proxy-")
+        path = f"{self.host}/.s.PGSQL.5432"
+        self.server = await asyncio.start_unix_server(self.serve, path)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        await self.server.wait_closed()
+        shutil.rmtree(self.host)
+
+    async def serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
+        database, to_database = await asyncio.open_unix_connection(self.real)
+
+        async def answer() -> None:
+            while data := await database.read(1 << 16):
+                if not (self.late and self.messages >= self.cut):
+                    to_client.write(data)
+
+        answering = asyncio.create_task(answer())
+        while data := await client.read(1 << 16):
+            self.messages += 1
+            if self.messages >= self.cut and not self.late:
+                break
+            to_database.write(data)
+            if self.messages >= self.cut:
+                await asyncio.sleep(0.02)
+                break
+        answering.cancel()
+        to_client.close()
+        to_database.close()
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+async def test_cut_off_at_every_message(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any, cluster: Cluster,
+    url: str, late: bool,
+) -> None:
+    """As if the monitor had been killed there: a first look, then a batch with everything."""
+    for cut in range(1, 200):
+        project = f"p{cut}"
+        await create(queue, "T1", "T2", "T3", project=project)
+        async with Proxy(cluster, cut, late) as proxy:
+            way = url.replace(cluster.host, proxy.host)
+            config.set("postgres.url", way, "test")
+            cut_off = mq.Postgres(config)
+            with contextlib.suppress(mq.Refused):
+                await follow(queue, cut_off, project)
+            await queue.claim("T1", "bob", project=project)
+            await queue.complete("T1", project=project)
+            await queue.delete("T2", project=project)
+            with contextlib.suppress(mq.Refused):
+                await follow(queue, cut_off, project)
+            await cut_off.close()
+        await follow(queue, postgres, project)
+        await equal(queue, postgres, project)
+        assert await events_equal(queue, person, project) == 6
+        if proxy.messages < cut:
+            break
+    assert cut > 20, "there are so many messages"
+    assert await person.fetchval("select count(*) from tasks where gone = 'deleted'") > 9
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+async def test_an_edit_cut_off_acts_once(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any, cluster: Cluster,
+    url: str, late: bool,
+) -> None:
+    for cut in range(1 + late, 200, 2):
+        project = f"p{cut}"
+        await create(queue, "T1", "T2", "T3", project=project)
+        await queue.claim("T3", "bob", project=project)
+        await follow(queue, postgres, project)
+        for statement in (
+            "update tasks set title = 'x', status = 'completed' where task_id = 'T1'",
+            "delete from tasks where task_id = 'T2'",
+            "update tasks set status = 'pending' where task_id = 'T3'",
+        ):
+            await person.execute(f"{statement} and project = $1", project)
+        new = "insert into tasks (project, mission, task_id, title) values ($1, 'm', 'new', 't')"
+        await person.execute(new, project)
+        async with Proxy(cluster, cut, late) as proxy:
+            config.set("postgres.url", url.replace(cluster.host, proxy.host), "test")
+            cut_off = mq.Postgres(config)
+            with contextlib.suppress(mq.Refused):
+                async with cut_off.session() as db:
+                    await mq.carry_out_all(queue, db)
+            await cut_off.close()
+        async with postgres.session() as db:
+            while await db.fetchval("select count(*) from edits where done_at is null"):
+                await mq.carry_out_all(queue, db)  # one may be locked by who was cut off
+        await follow(queue, postgres, project)
+        await equal(queue, postgres, project)
+        events = (await queue.events(project=project, since=4, limit=100))["events"]
+        told = [(event["task"], event["op"]) for event in events]
+        assert sorted(told) == [
+            ("T1", "complete"), ("T1", "update"), ("T2", "delete"), ("T3", "release"),
+            ("new", "create"),
+        ]  # fmt: skip
+        if proxy.messages < cut:
+            break
+    edits = await person.fetch("select * from edits order by id")
+    assert cut > 20
+    assert not [edit for edit in edits if edit["code"]]
+
+
+class Monitor:
+    """A monitor in a process of its own, whose leader's lease is a second."""
+
+    def __init__(self, folder: Path, config: mq.Config, *words: str) -> None:
+        self.log = folder / f"log-{os.urandom(4).hex()}"
+        keys = {"MOSAIC_VALKEY_URL": config["redis.url"], "HOME": str(folder)}
+        given = {"postgres": {"url": config["postgres.url"]}, "watchdog": {"interval": 1}}
+        (folder / "queue.yaml").write_text(json.dumps(given))
+        program = (
+            f"import sys; sys.path.insert(0, {str(Path(mq.__file__).parent)!r}); "
+            "import mosaic_queue as mq; mq.LEADS = 1; mq.REFRESH = 1; sys.exit(mq.main())"
+        )
+        words = ("monitor", "--config", str(folder / "queue.yaml"), *words)
+        with open(self.log, "w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", program, *words], cwd=folder, stderr=errors,
+                env={"PATH": os.environ["PATH"], **keys},
+            )  # fmt: skip
+
+    def told(self, event: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines(keepends=True)]
+        return [line for line in lines if line["event"] == event]
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+async def test_everything_is_killed(
+    config: mq.Config, cluster: Cluster, url: str, tmp_path: Path
+) -> None:
+    """Two monitors at random moments, Postgres and Valkey once each, under load and edits."""
+    rng = random.Random(3)
+    own = Server(str(BINARIES["valkey"]()), "--appendonly", "yes", "--appendfsync", "always")
+    config.set("redis.url", own.url, "test")
+    monitors = [Monitor(tmp_path, config) for _ in range(2)]
+    postgres, over = mq.Postgres(config), asyncio.Event()
+
+    async def work(seed: int) -> None:
+        mine = random.Random(seed)
+        async with mq.Queue(config) as queue:
+            while not over.is_set():
+                await history(queue, mine, 10)
+                await asyncio.sleep(0.02)
+
+    async def edit() -> None:
+        while not over.is_set():
+            with contextlib.suppress(asyncpg.PostgresError, *UNKIND):
+                async with connected(url) as db:
+                    name, text = f"T{rng.randrange(25)}", str(rng.random())
+                    change = "update tasks set title = $2 where task_id = $1 and gone is null"
+                    await db.execute(change, name, text)
+            await asyncio.sleep(0.05)
+
+    async with mq.Queue(config) as queue:
+        working = [asyncio.create_task(one) for one in (work(1), work(2), edit())]
+        for n in range(10):
+            await asyncio.sleep(rng.uniform(0.5, 1.2))
+            at = rng.randrange(2)
+            monitors[at].kill()
+            monitors[at] = Monitor(tmp_path, config)
+            if n == 5:
+                cluster.kill()
+                await asyncio.sleep(0.5)
+                await asyncio.to_thread(cluster.start)
+            if n == 7:
+                own.kill()
+                await asyncio.sleep(0.2)
+                own.start()
+        over.set()
+        await asyncio.gather(*working)
+        await until(lambda: same(queue, postgres), 30)
+        async with connected(url) as db:
+            await answered(db)
+            await until(lambda: same(queue, postgres), 30)
+            assert await events_equal(queue, db) > 100
+            codes = {edit["code"] for edit in await db.fetch("select code from edits")}
+            assert codes <= {None, "STALE_REV", "WRONG_STATUS", "NOT_FOUND"}, codes
+            by = "select count(*) from task_events where agent = 'sql:postgres' and op = 'update'"
+            # One that was carried out and cut off may find itself stale: it acts once at most.
+            assert 0 < await db.fetchval(by) <= await db.fetchval("select count(*) from edits")
+        assert (await queue.doctor())["findings"] == []
+    for one in monitors:
+        one.kill()
+        assert not [line for line in one.log.read_text().splitlines() if "Traceback" in line]
+    await postgres.close()
+    own.close()
+
+
+async def test_two_keep_one_record(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any
+) -> None:
+    """As after a leader slept: whose cursor is not the stored one does nothing and reads again."""
+    async with mq.Queue(config) as other, recording(queue, config), recording(other, config):
+        rng = random.Random(9)
+        for n in range(20):
+            await history(queue, rng, 20)
+            await person.execute("update tasks set description = $1 where gone is null", str(n))
+        await answered(person)
+        await until(lambda: same(queue, postgres))
+    await events_equal(queue, person)
+    ours = "select task_id, text from task_events where agent = 'sql:postgres'"
+    assert len(await person.fetch(ours)) == await person.fetchval(
+        "select count(*) from edits where code is null"
+    )
+
+
+async def test_postgres_away_slows_nobody(
+    queue: mq.Queue, config: mq.Config, tmp_path: Path
+) -> None:
+    config.set("postgres.url", f"postgresql://u:secret@/db?host={tmp_path}", "test")
+    monitor = Monitor(tmp_path, config)
+    await create(queue, "T")
+    await until(lambda: asyncio.to_thread(lambda: len(monitor.told("error")) > 2))
+    assert {line.get("part", "watchdog") for line in monitor.told("lead")} == {
+        "watchdog", "postgres",
+    }  # fmt: skip
+    monitor.process.terminate()
+    assert monitor.process.wait(5) == 0
+    errors = monitor.told("error")
+    assert {line["code"] for line in errors} == {"UNREACHABLE"}
+    assert errors[0]["hint"] == "is Postgres running there, and has it room?"
+    assert "secret" not in monitor.log.read_text()
+
+
+async def test_a_locked_row_holds_up_its_project_alone(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any
+) -> None:
+    await create(queue, "T")
+    await create(queue, "T", project="q")
+    for project in ("p", "q"):
+        await follow(queue, postgres, project)
+    async with person.transaction(), recording(queue, config):
+        await person.execute("update tasks set title = 'mine' where project = 'p'")
+        await queue.update("p/T", title="theirs")
+        for n in range(3):
+            await queue.update("q/T", title=str(n))
+            await until(lambda: same(queue, postgres, "q"))
+        assert not await same(queue, postgres, "p")
+    async with recording(queue, config):
+        (edit,) = await answered(person)
+        await until(lambda: same(queue, postgres, "p"))
+    assert edit["code"] == "STALE_REV"
+
+
+# ---- what a follower may miss ----
+
+
+async def test_another_queue_of_that_name(
+    queue: mq.Queue, config: mq.Config, db: redis.Redis, postgres: mq.Postgres, person: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After FLUSHALL the record is all there is: nothing is written, and no edit carried out."""
+    await create(queue, "T1")
+    await follow(queue, postgres)
+    before = await postgres.records("p")
+    db.flushall()
+    async with recording(queue, config):
+        await create(queue, "T1", title="another")
+        with pytest.raises(mq.Refused, match="UNFIT: project p is not the one that postgres") as no:
+            await follow(queue, postgres)
+        assert "mosaic-queue restore --project p" in no.value.hint
+        await person.execute("update tasks set title = 'x'")
+        await asyncio.sleep(1)
+    assert await postgres.records("p") == before
+    assert (await queue.get("T1"))["title"] == "another"
+    assert await person.fetchval("select count(*) from edits where done_at is null") == 1
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert "UNFIT" in {line["code"] for line in told if line["event"] == "error"}
+
+
+async def test_lost_events_are_counted(
+    queue: mq.Queue, db: redis.Redis, postgres: mq.Postgres, person: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    await create(queue, *(f"T{n}" for n in range(10)))
+    await follow(queue, postgres)
+    await queue.delete("T0")
+    for n in range(1, 10):
+        await queue.claim(f"T{n}", "bob")
+    await create(queue, "T10")
+    db.xtrim("mosaic:queue:project:{p}:events", minid="18-0", approximate=False)
+    await follow(queue, postgres)
+    await equal(queue, postgres)
+    assert await person.fetchval("select lost from projects") == 7
+    revs = [row["rev"] for row in await person.fetch("select rev from task_events order by 1")]
+    assert revs == [*range(1, 11), 18, 19, 20, 21]
+    assert await person.fetchval("select gone from tasks where task_id = 'T0'") == "missing"
+    (told,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert (told["event"], told["events"]) == ("lost", 7)
+
+
+async def test_changes_that_valkey_has_lost(
+    config: mq.Config, postgres: mq.Postgres, person: Any
+) -> None:
+    """It started again from an older dump: Valkey decides, and what is undone is set aside."""
+    own = Server(str(BINARIES["valkey"]()))
+    config.set("redis.url", own.url, "test")
+    async with mq.Queue(config) as queue:
+        await create(queue, "T1", "T2")
+        own.client().save()
+        await queue.claim("T1", "bob")
+        await create(queue, "T3")
+        await follow(queue, postgres)
+        await equal(queue, postgres)
+        own.kill()
+        own.start()
+        await follow(queue, postgres)
+        assert (await equal(queue, postgres))["T1"]["status"] == "pending"
+        await queue.claim("T2", "bob")
+        await follow(queue, postgres)
+        await equal(queue, postgres)
+        assert await events_equal(queue, person) == 3
+    rows = await person.fetch("select rev, code, row->>'op' as op from rejected order by rev")
+    assert [tuple(row) for row in rows] == [(3, "STALE_REV", "claim"), (4, "STALE_REV", "create")]
+    assert await person.fetchval("select gone from tasks where task_id = 'T3'") == "missing"
+    own.close()
+
+
+# ---- what Postgres says no to ----
+
+
+async def test_rows_that_postgres_refuses_are_set_aside(
+    queue: mq.Queue, config: mq.Config, cluster: Cluster
+) -> None:
+    """Text beyond the encoding of the database, and a rule of somebody's own."""
+    await cluster.execute(
+        "create database latin encoding latin1 template template0 lc_collate 'C' lc_ctype 'C'"
+    )
+    postgres = mq.Postgres(config.set("postgres.url", cluster.of("latin"), "test"))
+    for n in range(0, 300, 100):
+        await create(queue, *(f"T{i}" for i in range(n, n + 100)))
+    await follow(queue, postgres)
+    async with connected(cluster.of("latin")) as db:
+        await db.execute("alter table tasks add check (title <> 'bad')")
+        await db.execute("alter table task_events add check (text <> 'bad')")
+        await queue.update("T7", title="→")
+        await queue.update("T8", title="bad")
+        await queue.update("T9", title="é")
+        await queue.note("T10", "bad")
+        await queue.note("T11", "→")
+        for n in range(12, 300):
+            await queue.update(f"T{n}", title="fine")
+        await follow(queue, postgres)
+        rows = await db.fetch("select kind, task_id, code, message from rejected order by id")
+        assert [(row["kind"], row["task_id"], row["code"]) for row in rows] == [
+            ("event", "T10", "23514"), ("event", "T11", "22P05"),
+            ("task", "T7", "22P05"), ("task", "T8", "23514"),
+        ]  # fmt: skip
+        assert all(row["message"] for row in rows)
+        titles = {row[0]: row[1] for row in await db.fetch("select task_id, title from tasks")}
+        assert {titles.pop(f"T{n}") for n in range(12, 300)} == {"fine"}
+        assert (titles["T7"], titles["T8"], titles["T9"]) == ("a task", "a task", "é")
+        await queue.update("T7", title="to the right")
+        await follow(queue, postgres)
+        assert await db.fetchval("select title from tasks where task_id = 'T7'") == "to the right"
+    await postgres.close()
+    await cluster.execute("drop database latin")
+
+
+async def refused(config: mq.Config, url: str) -> mq.Refused:
+    postgres = mq.Postgres(config.set("postgres.url", url, "test"))
+    with pytest.raises(mq.Refused) as no:
+        await postgres.cursor("p")
+    assert "secret" not in str(no.value)
+    return no.value
+
+
+async def test_wrong_credentials(config: mq.Config, cluster: Cluster) -> None:
+    hba = cluster.folder / "data/pg_hba.conf"
+    rules = hba.read_text()
+    hba.write_text(f"local all guarded scram-sha-256\nlocal all barred reject\n{rules}")
+    await cluster.execute(
+        "create role guarded login password 'right'", "create role barred login",
+        "select pg_reload_conf()",
+    )  # fmt: skip
+    no = await refused(config, cluster.of("postgres", "guarded:secret"))
+    assert (no.code, no.hint) == ("UNREACHABLE", "check user and password of postgres.url")
+    assert 'password authentication failed for user "guarded"' in no.message
+    for user in ("nobody:secret", "barred:secret"):
+        assert (await refused(config, cluster.of("postgres", user))).code == "UNREACHABLE"
+    right = mq.Postgres(config.set("postgres.url", cluster.of("postgres", "guarded:right"), "test"))
+    with pytest.raises(mq.Refused, match="permission denied for database"):
+        await right.cursor("p")
+    hba.write_text(rules)
+    await cluster.execute("drop role guarded", "drop role barred", "select pg_reload_conf()")
+
+
+async def test_wrong_places(config: mq.Config, cluster: Cluster, tmp_path: Path) -> None:
+    no = await refused(config, cluster.of("nowhere", "postgres:secret"))
+    assert (no.code, no.message.partition(": ")[2]) == (
+        "UNFIT", 'database "nowhere" does not exist',
+    )  # fmt: skip
+    no = await refused(config, f"postgresql://u:secret@/db?host={tmp_path}")
+    assert (no.code, no.hint) == ("UNREACHABLE", "is Postgres running there, and has it room?")
+    no = await refused(config, "postgresql://u:secret@127.0.0.1:1/db")
+    assert no.code == "UNREACHABLE"
+    no = await refused(config, "postgresql://u:secret@host:port/db")
+    assert no.code == "INVALID"
+    for url in ("mysql://u:secret@host/db", "secret"):
+        with pytest.raises(mq.Refused, match=r"postgres\.url") as wrong:
+            mq.Postgres(config.set("postgres.url", url, "test"))
+        assert wrong.value.code == "INVALID"
+        assert "secret" not in str(wrong.value) or url == "secret"
+    config.set("postgres.url", "postgresql:///", "test")
+    for schema in ("", "a b", 'a"b', "1a", "x" * 64):
+        with pytest.raises(mq.Refused, match=r"postgres\.schema"):
+            mq.Postgres(config.set("postgres.schema", schema, "test"))
+
+
+async def test_missing_rights(
+    queue: mq.Queue, config: mq.Config, cluster: Cluster, url: str
+) -> None:
+    """A role needs the right to create a schema once; later those to its tables are enough."""
+    await create(queue, "T")
+    reader = url.replace("postgres@", "writer@")
+    await cluster.execute("drop role if exists writer", "create role writer login")
+    no = await refused(config, reader)
+    assert (no.code, no.hint) == ("UNFIT", "grant its role the rights, or name another schema")
+    owner = mq.Postgres(config.set("postgres.url", url, "test"))
+    await follow(queue, owner)
+    assert (await refused(config, reader)).code == "UNFIT"
+    async with connected(url) as admin:
+        await admin.execute(
+            f"grant usage on schema {SCHEMA} to writer; "
+            f"grant select, insert, update, delete on all tables in schema {SCHEMA} to writer"
+        )
+        postgres = mq.Postgres(config.set("postgres.url", reader, "test"))
+        await queue.claim("T", "bob")
+        await follow(queue, postgres)
+        await equal(queue, postgres)
+        await postgres.close()
+        await owner.close()
+        await admin.execute("drop owned by writer; drop role writer")
+
+
+# ---- the schema ----
+
+
+@pytest.mark.parametrize("version", range(len(mq.MIGRATIONS)))
+async def test_every_older_version_is_migrated(
+    version: int, queue: mq.Queue, config: mq.Config, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By eight at once; what was recorded is there."""
+    await create(queue, "T1", "T2")
+    with monkeypatch.context() as older:
+        older.setattr(mq, "MIGRATIONS", mq.MIGRATIONS[:version])
+        old = mq.Postgres(config)
+        if version:
+            await follow(queue, old)
+        await old.close()
+    all_at_once = [mq.Postgres(config) for _ in range(8)]
+    await asyncio.gather(*(one.cursor("p") for one in all_at_once))
+    async with connected(url) as db:
+        assert await db.fetchval("select count(*) from tasks") == (2 if version else 0)
+        versions = [row[0] for row in await db.fetch("select version from version order by 1")]
+        assert versions == [*range(1, len(mq.MIGRATIONS) + 1)]
+        await queue.claim("T1", "bob")
+        await follow(queue, all_at_once[0])
+        await equal(queue, all_at_once[0])
+        await db.execute("update tasks set title = 'x'")
+        assert await db.fetchval("select count(*) from edits") == 2
+        for view in ("ready", "running", "dead_letters", "throughput", "missions", "mission_tasks"):
+            await db.fetch(f"select * from {view}")
+    for one in all_at_once:
+        await one.close()
+
+
+async def test_an_older_program_refuses_a_newer_schema(
+    config: mq.Config, postgres: mq.Postgres, person: Any
+) -> None:
+    await person.execute("insert into version values (99, now())")
+    older = mq.Postgres(config)
+    with pytest.raises(mq.Refused) as no:
+        await older.cursor("p")
+    known = len(mq.MIGRATIONS)
+    assert str(no.value) == f"SCHEMA: the record has schema version 99; this program knows {known}"
+    assert no.value.hint == "update mosaic-queue on this host"
+
+
+async def test_a_schema_of_another_name(queue: mq.Queue, config: mq.Config, url: str) -> None:
+    config.set("postgres.schema", "Other_1", "test")
+    postgres = mq.Postgres(config)
+    await create(queue, "T")
+    async with recording(queue, config):
+        await until(lambda: same(queue, postgres))
+        db = await asyncpg.connect(url)
+        await db.execute("""update "Other_1".tasks set title = 'x'""")
+        await until(lambda: titled(queue, "x"))
+        await db.close()
+    await postgres.close()
+
+
+async def test_views(queue: mq.Queue, postgres: mq.Postgres, person: Any) -> None:
+    await create(queue, "low", priority="low")
+    await create(queue, "dead", "busy", "done")
+    await create(queue, "high", priority="high", mission="n")
+    await create(queue, "later", delay=60)
+    await queue.claim("busy", "bob")
+    await queue.complete("done", force=True)
+    await queue.fail("dead", reason="r", retry=False, force=True)
+    await follow(queue, postgres)
+
+    async def ids(view: str) -> list[str]:
+        return [row["task_id"] for row in await person.fetch(f"select * from {view}")]
+
+    assert await ids("ready") == ["high", "low"]
+    assert await ids("running") == ["busy"]
+    assert await ids("dead_letters") == ["dead"]
+    hour = await person.fetchrow("select * from throughput order by hour desc")
+    assert (hour["created"], hour["claimed"], hour["completed"], hour["failed"]) == (6, 1, 1, 1)
+    missions = await person.fetch("select mission, tasks from missions order by 1")
+    assert [tuple(row) for row in missions] == [("m", 5), ("n", 1)]
+
+
+# ---- how far it is ----
+
+
+async def test_lag_is_shown(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(queue, "T")
+    (found,) = [one for one in (await queue.doctor())["findings"] if "append-only" not in one]
+    assert found == "postgres has nothing of project p: run mosaic-queue monitor"
+    await follow(queue, postgres)
+    await mq.caught_up(queue, postgres, "p", await postgres.cursor("p"))
+    assert [one for one in (await queue.doctor())["findings"] if "append-only" not in one] == []
+    await queue.claim("T", "bob")
+    status = await queue.status(project="p")
+    (lag,) = status["projects"][0]["followers"]
+    assert (lag["follower"], lag["lag"]) == ("postgres", 1)
+    shown = mq.human_status(status, time.time() * 1000)
+    assert "  follower postgres: 1 changes behind, last heard of 0 s ago" in shown
+    monkeypatch.setattr(mq, "SILENT", -1)
+    assert any("postgres is 1 changes behind" in one for one in (await queue.doctor())["findings"])
+
+
+async def test_parts_in_processes_of_their_own(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, tmp_path: Path
+) -> None:
+    await create(queue, "T")
+    one, other = (Monitor(tmp_path, config, "--only", part) for part in ("postgres", "watchdog"))
+    await until(lambda: asyncio.to_thread(lambda: one.told("lead") and other.told("lead")))
+    await until(lambda: same(queue, postgres))
+    assert one.told("start")[0]["parts"] == ["postgres"]
+    assert other.told("start")[0]["parts"] == ["watchdog"]
+    for monitor in (one, other):
+        monitor.process.terminate()
+        assert monitor.process.wait(5) == 0
+    wrong = Monitor(tmp_path, config, "--only", "postgres,sea")
+    assert wrong.process.wait(20) == 2
+    assert "--only is 'sea'; accepted: watchdog, postgres" in wrong.log.read_text()
