@@ -3852,6 +3852,7 @@ COLUMNS = {  # of tasks: by the name of each the name in a Record
     for name in Record.__annotations__
     if name not in ("id", "project", "createdAt", "order", "superseded")
 } | {"created_at": "order"}
+TIMES = {name for name in COLUMNS if name.endswith("_at")} | {"not_before"}
 PUT_TASKS = """
 insert into tasks (project, {columns}, gone, gone_at)
 select $1, {values}, gone, gone_at from json_populate_recordset(null::tasks, $2)
@@ -3937,21 +3938,14 @@ def stamped(us: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(us // 10**6)) + f".{us % 10**6:06}Z"
 
 
-def timed(column: str) -> bool:
-    """Whether a column of tasks has a time."""
-    return column.endswith("_at") or column == "not_before"
-
-
 def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """A Record as a row of tasks."""
-    row: dict[str, Any] = {}
-    for column, name in COLUMNS.items():
-        value = record.get(name)
-        if value is not None and timed(column):
-            value = stamped(value if name == "order" else 1000 * value)
-        if value is not None and name in ("metadata", "hidden"):
-            value = compact(value)
-        row[column] = value
+    row = {column: record[name] for column, name in COLUMNS.items() if name in record}
+    for column in TIMES & row.keys():
+        row[column] = stamped(row[column] * (1 if column == "created_at" else 1000))
+    for column in ("metadata", "hidden"):
+        if column in row:
+            row[column] = compact(row[column])
     return row
 
 
@@ -3964,7 +3958,7 @@ def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
         value = row[column]
         if value is None:
             continue
-        if timed(column):
+        if column in TIMES:
             try:
                 at = datetime.fromisoformat(value) - datetime.fromisoformat("1970-01-01T00:00Z")
             except ValueError:
