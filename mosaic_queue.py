@@ -30,7 +30,8 @@ Sections, in the order in which they build on each other; each starts with a ban
     MANIFESTS        the record as JSON files, one for each mission
     OPENBRAIN        what agents found out, told to OpenBrain
     SCHEMA           the record's tables, in SQL, and a task as a row
-    RECORD           what outlives Valkey: Postgres, and what people change there
+    RECORD           what outlives Valkey: tasks and events in Postgres
+    EDITS            what people change in the record, as operations
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
     SYNC             file, queue and what both said last, compared cell by cell
     WORKSPACE FILES  a TASKS.md kept in step with a project
@@ -3977,16 +3978,11 @@ def row_of_event(event: Mapping[str, Any]) -> dict[str, Any]:
 
 # ==== RECORD =================================================================================
 #
-# Valkey decides, Postgres is the record: it outlives Valkey.  What other programs change in its
-# rows is a request that is carried out like any call, or refused; either way the row is then
-# written as the queue has the task.
+# Valkey decides, Postgres is the record, and outlives it.
 
+POSTGRES_URL = "postgresql://[user[:password]@]host[:port]/database"
 REFRESH = 10.0  # s after which is written what no event tells: renewed leases, the limits
 ROWS = 1000  # that one statement writes at most
-EDITABLE = ["title", "description", "priority", "lane", "mission", "dependencies", "metadata"]
-EDITABLE += ["notBefore"]
-SAID = ["claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason"]
-SAID += ["summary"]  # what may come with an edit of the status
 
 
 class Postgres:
@@ -4003,9 +3999,7 @@ class Postgres:
         self.keep: int = config["events.keep"]
         self._db: Any = None
         if not re.match("postgres(ql)?://", self.url):
-            invalid(
-                "postgres.url", masked(self.url), "postgresql://[user[:password]@]host/database"
-            )
+            invalid("postgres.url", masked(self.url), POSTGRES_URL)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", self.schema):
             invalid("postgres.schema", self.schema, "a letter, then up to 62 letters, digits and _")
 
@@ -4021,9 +4015,7 @@ class Postgres:
         try:
             db = await asyncpg.connect(self.url, timeout=DEADLINE, command_timeout=60)
         except ValueError:
-            invalid(
-                "postgres.url", masked(self.url), "postgresql://[user[:password]@]host/database"
-            )
+            invalid("postgres.url", masked(self.url), POSTGRES_URL)
         self._db = db
         # Whoever keeps a row locked holds up this project for so long, and no other.
         await db.execute(
@@ -4160,6 +4152,18 @@ def as_ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
+# ==== EDITS ==================================================================================
+#
+# What other programs change in the rows of tasks is a request: a trigger notes it, and it is
+# carried out like any call, or refused with a code.  Either way the row is then written as the
+# queue has the task.
+
+EDITABLE = ["title", "description", "priority", "lane", "mission", "dependencies", "metadata"]
+EDITABLE += ["notBefore"]
+SAID = ["claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason"]
+SAID += ["summary"]  # what may come with an edit of the status
+
+
 async def record(queue: Queue, config: Config) -> None:
     """Keep the record in step, and carry out people's edits of it, until cancelled."""
     follower, editor = Postgres(config), Postgres(config)
@@ -4256,12 +4260,12 @@ async def carry_out_all(queue: Queue, db: Any) -> None:
             ask = "select id from edits where project = $1 and done_at is null order by id"
             for edit in await db.fetch(ask, project):
                 async with db.transaction():
-                    await carry_out_one(queue, db, edit["id"], known=facts is not None)
+                    await carry_out_one(queue, db, edit["id"], epoch)
 
 
-async def carry_out_one(queue: Queue, db: Any, number: int, known: bool) -> None:
+async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -> None:
     """Carry out one edit or refuse it, write the row as the queue has the task, and say so; unless
-    another is at it."""
+    another is at it.  Without an epoch there is no such project."""
     ask = "select * from edits where id = $1 and done_at is null for update skip locked"
     row = await db.fetchrow(ask, number)
     if row is None:
@@ -4271,7 +4275,7 @@ async def carry_out_one(queue: Queue, db: Any, number: int, known: bool) -> None
     for side in ("old", "new"):
         edit[side] = json.loads(edit[side] or "null")
     try:
-        if not known:
+        if epoch is None:
             hint = "create its first task with mosaic-queue create"
             raise Refused("NOT_FOUND", f"there is no project {edit['project']} in the queue", hint)
         await Edit(queue, edit).carry_out()
@@ -4286,7 +4290,7 @@ async def carry_out_one(queue: Queue, db: Any, number: int, known: bool) -> None
     place = (edit["project"], edit["task_id"])
     on = await db.fetchval(f"select exists ({ask})", *place, number)
     if not (on and edit["kind"] == "update" and edit["new"]["task_id"] == place[1]):
-        await put_right(queue, db, edit)
+        await put_right(queue, db, edit, epoch)
     done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
     await db.execute(done, number, code, message)
     facts = {"code": code, "message": message} if code else {}
@@ -4294,23 +4298,24 @@ async def carry_out_one(queue: Queue, db: Any, number: int, known: bool) -> None
     log("edit", id=number, kind=edit["kind"], task=name, by=edit["by"], **facts)
 
 
-async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any]) -> None:
+async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any], epoch: str | None) -> None:
     """Write the row of an edit as the queue has the task; else as it was, and as gone."""
     old, new, project = edit["old"], edit["new"], edit["project"]
     places = [(row["project"], row["task_id"]) for row in (old, new) if row]
     if new and (old is None or places[0] != places[1]):
         await db.execute("delete from tasks where project = $1 and task_id = $2", *places[-1])
     for at, name in dict.fromkeys(places):
-        if at == project and ID.fullmatch(at) and ID.fullmatch(name):
-            tasks = (
-                {} if await facts_of(queue, at) is None else (await queue.records(at, [name]))[1]
-            )
-            await put_tasks(db, at, tasks.values(), force=True)
-            if not tasks and old and name == old["task_id"]:
-                with contextlib.suppress(Refused):  # what an earlier edit left is nonsense
-                    await put_tasks(db, at, [cast(Record, record_in(old))], force=True)
-                gone = "update tasks set gone = 'deleted', gone_at = now()"
-                await db.execute(gone + " where project = $1 and task_id = $2", at, name)
+        if epoch is None or at != project or not ID.fullmatch(name):
+            continue
+        facts, tasks = await queue.records(project, [name])
+        if facts["epoch"] != epoch:
+            raise Refused("UNFIT", f"project {project} has just been replaced", "")
+        await put_tasks(db, project, tasks.values(), force=True)
+        if not tasks and old and name == old["task_id"]:
+            with contextlib.suppress(Refused):  # what an earlier edit left is nonsense
+                await put_tasks(db, project, [cast(Record, record_in(old))], force=True)
+            gone = "update tasks set gone = 'deleted', gone_at = now()"
+            await db.execute(gone + " where project = $1 and task_id = $2", project, name)
 
 
 class Edit:
@@ -4404,30 +4409,27 @@ class Edit:
 
     async def move(self, now: str) -> None:
         """Bring a task from status `now` to the one that the edit says."""
-        wanted, agent = self.new["status"], self.said("claimedBy")
-        if wanted == now:
-            return
-        if wanted == "completed":
-            await self.call("complete", summary=self.said("summary"), force=True)
-        elif wanted == "failed":
-            reason = self.said("failureReason") or self.why
-            await self.call("fail", reason=reason, retry=False, force=True)
-        elif wanted == "blocked":
-            await self.call("block", reason=self.said("blockedReason") or self.why, force=True)
-        elif wanted == "in-progress":
-            await self.call("start", force=True)
-        elif wanted == "claimed" and agent:
-            await self.call("assign", agent=agent)
-        elif wanted == "claimed":
+        wanted, agent, why = self.new["status"], self.said("claimedBy"), self.why
+        back: dict[str, tuple[str, dict[str, Any]]] = {
+            "failed": ("redrive", {}),
+            "completed": ("reopen", {"reason": why}),
+            "blocked": ("unblock", {}),
+        }
+        steps: dict[str, tuple[str, dict[str, Any]]] = {
+            "pending": back.get(now, ("release", {"reason": why, "force": True})),
+            "claimed": ("assign", {"agent": agent}),
+            "in-progress": ("start", {"force": True}),
+            "blocked": ("block", {"reason": self.said("blockedReason") or why, "force": True}),
+            "completed": ("complete", {"summary": self.said("summary"), "force": True}),
+            "failed": ("fail", {"reason": self.said("failureReason") or why, "force": True}),
+        }
+        if wanted not in steps:
+            invalid("status", wanted, ", ".join(steps))
+        if wanted == "claimed" and not agent:
             raise Refused("INVALID", "claimed_by does not say for whom", "set claimed_by too")
-        elif wanted != "pending":
-            invalid("status", wanted, ", ".join(STATUSES))
-        elif now in HELD:
-            await self.call("release", reason=self.why, force=True)
-        elif now == "completed":
-            await self.call("reopen", reason=self.why)
-        else:
-            await self.call("redrive" if now == "failed" else "unblock")
+        if wanted != now:
+            name, given = steps[wanted]
+            await self.call(name, **given, **({"retry": False} if name == "fail" else {}))
 
 
 # ==== TASK TABLES ============================================================================
@@ -7484,7 +7486,7 @@ ALSO = {
     "run": "Run a command for the next task, under a lease that is renewed",
     "sync": "Bring a TASKS.md and a project in step, both ways",
     "mission": "Keep a mission and its sessions: init, status, continue, run, resume",
-    "monitor": "Watch all projects: end leases that ran out, assign tasks",
+    "monitor": "Watch all projects: end leases that ran out, assign tasks, keep the record",
     "export": "Write a project out as JSON lines",
     "import": "Enter an exported project, which has to be new",
     "restore": "Make a lost project again from its record",
