@@ -3775,7 +3775,7 @@ create index task_events_at on task_events (at);
 create table rejected (
     id bigint generated always as identity primary key, at timestamptz not null default now(),
     kind text not null, project text not null, task_id text, rev bigint, row json not null,
-    code text not null, message text not null
+    code text not null, message text not null, unique (kind, project, task_id, rev)
 );
 """,
     """
@@ -3892,7 +3892,11 @@ UNDONE = """
 with undone as (delete from task_events where project = $1 and rev > $2 returning *)
 insert into rejected (kind, project, task_id, rev, row, code, message)
 select 'event', project, task_id, rev, row_to_json(undone), 'STALE_REV',
-       'Valkey has lost this change' from undone
+       'Valkey has lost this change' from undone on conflict do nothing
+"""
+REJECT = """
+insert into rejected (kind, project, task_id, rev, row, code, message)
+values ($1, $2, $3, $4, $5, $6, $7) on conflict do nothing
 """
 # What a person changed and the queue has not answered yet counts as it was before.
 RECORDED = """
@@ -4017,12 +4021,14 @@ class Postgres:
         except ValueError:
             invalid("postgres.url", masked(self.url), POSTGRES_URL)
         self._db = db
-        # Whoever keeps a row locked holds up this project for so long, and no other.
         await db.execute(
-            f"set search_path = \"{self.schema}\", pg_temp; set lock_timeout = '500ms';"
+            f'set search_path = "{self.schema}", pg_temp;'
             "set application_name = 'mosaic-queue'; set mosaic_queue.writer = 'follower'"
         )
         await migrated(db, self.schema)
+        # So long whoever keeps a row locked holds up this project, and no other.  It is less than
+        # Postgres takes to see a deadlock: it is never the other who has to begin again.
+        await db.execute("set lock_timeout = '500ms'")
         return db
 
     @contextlib.asynccontextmanager
@@ -4106,7 +4112,7 @@ class Postgres:
             facts = await db.fetchrow("select * from projects where project = $1", project)
             if facts is None or facts["rev"] is None:
                 raise Refused("NOT_FOUND", f"{masked(self.url)} has no record of project {project}")
-            rows = [json.loads(row[0]) for row in await db.fetch(RECORDED, project)]
+            rows = [json.loads(row[0]) for row in await db.fetch(RECORDED, project, timeout=600)]
         records = {row["task_id"]: cast(Record, record_in(row)) for row in rows}
         meta = json.loads(facts["meta"]) | {"epoch": facts["epoch"]}
         for name in ("rev", "fence"):
@@ -4132,12 +4138,10 @@ async def put_rows(db: Any, kind: str, project: str, rows: Sequence[Any], *more:
             await put_rows(db, kind, project, rows[half:], *more)
             return
         row, said = rows[0], as_ascii(str(problem))
-        await db.execute(
-            "insert into rejected (kind, project, task_id, rev, row, code, message)"
-            "values ($1, $2, $3, $4, $5, $6, $7)",
-            *(kind, project, row["task_id"], row["rev"], json.dumps(row), problem.sqlstate, said),
-        )
-        log("rejected", kind=kind, task=f"{project}/{row['task_id']}", message=said)
+        place, shown = (kind, project, row["task_id"], row["rev"]), json.dumps(row)
+        added = await db.execute(REJECT, *place, shown, problem.sqlstate, said)
+        if added.endswith(" 1"):  # not again, each time that somebody comes by
+            log("rejected", kind=kind, task=f"{project}/{row['task_id']}", message=said)
 
 
 async def put_tasks(db: Any, project: str, tasks: Iterable[Record], force: bool = False) -> None:

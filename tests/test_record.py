@@ -993,6 +993,12 @@ async def test_rows_that_postgres_refuses_are_set_aside(
             ("task", "T7", "22P05"), ("task", "T8", "23514"),
         ]  # fmt: skip
         assert all(row["message"] for row in rows)
+        await queue.update("T7", title="← →")
+        await queue.claim("T7", "bob")
+        await follow(queue, postgres)
+        for _ in range(3):
+            await postgres_refreshed(queue, postgres)
+        assert await db.fetchval("select count(*) from rejected where task_id = 'T7'") == 2
         titles = {row[0]: row[1] for row in await db.fetch("select task_id, title from tasks")}
         assert {titles.pop(f"T{n}") for n in range(12, 300)} == {"fine"}
         assert (titles["T7"], titles["T8"], titles["T9"]) == ("a task", "a task", "é")
