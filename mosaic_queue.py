@@ -3331,11 +3331,12 @@ async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
         raise
     finally:
         await postgres.close()
+    return meta, at_once([*found.values()])
 
-    async def records() -> Records:
-        yield list(found.values())
 
-    return meta, records()
+async def at_once(records: Sequence[Record]) -> Records:
+    """Records that are all here."""
+    yield records
 
 
 async def restore(config: Config, unsafe: bool, source: str | None) -> dict[str, Any]:
