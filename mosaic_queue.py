@@ -4206,14 +4206,14 @@ async def carry_out(queue: Queue, postgres: Postgres) -> None:
     """Carry out edits as they come; Postgres tells when there is one."""
     import asyncio
 
-    changed, pause = asyncio.Event(), 0.25
+    changed, pause, lost = asyncio.Event(), 0.25, set[str]()
     while True:
         try:
             async with postgres.session() as db:
                 await db.add_listener(postgres.schema, lambda *_: changed.set())
                 db.add_termination_listener(lambda *_: changed.set())
                 while True:
-                    await refresh(queue, db)
+                    await refresh(queue, db, lost)
                     due = time.monotonic() + REFRESH
                     while (left := due - time.monotonic()) > 0:
                         changed.clear()
@@ -4240,12 +4240,19 @@ async def facts_of(queue: Queue, project: str) -> Meta | None:
         return None
 
 
-async def refresh(queue: Queue, db: Any) -> None:
-    """Record what changes without an event."""
+async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
+    """Record what changes without an event, and say once which projects are `lost`: recorded, and
+    not in the queue."""
     for project, epoch in await db.fetch("select project, epoch from projects where rev >= 0"):
         facts = await facts_of(queue, project)
+        if facts is None and project not in lost:
+            lost.add(project)
+            log("error", follower="postgres", project=project, code="NOT_FOUND",
+                message=f"project {project} is recorded, and not in the queue",
+                hint=f"mosaic-queue restore --project {project}")  # fmt: skip
         if facts is None or facts["epoch"] != epoch:
             continue
+        lost.discard(project)
         held = [task["taskId"] for task in await held_in(queue, project)]
         _, tasks = await queue.records(project, held)
         async with db.transaction():

@@ -629,7 +629,7 @@ async def test_a_random_history(
 
 async def postgres_refreshed(queue: mq.Queue, postgres: mq.Postgres) -> None:
     async with postgres.session() as db:
-        await mq.refresh(queue, db)
+        await mq.refresh(queue, db, set())
 
 
 class Proxy:
@@ -903,6 +903,16 @@ async def test_another_queue_of_that_name(
     before = await postgres.records("p")
     db.flushall()
     async with recording(queue, config):
+        said: list[str] = []
+
+        async def heard() -> list[str]:
+            said.extend(capsys.readouterr().err.splitlines())
+            return said
+
+        await until(heard)
+        (told,) = [json.loads(line) for line in said]
+        assert told["message"] == "project p is recorded, and not in the queue"
+        assert told["hint"] == "mosaic-queue restore --project p"
         await create(queue, "T1", title="another")
         with pytest.raises(mq.Refused, match="UNFIT: project p is not the one that postgres") as no:
             await follow(queue, postgres)
@@ -912,8 +922,8 @@ async def test_another_queue_of_that_name(
     assert await postgres.records("p") == before
     assert (await queue.get("T1"))["title"] == "another"
     assert await person.fetchval("select count(*) from edits where done_at is null") == 1
-    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert "UNFIT" in {line["code"] for line in told if line["event"] == "error"}
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert {line["code"] for line in lines} == {"UNFIT"}
 
 
 async def test_lost_events_are_counted(
