@@ -3849,12 +3849,12 @@ create view mission_tasks as
 create rule task_stays as on delete to mission_tasks do instead nothing;
 """,
 )
-COLUMNS = {  # of tasks: by the name of each the name in a Record
+TASK_COLUMNS = {  # of tasks: by the name of each the name in a Record
     re.sub("[A-Z]+", lambda found: "_" + found[0].lower(), name): name
     for name in Record.__annotations__
     if name not in ("id", "project", "createdAt", "order", "superseded")
 } | {"created_at": "order"}
-TIMES = {name for name in COLUMNS if name.endswith("_at")} | {"not_before"}
+TIME_COLUMNS = {name for name in TASK_COLUMNS if name.endswith("_at")} | {"not_before"}
 PUT_TASKS = """
 insert into tasks (project, {columns}, gone, gone_at)
 select $1, {values}, gone, gone_at from json_populate_recordset(null::tasks, $2)
@@ -3864,10 +3864,10 @@ where $3 or excluded.rev > tasks.rev or excluded.rev = tasks.rev
     and (tasks.lease_expires_at, tasks.session, tasks.hidden::text, tasks.gone) is distinct from
         (excluded.lease_expires_at, excluded.session, excluded.hidden::text, excluded.gone)
 """.format(
-    columns=", ".join(COLUMNS),
+    columns=", ".join(TASK_COLUMNS),
     # As text inside the JSON: only so Postgres takes what it need not understand as it is.
-    values=re.sub(r"\b(metadata|hidden)\b", r"(\1 #>> '{}')::json", ", ".join(COLUMNS)),
-    changes=", ".join(f"{name} = excluded.{name}" for name in COLUMNS),
+    values=re.sub(r"\b(metadata|hidden)\b", r"(\1 #>> '{}')::json", ", ".join(TASK_COLUMNS)),
+    changes=", ".join(f"{name} = excluded.{name}" for name in TASK_COLUMNS),
 )
 PUT_EVENTS = """
 insert into task_events select * from json_populate_recordset(null::task_events, $2)
@@ -3946,8 +3946,8 @@ def stamped(us: int) -> str:
 
 def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """A Record as a row of tasks."""
-    row = {column: record[name] for column, name in COLUMNS.items() if name in record}
-    for column in TIMES & row.keys():
+    row = {column: record[name] for column, name in TASK_COLUMNS.items() if name in record}
+    for column in TIME_COLUMNS & row.keys():
         row[column] = stamped(row[column] * (1 if column == "created_at" else 1000))
     for column in ("metadata", "hidden"):
         if column in row:
@@ -3960,11 +3960,11 @@ def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
     from datetime import datetime, timedelta
 
     record: dict[str, Any] = {"id": f"{row['project']}/{row['task_id']}", "project": row["project"]}
-    for column, name in COLUMNS.items():
+    for column, name in TASK_COLUMNS.items():
         value = row[column]
         if value is None:
             continue
-        if column in TIMES:
+        if column in TIME_COLUMNS:
             try:
                 at = datetime.fromisoformat(value) - datetime.fromisoformat("1970-01-01T00:00Z")
             except ValueError:
@@ -4393,7 +4393,7 @@ class Edit:
         moves = "status" in self.changed
         kept = self.changed - {*EDITABLE, *(("status", *SAID) if moves else ())}
         if kept:
-            names = dict(zip(COLUMNS.values(), COLUMNS, strict=True))
+            names = dict(zip(TASK_COLUMNS.values(), TASK_COLUMNS, strict=True))
             shown = ", ".join(sorted(names.get(name, name) for name in kept))
             raise Refused("INVALID", f"{shown} of a task is for the queue to say", "")
         current: Any = await self.queue.get(**self.task)

@@ -216,7 +216,9 @@ async def test_it_ends_at_any_moment(
             await asyncio.wait_for(task, 10)
     await follow(queue, postgres)
     await equal(queue, postgres)
-    assert not capsys.readouterr().err
+    # What was cut off may be committed after the next has read the cursor.
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert {line["code"] for line in told} <= {"STALE_REV"}
 
 
 # ---- people's edits ----
