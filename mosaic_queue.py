@@ -107,7 +107,7 @@ RECORDS = 100  # tasks that one `records` shows
 FOLLOW = 1000  # events that a follower gets at once
 SILENT = 60  # s without a word from a follower after which doctor says so
 BEHIND = 10_000  # changes that a follower has not seen after which doctor says so
-FOLLOW_EVERY = 1.0  # s after which it looks for events that it was not told of
+FOLLOW_EVERY = 5.0  # s after which it looks for events that it was not told of
 IDLE = 4 * 3600  # s without a tool call after which an MCP server renews no more leases
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' and '-'"
@@ -1393,8 +1393,8 @@ class Link:
             await asyncio.sleep(min(0.2, seconds))
 
     async def told(self, pattern: str) -> AsyncIterator[str]:
-        """The channels that match a pattern, as often as something is published there.  A hint:
-        what is published while the connection is down is never told."""
+        """The channels that match a pattern, as often as something is published there, and the
+        pattern when the listening begins anew: what was published meanwhile is never told."""
         import asyncio
 
         from redis.exceptions import RedisError
@@ -1405,8 +1405,7 @@ class Link:
                 async with self._client.pubsub() as channel:
                     await channel.psubscribe(pattern)
                     async for message in channel.listen():
-                        if message["type"] == "pmessage":
-                            yield message["channel"]
+                        yield message["channel"]
             await asyncio.sleep(1)
 
     def scan(self, pattern: str) -> AsyncIterator[str]:
@@ -8127,7 +8126,8 @@ def watch_status(config: Config, project: str | None, unsafe: bool) -> int:
         while not quits.is_set():
             draw(await dashboard(queue, project))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(quits.wait(), WATCH_EVERY)
+                async with asyncio.timeout(WATCH_EVERY):
+                    await quits.wait()
 
     before = termios.tcgetattr(0)
     try:
