@@ -861,11 +861,10 @@ async def test_postgres_away_slows_nobody(
     monitor = Monitor(tmp_path, config)
     await create(queue, "T")
     await until(lambda: asyncio.to_thread(lambda: len(monitor.told("error")) > 2))
-    assert {line.get("part", "watchdog") for line in monitor.told("lead")} == {
-        "watchdog", "postgres",
-    }  # fmt: skip
+    leads = {line.get("part", "watchdog") for line in monitor.told("lead")}
     monitor.process.terminate()
     assert monitor.process.wait(5) == 0
+    assert {"watchdog", "postgres"} <= leads
     errors = monitor.told("error")
     assert {line["code"] for line in errors} == {"UNREACHABLE"}
     assert errors[0]["hint"] == "is Postgres running there, and has it room?"
