@@ -848,10 +848,11 @@ async def test_two_keep_one_record(
         await answered(person)
         await until(lambda: same(queue, postgres))
     await events_equal(queue, person)
-    ours = "select task_id, text from task_events where agent = 'sql:postgres'"
-    assert len(await person.fetch(ours)) == await person.fetchval(
-        "select count(*) from edits where code is null"
-    )
+    # One that was carried out and then waited too long for a lock may find itself stale.
+    acted = "select count(*) from task_events where agent = 'sql:postgres'"
+    edits = "select count(*) filter (where code is null) as fine, count(*) as all from edits"
+    counts = await person.fetchrow(edits)
+    assert counts["fine"] <= await person.fetchval(acted) <= counts["all"]
 
 
 async def test_postgres_away_slows_nobody(
