@@ -151,7 +151,7 @@ async def follow(queue: mq.Queue, postgres: mq.Postgres, project: str = "p") -> 
         since = reached
 
 
-async def until(true: Callable[[], Awaitable[Any]], limit: float = 30) -> float:
+async def until(true: Callable[[], Awaitable[Any]], limit: float = 60) -> float:
     began = time.monotonic()
     while not await true():
         assert time.monotonic() < began + limit, "it did not come true"
@@ -754,12 +754,13 @@ class Monitor:
         self.log = folder / f"log-{os.urandom(4).hex()}"
         keys = {"MOSAIC_VALKEY_URL": config["redis.url"], "HOME": str(folder)}
         given = {"postgres": {"url": config["postgres.url"]}, "watchdog": {"interval": 1}}
-        (folder / "queue.yaml").write_text(json.dumps(given))
+        self.config = self.log.with_suffix(".yaml")
+        self.config.write_text(json.dumps(given))
         program = (
             f"import sys; sys.path.insert(0, {str(Path(mq.__file__).parent)!r}); "
             "import mosaic_queue as mq; mq.LEADS = 1; mq.REFRESH = 1; sys.exit(mq.main())"
         )
-        words = ("monitor", "--config", str(folder / "queue.yaml"), *words)
+        words = ("monitor", "--config", str(self.config), *words)
         with open(self.log, "w") as errors:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", program, *words], cwd=folder, stderr=errors,
@@ -864,7 +865,7 @@ async def test_postgres_away_slows_nobody(
     await until(lambda: asyncio.to_thread(lambda: len(monitor.told("error")) > 2))
     leads = {line.get("part", "watchdog") for line in monitor.told("lead")}
     monitor.process.terminate()
-    assert monitor.process.wait(5) == 0
+    assert monitor.process.wait(60) == 0
     assert {"watchdog", "postgres"} <= leads
     errors = monitor.told("error")
     assert {line["code"] for line in errors} == {"UNREACHABLE"}
@@ -1241,7 +1242,7 @@ async def test_parts_in_processes_of_their_own(
     assert other.told("start")[0]["parts"] == ["watchdog"]
     for monitor in (one, other):
         monitor.process.terminate()
-        assert monitor.process.wait(5) == 0
+        assert monitor.process.wait(60) == 0
     wrong = Monitor(tmp_path, config, "--only", "postgres,sea")
-    assert wrong.process.wait(20) == 2
+    assert wrong.process.wait(60) == 2
     assert "--only is 'sea'; accepted: watchdog, postgres" in wrong.log.read_text()
