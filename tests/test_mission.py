@@ -271,8 +271,7 @@ def test_links_lead_nobody_to_write_elsewhere(tell: Tell, server: Server, folder
     ask(server, "claim", "T1", "bob")
     own = folder / "own"
     own.write_text("mine")
-    for name in ("next-task.json", ".next-task.json.part", ".mission.json.part"):
-        (folder / HERE / name).symlink_to(own)
+    (folder / HERE / "next-task.json").symlink_to(own)
     assert tell("mission", "continue")[0] == 0
     assert read(folder, "next-task.json")["mission_id"] == "m-1"
     assert statuses(folder) == ["in-progress", "pending"]
@@ -298,16 +297,15 @@ BAD: dict[str, tuple[bytes, str]] = {
     "cut": (b'{"mission_id": "m", "milest', "one JSON object"),
     "empty": (b"", "one JSON object"),
     "a list": (b"[]", "one JSON object"),
-    "not UTF-8": (b'{"mission_id": "\xff"}', "not UTF-8"),
+    "not UTF-8": (b'{"mission_id": "\xff"}', "utf-8"),
     "a key twice": (b'{"mission_id": "m", "a": 1, "a": 2}', "twice"),
-    "no number": (b'{"mission_id": "m", "a": NaN}', "NaN"),
-    "too large": (b'{"mission_id": "m", "a": 1e999}', "1e999"),
+    "no number": (b'{"mission_id": "m", "a": NaN}', "not JSON compliant"),
+    "too large": (b'{"mission_id": "m", "a": 1e999}', "not JSON compliant"),
     "too deep": (b"[" * 100_000, "one JSON object"),
     "no id": (b'{"milestones": []}', "mission_id"),
     "an empty id": (b'{"mission_id": "-"}', "mission_id"),
     "milestones": (b'{"mission_id": "m", "milestones": {"a": 1}}', "a list of objects"),
-    "a milestone": (b'{"mission_id": "m", "milestones": ["a"]}', "milestones[0]"),
-    "a status": (b'{"mission_id": "m", "milestones": [{"status": 3}]}', "a word"),
+    "a milestone": (b'{"mission_id": "m", "milestones": ["a"]}', "a list of objects"),
     "sessions": (b'{"mission_id": "m", "sessions": 7}', "a list of objects"),
 }
 
@@ -343,7 +341,7 @@ def test_a_file_that_is_written_meanwhile_is_edited_again(folder: Path) -> None:
         times.append(mission)
         if len(times) == 1:
             write(folder, MISSION | {"theirs": 1})
-        mission.entry["ours"] = 2
+        mission["ours"] = 2
 
     with mq.registry(file.parent):
         mq.change(file, edit)
@@ -357,7 +355,7 @@ def test_who_writes_all_the_time_is_left_alone(folder: Path) -> None:
 
     def edit(mission: mq.Mission) -> None:
         write(folder, MISSION | {"theirs": time.monotonic_ns()})
-        mission.entry["ours"] = 2
+        mission["ours"] = 2
 
     with mq.registry(file.parent), pytest.raises(mq.Refused) as refused:
         mq.change(file, edit)
@@ -380,9 +378,9 @@ def test_a_read_only_file_is_not_replaced(tell: Tell, server: Server, folder: Pa
 
 def add_sessions(file: Path, mark: str) -> None:
     for n in range(5):
-        facts = {"session_id": f"{mark}-{n}"}
+        name = f"{mark}-{n}"
         with mq.registry(file.parent):
-            mq.change(file, functools.partial(mq.note_session, facts=facts))
+            mq.change(file, functools.partial(mq.Mission.note, session=name, facts={"pid": n}))
 
 
 def test_ten_writers_lose_nothing(folder: Path) -> None:
@@ -425,7 +423,6 @@ def test_status_counts_by_milestone(tell: Tell, server: Server, folder: Path) ->
     )
     assert one["tasks"] == {"pending": 1, "claimed": 1, "completed": 1}
     assert (two["status"], two["current"], two["total"]) == ("pending", False, 1)
-    assert found["unknownMilestones"] == ["three"]
     assert "lock" not in found
     status, out, _ = tell("mission", "status")
     assert status == 0
@@ -485,8 +482,7 @@ def test_the_hand_over_says_what_a_new_session_needs(
     tell: Tell, server: Server, folder: Path
 ) -> None:
     write(folder)
-    (folder / ".git").mkdir()
-    (folder / ".git/HEAD").write_text("ref: refs/heads/feat/page\n")
+    subprocess.run(["git", "init", "-qb", "feat/page", str(folder)], check=True)
     create(server, "T1", "one")
     create(server, "T2", "one", priority="low")
     create(server, "T3", "one", priority="high", description="first line\nsecond")
@@ -505,15 +501,15 @@ def test_the_hand_over_says_what_a_new_session_needs(
         "# Mission m-1: Launch",
         "Project p, mission m-1",
         "14 % completed",
-        "Milestone 1 of 2: one First (in-progress), 1 of 3 tasks completed",
+        "Milestone one First (in-progress): 2 pending, 1 completed; 33 % completed",
         "Quality gates: pytest",
         "Next task:\np/T3 (high, lane any): do T3",
         "description: first line second",
-        "by bob: T5 do T5: half of it",
-        "T1 do T1: it is \\x1b[31mred",
+        "T5 do T5: claimedBy bob; progress half of it",
+        "T1 do T1: summary it is \\x1b[31mred",
         "T5, bob: the API needs a key",
-        "T7 do T7: no disk",
-        "T4 do T4 waits for T2",
+        "T7 do T7: failureReason no disk",
+        "T4 do T4: dependencies T2",
         "queue_next",
     ):
         assert part in out, part
@@ -674,7 +670,7 @@ def test_a_mission_that_breaks_meanwhile(tell: Tell, server: Server, folder: Pat
     file = write(folder)
     create(server, "T1")
     status, _, err = tell("mission", "run", "--", "sh", "-c", f"echo > {file}")
-    assert (status, err.count(str(file))) == (2, 2)
+    assert (status, err.count(str(file))) == (2, 1)
     assert ask(server, "get", "T1")["status"] == "completed"
     assert not (folder / HERE / "session.lock").exists()
 
@@ -892,20 +888,18 @@ def test_a_number_that_was_given_again_is_another_process(tell: Tell, folder: Pa
 
 
 @pytest.mark.parametrize("text", ["", '{"pid": ', "[]", '{"pid": "x"}', '{"pid": -1}'])
-def test_a_lock_without_a_pid_counts_by_its_age(folder: Path, text: str) -> None:
-    """It is empty for a moment when it is made, and for ever when its maker died then."""
-    file = write(folder)
+def test_a_lock_without_a_pid_is_broken_on_demand_only(
+    tell: Tell, server: Server, folder: Path, text: str
+) -> None:
+    """Somebody writes it in this moment, or died over that."""
+    write(folder)
     lock = folder / HERE / "session.lock"
     lock.write_text(text)
-    facts = {"pid": os.getpid()}
-    with pytest.raises(mq.Refused) as refused:
-        mq.begin(file, facts)
-    assert refused.value.code == "HELD"
-    assert "being written" in refused.value.message
-    os.utime(lock, (1, time.time() - 2 * mq.FRESH))
-    own, dead = mq.begin(file, facts)
-    assert (own["session_id"], dead) == ("sess-001", [])
-    assert read(folder, "session.lock")["pid"] == os.getpid()
+    status, _, err = tell("mission", "run", "--", "true")
+    assert (status, "--clean-lock" in err) == (4, True)
+    assert "(unknown)" in tell("mission", "status")[1]
+    assert tell("mission", "resume", "--clean-lock")[0] == 0
+    assert not lock.exists()
 
 
 def test_a_lock_that_cannot_be_filled_is_taken_back(
@@ -959,13 +953,3 @@ def test_one_breaker_wins(folder: Path, breakers: int, rounds: int) -> None:
         assert read(folder, "session.lock")["pid"] == winner
         assert [one["pid"] for one in read(folder)["sessions"]] == [winner]
         lock.unlink()
-
-
-def test_a_registry_that_is_not_let_go_is_no_hang(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = write(folder)
-    monkeypatch.setattr(mq, "DEADLINE", 0.1)
-    with mq.registry(file.parent), pytest.raises(mq.Refused) as refused, mq.registry(file.parent):
-        raise AssertionError("two at once")
-    assert refused.value.code == "UNREACHABLE"
