@@ -6419,8 +6419,7 @@ def progress(counts: Mapping[str, Any]) -> str:
 async def standing(queue: Queue, file: Path, at_hand: str = "") -> Standing:
     """A mission as it stands; nothing is written."""
     mission, project = read_mission(file), queue.own(None)
-    fitting = re.sub(r"[^A-Za-z0-9._@-]+", "-", mission.id).lstrip("._@-")[:128]
-    called = ARGUMENTS["mission"].check("mission", queue.config["mission"] or fitting)
+    called = called_in_queue(queue, mission)
     tasks = list((await queue.tasks_of(project, called)).values())
     own = {"taskId": at_hand or os.environ.get("MOSAIC_TASK_ID"), "claimedBy": queue.agent}
     mine = [task for task in tasks if task["status"] in HELD and own.items() <= task.items()]
@@ -6522,8 +6521,36 @@ def outline(now: Standing) -> Iterator[str]:
     yield ""
 
 
+def called_in_queue(queue: Queue, mission: Mission) -> str:
+    """The queue's mission that a mission.json stands for: the configured one, else its id, made
+    to fit."""
+    fitting = re.sub(r"[^A-Za-z0-9._@-]+", "-", mission.id).lstrip("._@-")[:128]
+    return str(ARGUMENTS["mission"].check("mission", queue.config["mission"] or fitting))
+
+
+async def sync_board(queue: Queue, file: Path) -> None:
+    """Bring the mission's task table in step, where there is one in the project's folder; what
+    somebody has to look at is told on stderr."""
+    mission, folder = read_mission(file), file.parents[2]
+    board = Path(os.path.realpath(folder / (mission.text("tasks_file") or "docs/TASKS.md")))
+    if not board.is_file() or not board.is_relative_to(os.path.realpath(folder)):
+        return
+    try:
+        called = called_in_queue(queue, mission)
+        report = await sync_file(queue, board, queue.own(None), mission=called)
+        wrong = [row for row in report["rows"] if row["kind"] in WRONG]
+        text = human_sync(report | {"rows": wrong, "ready": []}, str(board)) if wrong else ""
+    except Refused as problem:
+        if problem.code in ("UNREACHABLE", "SCHEMA"):
+            raise
+        text = f"{board}: {problem.code}: {problem.message}"
+    if text:
+        print(text, file=sys.stderr)
+
+
 async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> Standing:
-    """Write what the queue says to the mission's files."""
+    """Write what the queue says to the mission's files, once its task table is in step."""
+    await sync_board(queue, file)
     now = await standing(queue, file, at_hand)
 
     def edit(mission: Mission) -> None:
@@ -6640,6 +6667,7 @@ async def mission_run(
     """
     config.set("agent", runner_name(config), config.source("agent"))
     async with Queue(config, unsafe=unsafe) as queue:
+        await sync_board(queue, file)
         now, began, reason = await standing(queue, file), time.monotonic(), "error"
         facts: dict[str, Any] = {"runtime": runtime, "agent": queue.agent, "started_at": stamp()}
         facts |= {"pid": os.getpid(), "process_began": process_began(os.getpid())}

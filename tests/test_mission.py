@@ -645,6 +645,29 @@ def test_a_run_that_finds_nothing_notes_what_others_did(
     assert "none is left: all are completed" in tell("mission", "continue")[1]
 
 
+def test_the_task_table_of_a_mission_is_kept_in_step(
+    tell: Tell, server: Server, folder: Path
+) -> None:
+    """What the coordinator did: the table gives the tasks, and gets back what became of them."""
+    tell("mission", "init", "--id", "m-1", "--name", "M")
+    board = folder / "docs" / "TASKS.md"
+    board.parent.mkdir()
+    head = "| id | status | description | depends_on |\n|---|---|---|---|\n"
+    rows = "| B | not-started | do B | A |\n| A | not-started | do A |  |\n"
+    board.write_text(head + rows)
+    status, _, err = tell("mission", "run", "--loop", "--", "true")
+    assert status == 0, err
+    assert board.read_text() == head + rows.replace("not-started", "done")
+    assert json.loads(tell("mission", "status", "--json")[1])["percent"] == 100
+    board.write_text(head + "| A | not-started | do A | Z |\n" + "| A | done | x | |\n")
+    assert "line" in tell("mission", "continue")[2]
+    board.unlink()
+    board.symlink_to(folder.parent / "elsewhere.md")
+    (folder.parent / "elsewhere.md").write_text(head + "| C | not-started | do C |  |\n")
+    assert tell("mission", "continue")[0] == 0
+    assert tell("show", "C")[0] == 3, "a link leads out of the project"
+
+
 def test_a_failed_command_is_7(tell: Tell, server: Server, folder: Path) -> None:
     write(folder)
     create(server, "T1", "one")
