@@ -6464,7 +6464,7 @@ async def hand_over(queue: Queue, now: Standing) -> str:
     for title, rows in parts.items():
         shown = [f"- {quoted(row, 160).rstrip(':')}" for row in rows[:3]]
         lines += [f"{title}, {len(shown)} of {len(rows)}:", *shown] if rows else []
-    loop = f"With mission {now.called}: {PRIME}"
+    loop = f"Give queue_next mission {now.called}. {PRIME}"
     rules = RULES.format(AT_HAND.format(now.mine["id"]) if now.mine else loop)
     return clipped("\n".join(lines), HAND_OVER - len(rules.encode()) - 1) + "\n" + rules
 
@@ -6499,7 +6499,7 @@ def outline(now: Standing) -> Iterator[str]:
 def called_in_queue(queue: Queue, mission: Mission) -> str:
     """The queue's mission that a mission.json stands for: the configured one, else its id, made
     to fit."""
-    fitting = re.sub(r"[^A-Za-z0-9._@-]+", "-", mission.id).lstrip("._@-")[:128]
+    fitting = re.sub(r"[^A-Za-z0-9._@-]+", "-", mission.text("mission_id")).lstrip("._@-")[:128]
     return str(ARGUMENTS["mission"].check("mission", queue.config["mission"] or fitting))
 
 
@@ -6524,7 +6524,8 @@ async def sync_board(queue: Queue, file: Path) -> None:
 
 
 async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> Standing:
-    """Write what the queue says to the mission's files, once its task table is in step."""
+    """Write what the queue says to the mission's files, once its task table is in step; where they
+    cannot be written, say so."""
     await sync_board(queue, file)
     now = await standing(queue, file, at_hand)
 
@@ -6533,11 +6534,16 @@ async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> 
         if now.mine and now.lock:
             mission.note(now.lock.text("session_id"), {"last_task": now.mine["taskId"]})
 
-    with registry(file.parent):
-        now = now._replace(mission=change(file, edit))
-        if now.mine or not (now.lock and state_of(now.lock) == "alive"):
-            path = file.parent / "next-task.json"
-            put_json(path, capsule(now, runtime), bytes_of(path))
+    try:
+        with registry(file.parent):
+            now = now._replace(mission=change(file, edit))
+            if now.mine or not (now.lock and state_of(now.lock) == "alive"):
+                path = file.parent / "next-task.json"
+                put_json(path, capsule(now, runtime), bytes_of(path))
+    except Refused as problem:
+        if problem.code != "UNFIT":
+            raise
+        print(f"mosaic-queue: {problem.message}", file=sys.stderr)
     return now
 
 
@@ -6567,15 +6573,8 @@ def mission_init(
 
 
 async def mission_continue(queue: Queue, file: Path, runtime: str) -> dict[str, Any]:
-    """The hand-over text; next-task.json is written as well, where it can be."""
-    try:
-        now = await written(queue, file, runtime)
-    except Refused as problem:
-        if problem.code != "UNFIT":
-            raise
-        print(f"mosaic-queue: {problem.message}", file=sys.stderr)
-        now = await standing(queue, file)
-    return {"text": await hand_over(queue, now)}
+    """The hand-over text; the mission's files are brought up to date as well."""
+    return {"text": await hand_over(queue, await written(queue, file, runtime))}
 
 
 async def mission_status(queue: Queue, file: Path) -> dict[str, Any]:
