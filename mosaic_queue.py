@@ -1473,8 +1473,8 @@ class Link:
             await asyncio.sleep(min(0.2, seconds))
 
     async def told(self, pattern: str) -> AsyncIterator[str]:
-        """The channels that match a pattern, as often as something is published there, and the
-        pattern when the listening begins anew: what was published meanwhile is never told."""
+        """What is published on the channels that match a pattern, and "" when the listening begins
+        anew: what was published meanwhile is never told."""
         import asyncio
 
         from redis.exceptions import RedisError
@@ -1485,7 +1485,7 @@ class Link:
                 async with self._client.pubsub() as channel:
                     await channel.psubscribe(pattern)
                     async for message in channel.listen():
-                        yield message["channel"]
+                        yield str(message["data"]) if message["type"] == "pmessage" else ""
             await asyncio.sleep(1)
 
     def scan(self, pattern: str) -> AsyncIterator[str]:
@@ -2491,6 +2491,8 @@ class Queue:
             most = 1000 if task else limit
             rows = await self.link.send("XREVRANGE", stream, "+", "-", "COUNT", most)
             found = [event for row in reversed(rows) if (event := event_from(project, row, task))]
+            if not found:
+                await self.call("records", project, {"ids": ""})  # refuses one that is not there
             last = found[-1]["rev"] if found else 0
             return {"events": found[-limit:], "since": last}
         first = await self.link.send("XRANGE", stream, "-", "+", "COUNT", 1)
@@ -2695,6 +2697,14 @@ class Queue:
             soonest = min((lease.due for lease in self.leases.values()), default=now + 1)
             await asyncio.sleep(min(1, max(0.05, soonest - time.monotonic())))
 
+    async def look_at_changes(self, project: str) -> None:
+        """Have `renew_leases` look at once after a task that is held, when anybody has changed it,
+        until cancelled."""
+        async for event in self.link.told(f"mosaic:queue:project:{{{project}}}:events"):
+            lease = self.leases.get(f"{project}/{event.partition(chr(9))[0]}")
+            if lease:
+                lease.due = 0
+
     async def leave(self) -> None:
         """Say of every claim of this process that nobody renews it any more, so that a later
         session of the same agent may take it over at once."""
@@ -2811,6 +2821,8 @@ def explained(
             why.append(f"it is not due before @{task['notBefore']}@")
         elif "place" in facts:
             why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
+        else:
+            why.append("it is ready: its delay is over")
         if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
             who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
             why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
@@ -2818,7 +2830,7 @@ def explained(
         if "pausedAt" in facts:
             why.append(f"the project is paused since @{facts['pausedAt']}@")
             todo.append(f"mosaic-queue unpause --project {task['project']}")
-        if "place" in facts and not todo:
+        if task.get("notBefore", 0) <= facts["now"] and not todo:
             todo.append(f"mosaic-queue claim {name}")
     if status == "blocked":
         if "blockedReason" in task:
@@ -6049,6 +6061,7 @@ async def run_commands(
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, signalled, number)
         renewing = asyncio.create_task(queue.renew_leases())
+        looking = asyncio.create_task(queue.look_at_changes(queue.own(None)))
         why = ""
         try:
             while not runner.received and not why:
@@ -6065,6 +6078,7 @@ async def run_commands(
                 raise
         finally:
             renewing.cancel()
+            looking.cancel()
     if runner.received:
         return 128 + runner.received[0]
     counts = f"{runner.completed} completed, {runner.failed} failed, {runner.lost} lost"
@@ -6338,7 +6352,7 @@ SAYS = {  # what a hand-over says of tasks, by their status
     "Dead letters": ("failed", "failureReason"),
     "Blocked": ("blocked", "blockedReason dependencies"),
 }
-RUNTIMES = {"claude": ("mosaic", "claude", "-p"), "codex": ("mosaic", "codex", "exec")}
+RUNTIMES = {"claude": ("claude", "-p"), "codex": ("codex", "exec")}
 ENDS = {0: "completed", 5: "nothing-ready", 7: "failed"}
 
 
@@ -6634,6 +6648,19 @@ async def mission_resume(queue: Queue, file: Path, runtime: str, forced: bool) -
     return answer | await mission_continue(queue, file, runtime)
 
 
+def launcher_of(runtime: str) -> Sequence[str]:
+    """The command that starts a runtime: by the `mosaic` of this ecosystem where it is on PATH,
+    which this program's own is not, else the runtime itself."""
+    import shutil
+
+    if other := other_mosaic():
+        return str(other), *RUNTIMES[runtime]
+    if not shutil.which(runtime):
+        hint = "name the command: mosaic-queue mission run -- CMD ..."
+        raise Refused("INVALID", f"neither mosaic nor {runtime} is on PATH", hint)
+    return RUNTIMES[runtime]
+
+
 async def mission_run(
     config: Config, file: Path, runtime: str, command: Sequence[str], unsafe: bool, **how: Any
 ) -> int:
@@ -6642,6 +6669,7 @@ async def mission_run(
     Without a command the runtime gets the hand-over text.  The exit status is that of `run`.
     """
     config.set("agent", runner_name(config), config.source("agent"))
+    launcher = () if command else launcher_of(runtime)
     async with Queue(config, unsafe=unsafe) as queue:
         await sync_board(queue, file)
         now, began, reason = await standing(queue, file), time.monotonic(), "error"
@@ -6660,7 +6688,7 @@ async def mission_run(
             except Refused as problem:
                 await queue.release(task["id"], fence=task["fence"], reason=problem.message)
                 raise
-            yield command or (*RUNTIMES[runtime], text)
+            yield command or (*launcher, text)
 
         try:
             for one in await cleaned(queue, file, dead):
@@ -7147,7 +7175,9 @@ def mcp_entry(client: str, config: Config, tools: str, file: str | None) -> dict
 def client_file(client: str, named: str | None) -> Path:
     """The file that a client reads, links followed: the one that is named, else its own."""
     if not named and not CLIENTS[client].file:
-        raise Refused("INVALID", f"--write needs --file for {client}", "--file .cursor/mcp.json")
+        raise Refused(
+            "INVALID", f"--write and --dry-run need --file for {client}", "--file .cursor/mcp.json"
+        )
     variable, folder = CLIENTS[client].folder
     own = Path(os.environ.get(variable) or folder) / CLIENTS[client].file
     return (Path(named) if named else own).expanduser().resolve()
@@ -7368,6 +7398,7 @@ def make_parser(prog: str) -> Any:
             if argument.kind == "bool":
                 options["action"] = "store_false" if parameter.default is True else "store_true"
                 off = parameter.default is True
+                options["help"] = argument.help.removeprefix("false: ")
                 sub.add_argument(("--no" + flag(name)[1:]) if off else flag(name), **options)
                 continue
             if argument.kind in ("ids", "words"):
@@ -7811,6 +7842,9 @@ def run(arguments: dict[str, Any], prog: str) -> int:
         if arguments.pop("watch", False):
             return watch_status(config, arguments.get("project"), unsafe)
         follow = arguments.pop("follow", False)
+        if follow and not (arguments.get("project") or arguments.get("task") or config["project"]):
+            hint = "name it: mosaic-queue events --project P --follow"
+            raise Refused("INVALID", "--follow needs a project", hint)
         given = {name: typed(name, value) for name, value in arguments.items()}
         if "source" in given:
             # Before the event loop runs: it would keep Ctrl-C from a read that blocks.
@@ -8077,7 +8111,7 @@ def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
     said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' * bool(said and dry)}")
     if report["ready"]:
-        lines.append(f"ready, but not on the board: {', '.join(report['ready'])}")
+        lines.append(f"ready, though the board shows them waiting: {', '.join(report['ready'])}")
     return lines_of(lines)
 
 
@@ -8101,7 +8135,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 
-        argcomplete.autocomplete(make_parser(prog))  # ends the process
+        # Ends the process.  Flags are offered to who has typed a hyphen.
+        argcomplete.autocomplete(make_parser(prog), always_complete_options=False)
     try:
         status = obeyed(words, prog)
         sys.stdout.flush()
@@ -8166,16 +8201,23 @@ def mosaic() -> int:
         return main([], "mosaic queue")
     if sys.argv[1:2] == ["queue"]:
         return main(sys.argv[2:], "mosaic queue")
-    own = Path(sys.argv[0]).resolve()
+    if other := other_mosaic():
+        os.execv(other, [str(other), *sys.argv[1:]])
+    print("usage: mosaic queue COMMAND [...]", file=sys.stderr)
+    return 2
+
+
+def other_mosaic() -> Path | None:
+    """The next `mosaic` on PATH that is none of this program's."""
+    own = Path(sys.argv[0]).resolve().parent / "mosaic"
     path = os.get_exec_path()
     here = [at for at, folder in enumerate(path) if (Path(folder) / "mosaic").resolve() == own]
     # Only what comes after this one: two installations would hand over to each other for ever.
     for folder in path[here[-1] + 1 :] if here else path:
         other = Path(folder) / "mosaic"
         if os.access(other, os.X_OK) and other.is_file() and other.resolve() != own:
-            os.execv(other, [str(other), *sys.argv[1:]])
-    print("usage: mosaic queue COMMAND [...]", file=sys.stderr)
-    return 2
+            return other
+    return None
 
 
 if __name__ == "__main__":

@@ -731,3 +731,25 @@ def test_ctrl_c_is_130(server: Server, environ: dict[str, str], tmp_path: Path) 
         assert process.stderr
         assert "Traceback" not in process.stderr.read()
     assert key_space(server) == before
+
+
+def test_a_delay_that_is_over_is_seen_without_a_claim(tell: Tell) -> None:
+    tell("create p m T1 --title t --delay 1")
+    give_up = time.monotonic() + 60
+    while "it is not due before" in tell("explain p/T1")[1]:
+        assert time.monotonic() < give_up
+    assert "it is ready: its delay is over" in tell("explain p/T1")[1]
+    assert "-> mosaic-queue claim p/T1" in tell("explain p/T1")[1]
+    assert "lane any: 1 ready" in tell("status --project p")[1]
+    assert "not due" not in tell("explain --project p --lane any")[1]
+
+
+def test_events_of_what_is_not_there(tell: Tell) -> None:
+    story(
+        tell,
+        """
+        events --follow -> 2 --follow needs a project
+        events --project nowhere -> 3 there is no project nowhere
+        events -> 0 nothing has happened
+        """,
+    )

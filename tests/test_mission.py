@@ -633,6 +633,18 @@ def test_without_a_command_the_runtime_gets_the_hand_over(
     assert ask(server, "get", "T1")["summary"] == "all done"
 
 
+def test_without_a_runtime_nothing_is_claimed(
+    tell: Tell, server: Server, folder: Path, tmp_path: Path
+) -> None:
+    """This program's own `mosaic` starts no agents."""
+    tell("mission", "init", "--id", "m-1", "--name", "M")
+    create(server, "T1")
+    status, _, err = tell("mission", "run", PATH=str(tmp_path / "nothing"))
+    assert status == 2
+    assert "neither mosaic nor claude is on PATH" in err
+    assert ask(server, "get", "T1")["status"] == "pending"
+
+
 def test_a_run_that_finds_nothing_notes_what_others_did(
     tell: Tell, server: Server, folder: Path
 ) -> None:

@@ -399,6 +399,22 @@ while not pathlib.Path('off').exists():
     assert not {"late", "claimTTL", "leaseExpiresAt"} & task.keys()
 
 
+def test_a_command_whose_task_is_taken_away_is_stopped_at_once(
+    start: Start, server: Server, tmp_path: Path
+) -> None:
+    """Not when the next renewal is due, which is a third of an hour away."""
+    create(server, "T1")
+    (tmp_path / "work.py").write_text(CAREFUL)
+    process = start("run", "--ttl", "3600", "--", sys.executable, "work.py")
+    until((tmp_path / "on").exists)
+    ask(server, "block", "T1", reason="stop it", force=True)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 7
+    assert "lost" in err
+    assert (tmp_path / "told").exists()
+    assert ask(server, "get", "T1")["status"] == "blocked"
+
+
 def test_a_command_whose_lease_is_lost_is_stopped(
     start: Start, server: Server, tmp_path: Path
 ) -> None:

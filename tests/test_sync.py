@@ -675,7 +675,7 @@ async def test_check_names_what_differs_and_what_a_stale_board_hides(
     assert done.stdout.split("\n") == [
         "TASKS.md:3: written A status: file 'not-started', queue 'done'",
         "TASKS.md: 1 written (nothing was changed)",
-        "ready, but not on the board: B",
+        "ready, though the board shows them waiting: B",
         "",
     ]
     told = json.loads(command("sync", "TASKS.md", "--project", "p", "--check", "--json").stdout)

@@ -13,9 +13,16 @@
 meta = project()
 local soon = now + require_integer(arg.soon, 'soon', 0, WEEK) * 1000
 local lanes, expiring, claimed, ready, running, looked = {}, {}, 0, 0, 0, 0
+-- Tasks whose delay is over are ready: whoever claims next moves them there.
+local late = {}
+for _, id in ipairs(read('ZRANGEBYSCORE', root .. ':delayed', '-inf', now, 'LIMIT', 0, LOOK)) do
+  local task = fields(id)
+  if task then late[task.lane] = (late[task.lane] or 0) + 1 end
+end
 local oldest, oldest_id
 for lane in each_lane() do
-  local waiting, taken = read('ZCARD', key('ready', lane)), read('ZCARD', key('running', lane))
+  local waiting = read('ZCARD', key('ready', lane)) + (late[lane] or 0)
+  local taken = read('ZCARD', key('running', lane))
   lanes[#lanes + 1] = row('lane', lane, 'ready', waiting, 'held', taken,
                           'maxConcurrent', cap(lane) or '')
   ready, running = ready + waiting, running + taken
@@ -40,6 +47,7 @@ for lane in each_lane() do
   end
 end
 local delayed = read('ZCARD', root .. ':delayed')
+for _, count in pairs(late) do delayed = delayed - count end
 local followers, stored = {}, read('HGETALL', root)
 for i = 1, #stored, 2 do
   local name, cursor, heard = stored[i]:match('^follow:(.*)'), stored[i + 1]:match('^(%d+) %d+ (%d+)')
