@@ -3153,9 +3153,10 @@ VERSION = 1  # of the files with records
 IN_HASH = (
     *("status", "priority", "lane", "mission", "order", "rev", "updatedAt", "notBefore"),
     *("claimedBy", "claimedAt", "claimTTL", "session", "fence", "maxRuntime", "retryCount"),
-    *("expiryCount", "completedAt", "failedAt"),
+    *("expiryCount", "completedAt", "failedAt", "blocked", "assigned", "orphaned", "late"),
+    *("reaped", "edges"),
 )
-MARKS = ("blocked", "assigned", "orphaned", "late")  # `1` in the hash
+IN_TEXT = ("title", "description", "metadata", "dependencies")
 IN_WORK = ("progress", "checkpoint", "failureReason", "blockedReason")
 NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "order", "rev", "updatedAt")
 NEEDED_IN = {
@@ -3163,22 +3164,34 @@ NEEDED_IN = {
     "completed": ("completedAt",),
     "failed": ("failedAt",),
 }
+NUMBER = Argument("int", "", 0, 2**51 - 1)
+FIELDS: dict[str, Argument | str] = {  # what a value may be; a pattern is one for its JSON
+    **{name: ARGUMENTS[name] for name in Record.__annotations__ if name in ARGUMENTS},
+    **dict.fromkeys(INTEGERS & Record.__annotations__.keys(), NUMBER),
+    **dict.fromkeys(("order", "createdAt"), NUMBER),
+    **dict.fromkeys(("taskId", "claimedBy"), ARGUMENTS["agent"]),
+    **dict.fromkeys(("failureReason", "blockedReason"), ARGUMENTS["reason"]),
+    **dict.fromkeys(("blocked", "assigned", "orphaned", "late"), '1|true|"1"'),
+    **dict.fromkeys(("waits", "freed"), rf'\[("{ID.pattern}",?)*\]'),
+    **dict.fromkeys(("epoch", "limits", "lanes"), '"[ -~]*"'),
+    "reaped": r'"\d{1,15} \S{0,128} \S{1,128}"',
+    "hidden": r"\{.*\}",
+    "id": ".*",
+    "project": ".*",  # one may be entered under another name
+}
 
 
 def restored_row(record: Record) -> dict[str, str]:
     """A record as restore.lua takes it."""
     values: dict[str, Any] = {**record.get("hidden", {}), **record}
-    dependencies = record.get("dependencies", [])
-    names = [name for name in (*IN_HASH, *MARKS, "reaped") if values.get(name)]
-    pairs = {name: values[name] for name in names} | ({"late": 1} if values.get("late") else {})
-    if dependencies:
-        pairs["edges"] = len(dependencies)
-    text = {name: values[name] for name in ("title", "description") if values.get(name)}
-    if "metadata" in record:
-        text["metadata"] = compact(record["metadata"])
-    if dependencies:
-        text["dependencies"] = " ".join(dependencies)
-    work = {name: values[name] for name in IN_WORK if values.get(name)}
+    edges = values.get("dependencies", ())
+    values |= {"edges": len(edges), "dependencies": " ".join(edges)}
+    values |= {"late": int(values.get("late", 0))}
+    values |= {"metadata": compact(values["metadata"])} if "metadata" in values else {}
+    pairs, text, work = (
+        {name: values[name] for name in names if values.get(name)}
+        for names in (IN_HASH, IN_TEXT, IN_WORK)
+    )
     return {
         "task": record["taskId"],
         "hash": "\t".join(f"{name}\t{value}" for name, value in pairs.items()),
@@ -3219,50 +3232,31 @@ class Unsettled:
         return rows
 
 
+def check_fields(given: Mapping[str, Any], *needed: str) -> None:
+    """Hold fields against FIELDS; refuses what does not fit, and what is missing."""
+    for name in needed:
+        if name not in given:
+            raise Refused("INVALID", f"{name} is missing", "")
+    for name, value in given.items():
+        rule = FIELDS.get(name)
+        if rule is None:
+            invalid("field of a record", name, ", ".join(Record.__annotations__))
+        elif isinstance(rule, Argument):
+            rule.check(name, value)
+        elif not re.fullmatch(rule, compact(value), re.DOTALL):
+            invalid(name, value, f"JSON like {rule}")
+
+
 def record_of(value: Any, meta: Meta) -> Record:
     """A record as a file has it, held against every rule; refuses what does not fit."""
     if not isinstance(value, dict):
         invalid("a record", value, "a JSON object")
-    for name, one in value.items():
-        if name not in Record.__annotations__:
-            invalid("field of a record", name, ", ".join(Record.__annotations__))
-        for inner, part in one.items() if name == "hidden" and isinstance(one, dict) else ():
-            check_field(inner, part)
-        check_field(name, one)
-    status = value.get("status", "strange")
-    for name in (*NEEDED, *NEEDED_IN.get(status, ())):
-        if name not in value:
-            raise Refused("INVALID", f"{name} is missing in the record of a {status} task", "")
+    check_fields(value, *NEEDED)
+    check_fields(value, *NEEDED_IN.get(value["status"], ()))
+    check_fields(value.get("hidden", {}))
     if value["lane"] not in [lane.partition("=")[0] for lane in meta["lanes"].split()]:
         invalid("lane", value["lane"], meta["lanes"])
     return cast(Record, value)
-
-
-def check_field(name: str, value: Any) -> None:
-    """Refuse a field of a record, shown or hidden, whose value cannot be one."""
-    same = {"taskId": "project", "failureReason": "reason", "blockedReason": "reason"}
-    same |= {"claimedBy": "agent"}
-    if name in INTEGERS or name in ("order", "createdAt"):
-        if type(value) is not int or not 0 <= value < 2**51:
-            invalid(name, value, "a whole number")
-    elif name in ("waits", "freed"):
-        if not isinstance(value, list) or not all(map(ID.fullmatch, map(str, value))):
-            invalid(name, value, "a list of taskIds")
-    elif name in MARKS:
-        if value not in (True, "1"):
-            invalid(name, value, '"1"')
-    elif name == "reaped":
-        if not re.fullmatch(r"\d{1,15} \S{0,128} \S{1,128}", str(value)):
-            invalid(name, value, "fence, session and agent")
-    elif name == "hidden":
-        if not isinstance(value, dict):
-            invalid(name, value, "a JSON object")
-    elif name in ("id", "project"):
-        pass  # a project may be entered under another name
-    elif same.get(name, name) in ARGUMENTS:
-        ARGUMENTS[same.get(name, name)].check(name, value)
-    else:
-        invalid("field of a record", name, ", ".join(Record.__annotations__))
 
 
 def meta_of(value: Any, what: str) -> Meta:
@@ -3273,45 +3267,31 @@ def meta_of(value: Any, what: str) -> Meta:
     if version > VERSION:
         said = f"this {what} is of version {version}; this program knows version {VERSION}"
         raise Refused("SCHEMA", said)
-    meta = {name: value.get(name) for name in Meta.__annotations__}
-    for name in ("epoch", "limits", "lanes"):
-        if not isinstance(meta[name], str) or not meta[name].isascii():
-            invalid(name, meta[name], "text")
-    for name in ("rev", "fence"):
-        ARGUMENTS["fence"].check(name, meta[name])
+    meta = {name: value[name] for name in Meta.__annotations__ if name in value}
+    check_fields(meta, *Meta.__annotations__)
     ARGUMENTS["project"].check("project", value.get("project"))
     return cast(Meta, meta)
 
 
-def lines_of_export(path: Path) -> Iterator[Any]:
-    """What the lines of an exported file say, checked: the header, then the records.  Refuses with
-    the number of the line."""
-    number, seen = 1, set()
+@contextlib.contextmanager
+def refused_at(place: object) -> Iterator[None]:
+    """Refuse what is wrong in a file, with the place where it is."""
     try:
-        with path.open("rb") as lines:
-            header = json.loads(lines.readline())
-            meta = meta_of(header, "export")
-            yield header
-            for line in lines:
-                number += 1
-                record = record_of(json.loads(line), meta)
-                if record["taskId"] in seen:
-                    raise Refused("INVALID", f"task {record['taskId']} is in two lines", "")
-                seen.add(record["taskId"])
-                yield record
+        yield
     except OSError as problem:
-        raise Refused("INVALID", f"{path} cannot be read: {problem.strerror}", "") from None
+        raise Refused("INVALID", f"{place} cannot be read: {problem.strerror}", "") from None
     except (ValueError, RecursionError):
-        raise Refused("INVALID", f"line {number} of {path} is no JSON in UTF-8", "") from None
+        raise Refused("INVALID", f"{place} is no JSON in UTF-8", "") from None
     except Refused as problem:
-        said = f"line {number} of {path}: {problem.message}"
+        said = f"{place}: {problem.message}"
         raise Refused(problem.code, said, problem.hint) from None
 
 
-def require_no_cycle(edges: Mapping[str, Sequence[str]], where: str) -> None:
+def require_no_cycle(records: Mapping[str, Record], where: object) -> None:
     """Refuse tasks that would wait for each other for ever."""
     import graphlib
 
+    edges = {task: record.get("dependencies", ()) for task, record in records.items()}
     try:
         graphlib.TopologicalSorter(edges).prepare()
     except graphlib.CycleError as cycle:
@@ -3320,19 +3300,26 @@ def require_no_cycle(edges: Mapping[str, Sequence[str]], where: str) -> None:
 
 
 def read_export(path: Path) -> tuple[str, Meta, Records]:
-    """Project, facts and records of an exported file, which is read whole before."""
-    lines = lines_of_export(path)
-    header = next(lines)
-    edges = {record["taskId"]: record.get("dependencies", ()) for record in lines}
-    require_no_cycle(edges, str(path))
+    """Project, facts and records of an exported file; refuses with the number of the line."""
+    with refused_at(path):
+        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    with refused_at(f"line 1 of {path}"):
+        header = json.loads(lines[0])
+        meta = meta_of(header, "export")
+    found: dict[str, Record] = {}
+    for number, line in enumerate(lines[1:], 2):
+        with refused_at(f"line {number} of {path}"):
+            record = record_of(json.loads(line), meta)
+            if record["taskId"] in found:
+                raise Refused("INVALID", f"task {record['taskId']} is in two lines", "")
+            found[record["taskId"]] = record
+    require_no_cycle(found, path)
+    return header["project"], meta, at_once(found)
 
-    async def records() -> Records:
-        lines = lines_of_export(path)
-        next(lines)
-        while part := list(itertools.islice(lines, 10 * RECORDS)):
-            yield part
 
-    return header["project"], meta_of(header, "export"), records()
+async def at_once(records: Mapping[str, Record]) -> Records:
+    """Records that are all here."""
+    yield [*records.values()]
 
 
 async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
@@ -3353,17 +3340,6 @@ def in_order(record: Record) -> dict[str, Any]:
     return {name: record[name] for name in Record.__annotations__ if name in record}  # type: ignore
 
 
-async def counting(source: Records, what: str) -> Records:
-    """Records on their way, with a line on stderr for each second after the first."""
-    count, next_at = 0, time.monotonic() + 1
-    async for records in source:
-        yield records
-        count += len(records)
-        if time.monotonic() > next_at:
-            next_at = time.monotonic() + 1
-            print(f"{what}: {count} tasks", file=sys.stderr, flush=True)
-
-
 async def export_to(config: Config, unsafe: bool, output: str | None) -> dict[str, Any]:
     """The command `export`: to a file, or to standard output."""
     count = -1
@@ -3377,69 +3353,63 @@ async def export_to(config: Config, unsafe: bool, output: str | None) -> dict[st
     return {"project": project, "exported": count}
 
 
-async def restore_from(
-    config: Config, unsafe: bool, project: str, epoch: str, meta: Meta, source: Records
-) -> dict[str, Any]:
-    """The commands `restore` and `import`, once their source is known."""
-    async with Queue(config, unsafe=unsafe) as queue:
-        count = await queue.restore(project, meta, counting(source, f"restoring {project}"), epoch)
-    if count < 0:
-        return {"project": project, "restored": 0, "rev": meta["rev"], "already": True}
-    return {"project": project, "restored": count, "rev": meta["rev"]}
-
-
 async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
-    """Facts and records of a project from where the configuration keeps them."""
-    if not config["postgres.url"]:
-        return read_manifests(manifest_folder(config), project)
+    """Facts and records of a project from Postgres."""
     postgres = Postgres(config)
     try:
         meta, found = await postgres.records(project)
+        return meta, at_once(found)
     except Refused as problem:
         if problem.code == "UNREACHABLE":
             problem.hint = f"from manifests: mosaic-queue restore --from {manifest_folder(config)}"
         raise
     finally:
         await postgres.close()
-    return meta, at_once([*found.values()])
-
-
-async def at_once(records: Sequence[Record]) -> Records:
-    """Records that are all here."""
-    yield records
 
 
 async def restore(config: Config, unsafe: bool, source: str | None) -> dict[str, Any]:
     """The command `restore`: from the record, or from what is named: an exported file of the same
     project, or a folder of manifests."""
     project = Queue(config).own(None)
-    if source is None:
+    if source is None and config["postgres.url"]:
         meta, records = await recorded(config, project)
-    elif Path(source).is_dir():
-        meta, records = read_manifests(Path(source), project)
+    elif source is None or Path(source).is_dir():
+        folder = Path(source) if source else manifest_folder(config)
+        meta, records = read_manifests(folder, project)
     else:
         named, meta, records = read_export(Path(source))
         if named != project:
             hint = f"mosaic-queue import {source} --project {project}"
             raise Refused("INVALID", f"{source} is of project {named}, not of {project}", hint)
-    return await restore_from(config, unsafe, project, "", meta, records)
+    return await made_again(config, unsafe, project, meta, records)
 
 
 async def import_(config: Config, unsafe: bool, source: str, project: str | None) -> dict[str, Any]:
     """The command `import`; under another name it becomes another project, of another epoch."""
     named, meta, records = read_export(Path(source))
-    epoch = "" if project in (None, named) else os.urandom(12).hex()
-    return await restore_from(config, unsafe, project or named, epoch, meta, records)
+    if project not in (None, named):
+        meta["epoch"] = os.urandom(12).hex()
+    return await made_again(config, unsafe, project or named, meta, records)
+
+
+async def made_again(
+    config: Config, unsafe: bool, project: str, meta: Meta, records: Records
+) -> dict[str, Any]:
+    """What `restore` and `import` answer, once it is done."""
+    async with Queue(config, unsafe=unsafe) as queue:
+        count = await queue.restore(project, meta, records)
+    already = {"already": True} if count < 0 else {}
+    return {"project": project, "restored": max(count, 0), "rev": meta["rev"], **already}
 
 
 # ==== MANIFESTS ==============================================================================
 #
 # The record as files for people: one per mission, and project.json with what is the project's
-# own and how far the files have come, written last.  Whatever happens in between is healed when
-# the same changes are applied again.
+# own and how far the files have come, written last.  A monitor writes all of them when it begins
+# and after whatever went wrong, and then those in which something changes.
 
 MANIFEST_EVERY = 1.0  # s between two writes of one file
-Missions = dict[Path, dict[str, Record]]  # by file and taskId
+Missions = dict[str, dict[str, tuple[int, str, str]]]  # by mission and taskId: order, taskId, line
 
 
 def manifest_folder(config: Config) -> Path:
@@ -3455,70 +3425,44 @@ def file_name(name: str) -> str:
     return f"{name}~{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
 
 
-def read_manifest(path: Path, project: str) -> dict[str, Any]:
-    """What a manifest says; refuses UNFIT one that is cut off, foreign or newer."""
-    try:
-        value = json.loads(path.read_bytes())
-        meta_of(value, "manifest") if path.name == "project.json" else None
-        if not isinstance(value, dict) or value.get("v") != VERSION:
-            raise ValueError(f"no manifest of version {VERSION}")
-        if value.get("project") != project:
-            raise ValueError(f"a manifest of project {value.get('project')}")
-        if path.name != "project.json" and not isinstance(value.get("tasks"), list):
-            raise ValueError("no manifest of a mission")
-    except FileNotFoundError:
-        raise Refused("NOT_FOUND", f"there is no manifest {path}", "") from None
-    except Refused as problem:
-        raise Refused(problem.code, f"{path}: {problem.message}", problem.hint) from None
-    except (OSError, ValueError, RecursionError) as problem:
-        said = str(problem) if type(problem) is ValueError else "not JSON, or cut off"
-        said = f"{path} is no manifest: {getattr(problem, 'strerror', None) or said}"
-        raise Refused("UNFIT", said, "a running monitor writes it anew") from None
-    return value
-
-
 def missions_of(folder: Path) -> Sequence[Path]:
     """The manifests of a project's missions."""
     return [path for path in sorted(folder.glob("*.json")) if path.name != "project.json"]
 
 
+def read_manifest(path: Path, project: str) -> dict[str, Any]:
+    """What a manifest says; refuses one that is cut off, foreign or newer."""
+    with refused_at(path):
+        value = json.loads(path.read_bytes())
+        if path.name == "project.json":
+            meta_of(value, "manifest")
+        elif not isinstance(value, dict) or not isinstance(value.get("tasks"), list):
+            raise Refused("INVALID", "this is no manifest of a mission", "")
+        for name, wanted in {"project": project, "v": VERSION}.items():
+            if value.get(name) != wanted:
+                invalid(name, value.get(name), str(wanted))
+    return cast(dict[str, Any], value)
+
+
 def read_manifests(folder: Path, project: str) -> tuple[Meta, Records]:
     """Facts and records of a project from its manifests, all of which are read before."""
     folder = folder / file_name(project)
-    try:
-        meta = meta_of(read_manifest(folder / "project.json", project), "manifest")
-    except Refused as problem:
-        if problem.code == "NOT_FOUND":
-            hint = "name an exported file: mosaic-queue restore --from FILE"
-            raise Refused("NOT_FOUND", f"{folder} has no record of {project}", hint) from None
-        raise
-    newest: dict[str, int] = {}
-    edges: dict[str, Sequence[str]] = {}
+    if not (folder / "project.json").exists():
+        hint = "name an exported file: mosaic-queue restore --from FILE"
+        raise Refused("NOT_FOUND", f"{folder} has no record of {project}", hint)
+    meta = meta_of(read_manifest(folder / "project.json", project), "manifest")
+    found: dict[str, Record] = {}
     for path in missions_of(folder):
-        for record in records_of_manifest(path, project, meta):
-            if record["rev"] >= newest.get(record["taskId"], 0):
-                newest[record["taskId"]] = record["rev"]
-                edges[record["taskId"]] = record.get("dependencies", ())
-    require_no_cycle(edges, str(folder))
-
-    async def records() -> Records:
-        # A task that changed its mission may for a moment stand in two files.
-        for path in missions_of(folder):
-            found = records_of_manifest(path, project, meta)
-            yield [one for one in found if newest.get(one["taskId"]) == one["rev"]]
-
-    return meta, records()
-
-
-def records_of_manifest(path: Path, project: str, meta: Meta) -> Sequence[Record]:
-    """The records of one file, checked; refuses with its path."""
-    value = read_manifest(path, project)
-    try:
-        if value.get("epoch") != meta["epoch"]:
-            invalid("epoch", value.get("epoch"), meta["epoch"])
-        return [record_of(one, meta) for one in value["tasks"]]
-    except Refused as problem:
-        raise Refused(problem.code, f"{path}: {problem.message}", problem.hint) from None
+        value = read_manifest(path, project)
+        with refused_at(path):
+            if value.get("epoch") != meta["epoch"]:
+                invalid("epoch", value.get("epoch"), meta["epoch"])
+            for record in (record_of(one, meta) for one in value["tasks"]):
+                # A task that changed its mission may for a moment stand in two files.
+                if record["rev"] >= found.get(record["taskId"], record)["rev"]:
+                    found[record["taskId"]] = record
+    require_no_cycle(found, folder)
+    return meta, at_once(found)
 
 
 class Manifests:
@@ -3528,104 +3472,86 @@ class Manifests:
 
     def __init__(self, folder: Path, wanted: Callable[[], bool] = lambda: True) -> None:
         self.folder, self.wanted = folder, wanted
-        self.broken: set[str] = set()  # projects with a file that has to be written anew
+        self.written: dict[str, Missions] = {}  # by project
 
-    async def cursor(self, project: str) -> tuple[str, int] | None:
-        """As project.json has it; None when a file is to be written anew."""
-        folder = self.folder / file_name(project)
-        for left in folder.glob(".*.draft"):  # of a process that was killed
-            left.unlink(missing_ok=True)
-        try:
-            meta = read_manifest(folder / "project.json", project)
-        except Refused:
-            return None
-        return None if project in self.broken else (meta["epoch"], int(meta.get("cursor", 0)))
+    async def cursor(self, project: str) -> None:
+        """None: whoever begins, or goes on after an error, writes all files anew."""
 
     async def apply(self, changes: Changes) -> None:
         """Write the missions anew of which tasks changed."""
         import asyncio
 
-        await asyncio.to_thread(self._write, changes, self._merged)
+        await asyncio.to_thread(self._write, changes, self.written.pop(changes.project), False)
 
     async def rebuild(self, changes: Changes) -> None:
         """Write all missions anew, unless they are of another epoch: they may be all there is."""
         import asyncio
 
-        await asyncio.to_thread(self._write, changes, self._replaced)
-        self.broken.discard(changes.project)
+        await asyncio.to_thread(self._write, changes, {}, True)
 
-    def _write(
-        self, changes: Changes, decided: Callable[[Changes, Path, Missions], Missions]
-    ) -> None:
+    def _write(self, changes: Changes, missions: Missions, whole: bool) -> None:
         folder = self.folder / file_name(changes.project)
         for private in (self.folder, folder):
             private_folder(private)
-        missions: Missions = {}
-        for task, record in changes.tasks.items():
-            path = folder / f"{file_name(record['mission'])}.json"
-            missions.setdefault(path, {})[task] = record
+        changed = taken_over(changes, missions)
+        paths = {folder / f"{file_name(name)}.json": name for name in changed}
         with locked(folder / ".lock"):
-            for path, records in decided(changes, folder, missions).items():
-                if records:
+            self._require_own(changes, folder)
+            for path, name in paths.items():
+                if missions[name]:
                     with drafted(path) as file:
-                        file.writelines(manifest_lines(changes, records.values()))
-                else:
-                    path.unlink(missing_ok=True)
+                        file.writelines(manifest_lines(changes, name, missions[name].values()))
+            left = [path for path, name in paths.items() if not missions[name]]
+            if whole:  # also what a process left that was killed
+                left += [*folder.glob(".*.draft"), *({*missions_of(folder)} - paths.keys())]
+            for path in left:
+                path.unlink(missing_ok=True)
             facts = {"v": VERSION, "project": changes.project, **changes.meta}
             facts |= {"epoch": changes.epoch, "cursor": changes.rev}
             with drafted(folder / "project.json") as file:
                 file.write((json.dumps(facts, indent=2) + "\n").encode())
+        self.written[changes.project] = missions
 
-    def _merged(self, changes: Changes, folder: Path, missions: Missions) -> Missions:
-        """The files that change, with what stands in them and the newer of each task."""
-        moved = {one["task"] for one in changes.events if one["op"] in ("delete", "purge")}
-        moved |= {
-            one["task"]
-            for one in changes.events
-            if one["op"] == "update" and "mission" in one.get("text", "").split()
-        }
-        merged: Missions = {}
-        for path in {*missions, *(missions_of(folder) if moved else ())}:
+    def _require_own(self, changes: Changes, folder: Path) -> None:
+        """Refuse to write over files of another epoch, or that somebody else has gone on with."""
+        for path in (folder / "project.json", *missions_of(folder)):
             try:
-                has = read_manifest(path, changes.project)["tasks"] if path.exists() else []
-                stays = {one["taskId"]: one for one in has if one["taskId"] not in moved}
-            except (Refused, TypeError, KeyError):
-                self.broken.add(changes.project)
-                said = f"{path} is cut off or foreign; it is written anew"
-                raise Refused("UNFIT", said, "") from None
-            for task, record in missions.get(path, {}).items():
-                if task not in stays or stays[task]["rev"] <= record["rev"]:
-                    stays[task] = record
-            if path in missions or len(stays) < len(has):
-                merged[path] = stays
-        return merged
-
-    def _replaced(self, changes: Changes, folder: Path, missions: Missions) -> Missions:
-        """All files; those of missions that are no more are taken away."""
-        there = missions_of(folder)
-        for path in (folder / "project.json", *there):
-            try:
-                epoch = read_manifest(path, changes.project).get("epoch")
+                found = read_manifest(path, changes.project)
             except Refused:
-                continue
-            if epoch == changes.epoch:
-                break
-            said = f"{path} is of another epoch, {epoch}: what it has may be all that is left"
-            hint = f"mosaic-queue restore --project {changes.project}, or remove {folder}"
-            raise Refused("UNFIT", said, hint)
-        return {**{path: {} for path in there}, **missions}
+                continue  # what is cut off, or missing, is written anew
+            if found.get("epoch") != changes.epoch:
+                said = f"{path} is of another epoch: what it has may be all that is left"
+                hint = f"mosaic-queue restore --project {changes.project}, or remove {folder}"
+                raise Refused("UNFIT", said, hint)
+            if changes.before not in (None, found.get("cursor", changes.before)):
+                said = f"{path} is not at rev {changes.before}"
+                raise Refused("STALE_REV", said, "another monitor keeps it too")
+            return
 
 
-def manifest_lines(changes: Changes, records: Iterable[Record]) -> Iterator[bytes]:
+def taken_over(changes: Changes, missions: Missions) -> set[str]:
+    """Bring the missions up to date; the names of those that changed."""
+    changed = {record["mission"] for record in changes.tasks.values()}
+    ids = {event["task"] for event in changes.events} | changes.tasks.keys()
+    for name, tasks in missions.items():
+        if gone := ids & tasks.keys():
+            changed.add(name)
+        for task in gone:
+            del tasks[task]
+    for task, record in changes.tasks.items():
+        line = json.dumps(in_order(record), ensure_ascii=False)
+        missions.setdefault(record["mission"], {})[task] = (record["order"], task, line)
+    return changed
+
+
+def manifest_lines(
+    changes: Changes, mission: str, tasks: Iterable[tuple[int, str, str]]
+) -> Iterator[bytes]:
     """The file of a mission: JSON with a line for each task, in the order of their creation."""
-    tasks = sorted(records, key=lambda one: (one["order"], one["taskId"]))
-    head = {"v": VERSION, "project": changes.project, "mission": tasks[0]["mission"]}
-    head |= {"epoch": changes.epoch}
+    head = {"v": VERSION, "project": changes.project, "mission": mission, "epoch": changes.epoch}
     yield (json.dumps(head, ensure_ascii=False)[:-1] + ', "tasks": [\n').encode()
-    for at, task in enumerate(tasks, 1):
-        line = json.dumps(in_order(task), ensure_ascii=False)
-        yield (line + ("\n" if at == len(tasks) else ",\n")).encode()
-    yield b"]}\n"
+    yield ",\n".join(line for _, _, line in sorted(tasks)).encode()
+    yield b"\n]}\n"
 
 
 # ==== OPENBRAIN ==============================================================================

@@ -349,8 +349,8 @@ async def test_a_flushed_project_comes_back_from_manifests(
     ("name", "change", "said"),
     [
         ("m.json", {"epoch": "other"}, "m.json: epoch is 'other'"),
-        ("m.json", {"project": "q"}, "m.json is no manifest: a manifest of project q"),
-        ("m.json", {"v": 2}, "no manifest of version 1"),
+        ("m.json", {"project": "q"}, "m.json: project is 'q'; accepted: p"),
+        ("m.json", {"v": 2}, "m.json: v is '2'; accepted: 1"),
         ("m.json", {"tasks": [{"taskId": "A"}]}, "m.json: mission is missing"),
         ("m.json", {"tasks": [7]}, "m.json: a record is '7'"),
         ("project.json", {"v": 9}, "version 9"),
