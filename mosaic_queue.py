@@ -3560,8 +3560,12 @@ def manifest_lines(
 # order.  The cursor is kept in Valkey, and moves when the receiver has said yes.
 
 CAPTURE_WITHIN = 10.0  # s for one thought, from the connection to the end of the answer
-CAPTURE_AGAIN = (30.0, 600.0)  # s before a receiver that a person has to set right is asked again
 CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
+ANSWERS = {  # what a status means that is not 2xx: UNREACHABLE may pass, INVALID never will
+    **dict.fromkeys((400, 409, 413, 422), ("INVALID", "")),
+    **dict.fromkeys((401, 403), ("UNFIT", "set openbrain.token, or $OPENBRAIN_TOKEN")),
+    **dict.fromkeys((408, 425, 429, *range(500, 600)), ("UNREACHABLE", "look at its log")),
+}
 
 
 def receiver(config: Config) -> tuple[str, dict[str, str]]:
@@ -3588,26 +3592,21 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
 
     url, headers = receiver(config)
     thought = {"content": text, "source": "mosaic-queue", "metadata": metadata}
+    said = f"OpenBrain at {masked(url)}"
     try:
         async with asyncio.timeout(CAPTURE_WITHIN):
             answer = await client.post(url, json=thought, headers=headers)
-    except TimeoutError:
-        said = f"OpenBrain at {masked(url)} did not answer within {CAPTURE_WITHIN:g} s"
-        raise Refused("UNREACHABLE", said, "is it running there?") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as problem:
-        said = f"OpenBrain at {masked(url)}: {str(problem) or type(problem).__name__}"
-        raise Refused("UNREACHABLE", said, "is it running there?") from None
-    said, status = f"OpenBrain at {masked(url)} answers {answer.status_code}", answer.status_code
-    if status in (401, 403):
-        hint = "set openbrain.token, or $OPENBRAIN_TOKEN, to one that it takes"
-        raise Refused("UNFIT", f"{said}: it does not take the token", hint)
-    if status in (400, 409, 413, 422):
-        excerpt = answer.text[:300].replace(config["openbrain.token"] or "\0", "***")
-        raise Refused("INVALID", f"{said}: it does not take this thought: {excerpt}", "")
-    if status in (408, 425, 429) or status >= 500:
-        raise Refused("UNREACHABLE", said, "look at its log")
-    if not 200 <= status < 300:
-        raise Refused("UNFIT", said, "set openbrain.url, or $OPENBRAIN_URL, to where it is")
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as problem:  # a TimeoutError is one
+        why = str(problem) or f"no answer within {CAPTURE_WITHIN:g} s"
+        raise Refused("UNREACHABLE", f"{said}: {why}", "is it running there?") from None
+    if not 200 <= answer.status_code < 300:
+        elsewhere = ("UNFIT", "set openbrain.url, or $OPENBRAIN_URL, to where it is")
+        code, hint = ANSWERS.get(answer.status_code, elsewhere)
+        said += f" answers {answer.status_code}"
+        if code == "INVALID":
+            excerpt = answer.text[:300].replace(config["openbrain.token"] or "\0", "***")
+            said += f": it does not take this thought: {excerpt}"
+        raise Refused(code, said, hint)
     with contextlib.suppress(ValueError, AttributeError):
         found = answer.json()
         return str(found.get("id") or found.get("thought", {}).get("id") or "")
@@ -3616,18 +3615,15 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
 
 def thought_of(event: Event, changes: Changes) -> tuple[str, dict[str, Any]] | None:
     """Text and metadata of an event that is worth keeping; None for any other."""
-    if event["op"] not in ("complete", "fail", "note"):
-        return None
     task: Mapping[str, Any] = changes.tasks.get(event["task"], {})
-    text = event.get("text", "")
+    text = event.get("text", "") if event["op"] in ("complete", "fail", "note") else ""
     if not text and event["op"] == "complete":
         # A long summary stands with the task alone.
         text = task.get("summary") or task.get("hidden", {}).get("summary", "")
+    facts = {"mission": task.get("mission")} | event
+    names = ("project", "mission", "task", "agent", "op", "fence", "rev")
+    metadata = {name: facts[name] for name in names if facts.get(name)}
     key = f"{changes.project}:{changes.epoch}:{event['rev']}"
-    names = ("project", "task", "agent", "op", "fence", "rev")
-    facts: Mapping[str, Any] = event
-    metadata = {name: facts[name] for name in names if name in facts}
-    metadata |= {"mission": task["mission"]} if "mission" in task else {}
     return (text, metadata | {"idempotencyKey": key}) if text else None
 
 
@@ -3641,7 +3637,6 @@ class OpenBrain:
         receiver(queue.config)
         self.began = 0  # by the server's clock, ms
         self.aside = 0  # thoughts that the receiver will never take
-        self.pause, self.until = 0.0, 0.0  # how long, and until when, nothing is sent
 
     async def cursor(self, project: str) -> tuple[str, int]:
         """As Valkey has it.  The first time it is the present, not the beginning of history, but
@@ -3665,8 +3660,6 @@ class OpenBrain:
         """Tell what there is to tell, one thought after the other."""
         import httpx2
 
-        if time.monotonic() < self.until:
-            raise Refused("UNFIT", "OpenBrain is not asked again so soon after its refusal", "")
         async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
             for event in changes.events:
                 thought = thought_of(event, changes)
@@ -3679,15 +3672,11 @@ class OpenBrain:
         try:
             await post_thought(client, self.queue.config, text, metadata)
         except Refused as problem:
-            if problem.code == "UNFIT":
-                self.pause = min(CAPTURE_AGAIN[1], 2 * self.pause or CAPTURE_AGAIN[0])
-                self.until = time.monotonic() + self.pause
             if problem.code != "INVALID":
                 raise
             self.aside += 1
             log("set aside", follower=self.name, message=problem.message, count=self.aside,
                 metadata=metadata)  # fmt: skip
-        self.pause = 0.0
 
 
 async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> dict[str, str]:
@@ -3698,16 +3687,14 @@ async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> 
     ARGUMENTS["summary"].check("text", text)
     if not text.strip():
         invalid("text", text, "what is to be kept")
-    agent = config["agent"] or user_at_host()
-    metadata: dict[str, Any] = {"agent": agent, "op": "capture"}
-    if config["project"]:
-        metadata["project"] = config["project"]
+    facts: dict[str, Any] = {"project": config["project"]}
     if task is not None:
         async with Queue(config, unsafe=unsafe) as queue:
-            found: Mapping[str, Any] = await queue.get(task)
-        names = ("project", "mission", "fence", "rev")
-        metadata |= {name: found[name] for name in names if name in found}
-        metadata["task"] = found["taskId"]
+            facts = {**await queue.get(task)}
+        facts["task"] = facts["taskId"]
+    names = ("project", "mission", "task", "fence", "rev")
+    metadata = {name: facts[name] for name in names if facts.get(name)}
+    metadata |= {"agent": config["agent"] or user_at_host(), "op": "capture"}
     metadata["idempotencyKey"] = os.urandom(12).hex()
     async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
         return {"id": await post_thought(client, config, text, metadata)}

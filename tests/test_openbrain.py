@@ -252,19 +252,17 @@ async def test_what_a_person_has_to_set_right(
     capturing: mq.Config,
     brain: Receiver,
     status: int,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is said loudly, asked again seldom, and told everything once it is right."""
-    monkeypatch.setattr(mq, "CAPTURE_AGAIN", (1.0, 2.0))
+    """It is said loudly, asked again ever more seldom, and told everything once it is right."""
     await create(queue, "A")
     async with following(queue):
         await until(lambda: at_present(db))
         brain.always = status
         await queue.note("A", "kept")
         await until(lambda: brain.asked)
-        await asyncio.sleep(0.6)
-        assert len(brain.asked) == 1
+        await asyncio.sleep(2)
+        assert len(brain.asked) <= 3
         brain.always = 201
         await until(lambda: brain.texts() == ["kept"])
     said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
