@@ -3881,26 +3881,20 @@ REFUSED_ROW = ("22", "23", "44", "54", "P0")  # SQLSTATE classes of what is wron
 
 async def migrated(db: Any, schema: str) -> None:
     """Bring the schema to MIGRATIONS; any number may do so at once.  Refuses a newer one."""
-
-    async def version() -> int:
-        # Not to_regclass: what it has not found once, it may not find later in a transaction.
+    async with db.transaction():
+        await db.execute("select pg_advisory_xact_lock(hashtext($1))", f"mosaic {schema}")
         there = "select from pg_tables where schemaname = $1 and tablename = 'version'"
-        if not await db.fetchval(f"select exists ({there})", schema):
-            return 0
-        return cast(int, await db.fetchval("select max(version) from version"))
-
-    while (found := await version()) < len(MIGRATIONS):
-        async with db.transaction():
-            await db.execute("select pg_advisory_xact_lock(hashtext($1))", f"mosaic {schema}")
-            if await version() > found:
-                continue  # another one was first
-            if found == 0:
-                there = "select exists (select from pg_namespace where nspname = $1)"
-                if not await db.fetchval(there, schema):  # to create one takes a right
-                    await db.execute(f'create schema "{schema}"')
-                await db.execute("create table version (version integer, at timestamptz)")
-            await db.execute(MIGRATIONS[found])
-            await db.execute("insert into version values ($1, now())", found + 1)
+        found = 0
+        if await db.fetchval(f"select exists ({there})", schema):
+            found = await db.fetchval("select max(version) from version")
+        else:
+            there = "select exists (select from pg_namespace where nspname = $1)"
+            if not await db.fetchval(there, schema):  # to create one takes a right
+                await db.execute(f'create schema "{schema}"')
+            await db.execute("create table version (version integer, at timestamptz)")
+        for number, statements in enumerate(MIGRATIONS[found:], found + 1):
+            await db.execute(statements)
+            await db.execute("insert into version values ($1, now())", number)
     if found > len(MIGRATIONS):
         said = f"the record has schema version {found}; this program knows {len(MIGRATIONS)}"
         raise Refused("SCHEMA", said)
@@ -4038,15 +4032,12 @@ class Postgres:
             found = await db.fetchrow(ask, project)
             return tuple(found) if found else None
 
-    async def apply(self, changes: Changes) -> None:
-        """Record events, tasks and cursor in one transaction."""
-        await self._take(changes, whole=False)
-
     async def rebuild(self, changes: Changes) -> None:
         """Record all tasks; rows of others stay, marked as gone."""
-        await self._take(changes, whole=True)
+        await self.apply(changes, whole=True)
 
-    async def _take(self, changes: Changes, whole: bool) -> None:
+    async def apply(self, changes: Changes, whole: bool = False) -> None:
+        """Record events, tasks and cursor in one transaction."""
         project, rev, before = changes.project, changes.rev, changes.before
         async with self.session() as db, db.transaction():
             stored = tuple(await db.fetchrow(LOCK, project))
@@ -4130,10 +4121,15 @@ def as_ascii(text: str) -> str:
 # carried out like any call, or refused with a code.  Either way the row is then written as the
 # queue has the task.
 
-EDITABLE = ["title", "description", "priority", "lane", "mission", "dependencies", "metadata"]
-EDITABLE += ["notBefore"]
-SAID = ["claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason"]
-SAID += ["summary"]  # what may come with an edit of the status
+EDITABLE = {
+    *("title", "description", "priority", "lane", "mission", "dependencies", "metadata"),
+    "notBefore",
+}
+SAID = {  # what may come with an edit of the status
+    *("claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason"),
+    *("summary", "status"),
+}
+PASSING = ("UNREACHABLE", "UNFIT", "SCHEMA")  # refusals that are no answer to an edit
 
 
 async def record(queue: Queue, config: Config) -> None:
@@ -4245,21 +4241,19 @@ async def carry_out_all(queue: Queue, db: Any) -> None:
 async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -> None:
     """Carry out one edit or refuse it, write the row as the queue has the task, and say so; unless
     another is at it.  Without an epoch there is no such project."""
-    ask = "select * from edits where id = $1 and done_at is null for update skip locked"
-    row = await db.fetchrow(ask, number)
+    ask = "select row_to_json(one) from edits as one where id = $1 and done_at is null"
+    ask += " for update skip locked"
+    row = await db.fetchval(ask, number)
     if row is None:
         return
-    edit: dict[str, Any] = dict(row)
-    code = message = None
-    for side in ("old", "new"):
-        edit[side] = json.loads(edit[side] or "null")
+    edit, code, message = json.loads(row), None, None
     try:
         if epoch is None:
             hint = "create its first task with mosaic-queue create"
             raise Refused("NOT_FOUND", f"there is no project {edit['project']} in the queue", hint)
         await Edit(queue, edit).carry_out()
     except Refused as refusal:
-        if refusal.code in ("UNREACHABLE", "UNFIT", "SCHEMA"):
+        if refusal.code in PASSING:
             raise
         code = refusal.code
         message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; "))
@@ -4301,35 +4295,21 @@ class Edit:
     """A change that a person made to a row of tasks, as a request to the queue."""
 
     def __init__(self, queue: Queue, edit: Mapping[str, Any]) -> None:
-        self.edit = edit
-        self.old = record_in(edit["old"]) if edit["old"] else {}
-        self.new = record_in(edit["new"]) if edit["new"] else {}
-        names = {*self.old, *self.new} - {"id", "createdAt", "updatedAt"}
-        self.changed = {name for name in names if self.old.get(name) != self.new.get(name)}
-        if edit["kind"] == "update" and edit["old"]["gone"] != edit["new"]["gone"]:
-            self.changed.add("gone")
-        self.queue = copy.copy(queue)
-        self.queue.agent = self.queue.session = None
-        self.queue.actor = "sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100]
+        self.edit, old, new = edit, edit["old"] or {}, edit["new"] or {}
+        self.old, self.new = (record_in(row) if row else {} for row in (old, new))
+        changed = {name for name in {**old, **new} if old.get(name) != new.get(name)}
+        self.changed = {TASK_COLUMNS.get(name, name): name for name in changed - {"updated_at"}}
+        self.queue = queue.acting_as("sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100])
         self.task = {"task": edit["task_id"], "project": edit["project"]}
         self.why = f"edited in Postgres by {edit['by']}"
 
-    async def call(self, name: str, **given: Any) -> Any:
+    async def call(self, name: str, **given: Any) -> None:
         """Call an operation; sent again after a crash, it is carried out once."""
-        op = f"{self.edit['op']}-{name}"
-        return await getattr(self.queue, name)(**self.task, **given, op=op)
-
-    def said(self, name: str) -> Any:
-        """The value that the edit gives a field; None where it does not."""
-        return self.new.get(name) if name in self.changed else None
-
-    def fields(self, names: Iterable[str]) -> dict[str, Any]:
-        """Fields as arguments of `create` and `update`."""
-        given = {name: self.new.get(name) for name in names}
-        due = given.pop("notBefore", None)
-        if due is not None:
-            given["delay"] = max(0, round(due / 1000 - time.time()))
-        return given
+        try:
+            await getattr(self.queue, name)(**self.task, **given, op=f"{self.edit['op']}-{name}")
+        except Refused as refusal:
+            if refusal.code != "OP_REUSED":  # then it was, at another time with another delay
+                raise
 
     async def carry_out(self) -> None:
         """Do what is asked for; refuses what the queue refuses, and what is stale."""
@@ -4349,66 +4329,86 @@ class Edit:
 
     async def create(self) -> None:
         """Create the task of a new row, and bring it to the status that the row has."""
-        names = [name for name in EDITABLE if name in self.new]
-        given = self.fields([*names, "mission"]) | {"max_runtime": self.new.get("maxRuntime")}
-        await self.call("create", **given)
+        await self.call("create", **self.fields(EDITABLE), max_runtime=self.new.get("maxRuntime"))
         if self.new["status"] not in ("pending", "blocked") or "blockedReason" in self.new:
-            await self.move((await self.queue.get(**self.task))["status"])
+            await self.move()
 
     async def update(self) -> None:
         """Change fields that still have their old value, then the status."""
         moves = "status" in self.changed
-        kept = self.changed - {*EDITABLE, *(("status", *SAID) if moves else ())}
+        kept = self.changed.keys() - (EDITABLE | SAID if moves else EDITABLE)
         if kept:
-            names = dict(zip(TASK_COLUMNS.values(), TASK_COLUMNS, strict=True))
-            shown = ", ".join(sorted(names.get(name, name) for name in kept))
+            shown = ", ".join(sorted(self.changed[name] for name in kept))
             raise Refused("INVALID", f"{shown} of a task is for the queue to say", "")
         current: Any = await self.queue.get(**self.task)
         now, before, wanted = current["status"], self.old["status"], self.new["status"]
-        fields = sorted(self.changed & {*EDITABLE})
+        fields = sorted(self.changed.keys() & EDITABLE)
         stale = [f for f in fields if current.get(f) not in (self.old.get(f), self.new.get(f))]
         # Whoever says how the work ended need not have seen where it stood.
         same = now in (before, wanted) or {now, before} <= {*HELD} or wanted in ENDED
-        if stale or (moves and not same):
-            changed = ", ".join([*stale, *([] if same else ["status"])])
-            said = f"{current['id']} has changed meanwhile: {changed}"
-            raise Refused("STALE_REV", said, "read the row again, then repeat the edit")
-        todo = [name for name in fields if current.get(name) != self.new.get(name)]
-        if moves and now == "completed":
-            await self.move(now)
-        if todo:
-            given = self.fields(todo)
-            clear = [{"notBefore": "delay"}.get(f, f) for f in todo if self.new.get(f) is None]
-            given = {name: value for name, value in given.items() if value is not None}
-            if_rev = None if moves and now == "completed" else current["rev"]
-            changes = await self.call("update", **given, clear=clear, if_rev=if_rev)
-            now = changes["status"] if now != "completed" else now
-        if moves and now != "completed":
-            await self.move(now)
+        stale += ["status"] if moves and not same else []
+        conflict = Refused(
+            "STALE_REV",
+            f"{current['id']} has changed meanwhile: {', '.join(stale)}",
+            "read the row again, then repeat the edit",
+        )
+        reopens = moves and now == "completed" and not stale
+        if reopens:
+            await self.move()
+        try:
+            if fields:
+                # No task has rev 0: only a call that was carried out before is not refused.
+                await self.change(fields, 0 if stale else None if reopens else current["rev"])
+        except Refused as refusal:
+            raise conflict if stale and refusal.code not in PASSING else refusal from None
+        if "status" in stale:
+            raise conflict
+        if moves and not reopens:
+            await self.move()
 
-    async def move(self, now: str) -> None:
-        """Bring a task from status `now` to the one that the edit says."""
-        wanted, agent, why = self.new["status"], self.said("claimedBy"), self.why
+    async def change(self, fields: Sequence[str], rev: int | None) -> None:
+        """Give fields of the task their new values."""
+        clear = [{"notBefore": "delay"}.get(name, name) for name in fields if name not in self.new]
+        given = {name: value for name, value in self.fields(fields).items() if value is not None}
+        await self.call("update", **given, clear=clear, if_rev=rev)
+
+    def fields(self, names: Iterable[str]) -> dict[str, Any]:
+        """Fields as arguments of `create` and `update`."""
+        given = {name: self.new.get(name) for name in names}
+        due = given.pop("notBefore", None)
+        if due is not None:
+            given["delay"] = max(0, round(due / 1000 - time.time()))
+        return given
+
+    def said(self, name: str) -> Any:
+        """The value that the edit gives a field; None where it does not."""
+        return self.new.get(name) if name in self.changed else None
+
+    async def move(self) -> None:
+        """Bring the task to the status that the edit says."""
+        now, wanted = (await self.queue.get(**self.task))["status"], self.new["status"]
+        force = {"force": True}
         back: dict[str, tuple[str, dict[str, Any]]] = {
             "failed": ("redrive", {}),
-            "completed": ("reopen", {"reason": why}),
+            "completed": ("reopen", {"reason": self.why}),
             "blocked": ("unblock", {}),
         }
+        failed, blocked = self.said("failureReason"), self.said("blockedReason")
         steps: dict[str, tuple[str, dict[str, Any]]] = {
-            "pending": back.get(now, ("release", {"reason": why, "force": True})),
-            "claimed": ("assign", {"agent": agent}),
-            "in-progress": ("start", {"force": True}),
-            "blocked": ("block", {"reason": self.said("blockedReason") or why, "force": True}),
-            "completed": ("complete", {"summary": self.said("summary"), "force": True}),
-            "failed": ("fail", {"reason": self.said("failureReason") or why, "force": True}),
+            "pending": back.get(now, ("release", {"reason": self.why, **force})),
+            "claimed": ("assign", {"agent": self.said("claimedBy")}),
+            "in-progress": ("start", force),
+            "blocked": ("block", {"reason": blocked or self.why, **force}),
+            "completed": ("complete", {"summary": self.said("summary"), **force}),
+            "failed": ("fail", {"reason": failed or self.why, "retry": False, **force}),
         }
         if wanted not in steps:
             invalid("status", wanted, ", ".join(steps))
-        if wanted == "claimed" and not agent:
+        if wanted == "claimed" and not self.said("claimedBy"):
             raise Refused("INVALID", "claimed_by does not say for whom", "set claimed_by too")
         if wanted != now:
             name, given = steps[wanted]
-            await self.call(name, **given, **({"retry": False} if name == "fail" else {}))
+            await self.call(name, **given)
 
 
 # ==== TASK TABLES ============================================================================

@@ -747,6 +747,24 @@ async def test_an_edit_cut_off_acts_once(
     assert not [edit for edit in edits if edit["code"]]
 
 
+async def test_an_edit_whose_mark_was_lost_is_no_conflict(
+    queue: mq.Queue, postgres: mq.Postgres, person: Any
+) -> None:
+    """It was carried out; what somebody else has made of it since then stands."""
+    await create(queue, "T1", "T2")
+    await follow(queue, postgres)
+    await person.execute("update tasks set title = 'mine', not_before = now() + '1 hour'")
+    edits = await person.fetch("select row_to_json(edits) from edits order by id")
+    await mq.Edit(queue, json.loads(edits[0][0])).carry_out()
+    for name in ("T1", "T2"):
+        await queue.update(name, title="theirs")
+    async with postgres.session() as db:
+        await mq.carry_out_all(queue, db)
+    codes = await person.fetch("select code from edits where done_at is not null order by id")
+    assert [row["code"] for row in codes] == [None, "STALE_REV"]
+    assert (await queue.get("T1"))["title"] == (await queue.get("T2"))["title"] == "theirs"
+
+
 class Monitor:
     """A monitor in a process of its own, whose leader's lease is a second."""
 
