@@ -3495,21 +3495,20 @@ class Manifests:
             private_folder(private)
         changed = taken_over(changes, missions)
         paths = {folder / f"{file_name(name)}.json": name for name in changed}
-        with locked(folder / ".lock"):
-            self._require_own(changes, folder)
-            for path, name in paths.items():
-                if missions[name]:
-                    with drafted(path) as file:
-                        file.writelines(manifest_lines(changes, name, missions[name].values()))
-            left = [path for path, name in paths.items() if not missions[name]]
-            if whole:  # also what a process left that was killed
-                left += [*folder.glob(".*.draft"), *({*missions_of(folder)} - paths.keys())]
-            for path in left:
-                path.unlink(missing_ok=True)
-            facts = {"v": VERSION, "project": changes.project, **changes.meta}
-            facts |= {"epoch": changes.epoch, "cursor": changes.rev}
-            with drafted(folder / "project.json") as file:
-                file.write((json.dumps(facts, indent=2) + "\n").encode())
+        self._require_own(changes, folder)
+        for path, name in paths.items():
+            if missions[name]:
+                with drafted(path) as file:
+                    file.writelines(manifest_lines(changes, name, missions[name].values()))
+        left = [path for path, name in paths.items() if not missions[name]]
+        if whole:  # also what a process left that was killed
+            left += [*folder.glob(".*.draft"), *({*missions_of(folder)} - paths.keys())]
+        for path in left:
+            path.unlink(missing_ok=True)
+        facts = {"v": VERSION, "project": changes.project, **changes.meta}
+        facts |= {"epoch": changes.epoch, "cursor": changes.rev}
+        with drafted(folder / "project.json") as file:
+            file.write((json.dumps(facts, indent=2) + "\n").encode())
         self.written[changes.project] = missions
 
     def _require_own(self, changes: Changes, folder: Path) -> None:
@@ -3963,6 +3962,7 @@ class Postgres:
     def __init__(self, config: Config) -> None:
         self.url, self.schema = config["postgres.url"], config["postgres.schema"]
         self.keep: int = config["events.keep"]
+        self.away = False  # whether it could not be reached when it was last tried
         self._db: Any = None
         if not re.match("postgres(ql)?://", self.url):
             invalid("postgres.url", masked(self.url), POSTGRES_URL)
@@ -3982,7 +3982,7 @@ class Postgres:
             db = await asyncpg.connect(self.url, timeout=DEADLINE, command_timeout=60)
         except ValueError:
             invalid("postgres.url", masked(self.url), POSTGRES_URL)
-        self._db = db
+        self._db, self.away = db, False
         await db.execute(
             f'set search_path = "{self.schema}", pg_temp;'
             "set application_name = 'mosaic-queue'; set mosaic_queue.writer = 'follower'"
@@ -4004,6 +4004,7 @@ class Postgres:
         try:
             yield self._db if self._db and not self._db.is_closed() else await self._open()
         except (*told, OSError) as problem:
+            self.away = self._db is None
             await self.close()
             task = asyncio.current_task()
             if task and task.cancelling():
@@ -4074,9 +4075,8 @@ class Postgres:
             rows = [json.loads(row[0]) for row in await db.fetch(RECORDED, project, timeout=600)]
         records = {row["task_id"]: cast(Record, record_in(row)) for row in rows}
         meta = json.loads(facts["meta"]) | {"epoch": facts["epoch"]}
-        for name in ("rev", "fence"):
-            counted = [meta[name], facts["rev"] if name == "rev" else 0]
-            meta[name] = max(*counted, *(row[name] or 0 for row in rows), 0)
+        for name, least in {"rev": facts["rev"], "fence": 0}.items():
+            meta[name] = max(meta[name], least, *(row[name] or 0 for row in rows))
         return cast(Meta, meta), records
 
 
@@ -4133,36 +4133,15 @@ PASSING = ("UNREACHABLE", "UNFIT", "SCHEMA")  # refusals that are no answer to a
 
 
 async def record(queue: Queue, config: Config) -> None:
-    """Keep the record in step, and carry out people's edits of it, until cancelled."""
+    """Keep the record in step, and carry out people's edits of it, until cancelled; manifests
+    stand in for it while Postgres is away."""
     follower, editor = Postgres(config), Postgres(config)
+    instead = Manifests(manifest_folder(config), lambda: follower.away and not config["manifests"])
     try:
-        await together(follow(queue, follower), carry_out(queue, editor))
+        await together(follow(queue, follower), follow(queue, instead), carry_out(queue, editor))
     finally:
         await follower.close()
         await editor.close()
-
-
-async def stand_in(queue: Queue, config: Config) -> None:
-    """Keep manifests while Postgres does not answer, until cancelled."""
-    import asyncio
-
-    postgres, away = Postgres(config), False
-
-    async def look() -> None:
-        nonlocal away
-        while True:
-            try:
-                async with postgres.session() as db:
-                    await db.execute("select")
-                    away = False
-            except Refused as problem:
-                away = problem.code == "UNREACHABLE"
-            await asyncio.sleep(DEADLINE)
-
-    try:
-        await together(follow(queue, Manifests(manifest_folder(config), lambda: away)), look())
-    finally:
-        await postgres.close()
 
 
 async def carry_out(queue: Queue, postgres: Postgres) -> None:
@@ -4175,16 +4154,17 @@ async def carry_out(queue: Queue, postgres: Postgres) -> None:
             async with postgres.session() as db:
                 await db.add_listener(postgres.schema, lambda *_: changed.set())
                 db.add_termination_listener(lambda *_: changed.set())
+                due = 0.0
                 while True:
-                    await refresh(queue, db, lost)
-                    due = time.monotonic() + REFRESH
-                    while (left := due - time.monotonic()) > 0:
-                        changed.clear()
-                        await carry_out_all(queue, db)
-                        with contextlib.suppress(TimeoutError):
-                            async with asyncio.timeout(left):
-                                await changed.wait()
-                        pause = 0.25
+                    changed.clear()
+                    if time.monotonic() >= due:
+                        await refresh(queue, db, lost)
+                        due = time.monotonic() + REFRESH
+                    await carry_out_all(queue, db)
+                    pause = 0.25
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(max(0, due - time.monotonic())):
+                            await changed.wait()
         except Refused as problem:
             pause = min(60, 2 * pause)
             log("error", follower="postgres", part="edits", code=problem.code,
@@ -5663,7 +5643,6 @@ async def monitor(
         if config["postgres.url"]:
             Postgres(config)  # refuses what it cannot be at once
             parts["postgres"] = functools.partial(record, queue, config)
-            parts.setdefault("manifests", functools.partial(stand_in, queue, config))
         for given in workspace_files(config):
             # A file is one of this host, and another leader's monitor need not know of it.
             place = f"{socket.gethostname()} {given['path']}"
