@@ -3634,21 +3634,18 @@ class OpenBrain:
     def __init__(self, queue: Queue) -> None:
         self.queue, self.keep = queue, queue.config["events.keep"]
         receiver(queue.config)
-        self.began = 0  # by the server's clock, ms
+        self.there: Sequence[str] | None = None  # the projects with which it began
         self.aside = 0  # thoughts that the receiver will never take
 
     async def cursor(self, project: str) -> tuple[str, int]:
         """As Valkey has it.  The first time it is the present, not the beginning of history, but
-        for a project that began since we look."""
-        if not self.began:
-            seconds, micro = await self.queue.link.send("TIME")
-            self.began = 1000 * int(seconds) + int(micro) // 1000
+        for a project that is new."""
+        if self.there is None:
+            self.there = await self.queue.projects()
         epoch, rev, stored = await self.queue.followed(project, self.name)
-        if stored is not None:
-            return epoch, stored
-        first = (await self.queue.events(project=project, since=0, limit=1))["events"]
-        young = first and first[0]["rev"] == 1 and first[0]["at"] >= self.began
-        return epoch, 0 if young else rev
+        if stored is None:
+            stored = rev if project in self.there else 0
+        return epoch, stored
 
     async def rebuild(self, changes: Changes) -> None:
         """Events were trimmed before they were seen: go on with those that are left."""
@@ -3840,8 +3837,8 @@ insert into task_events select * from json_populate_recordset(null::task_events,
 where project = $1 on conflict do nothing
 """
 GONE = """
-update tasks set gone = one.gone, gone_at = one.gone_at, rev = one.rev
-from json_populate_recordset(null::tasks, $2) as one
+update tasks set gone = one.op || 'd', gone_at = one.at, rev = one.rev
+from json_populate_recordset(null::task_events, $2) as one
 where tasks.project = $1 and tasks.task_id = one.task_id and tasks.rev < one.rev
 """
 MISSING = """
@@ -3917,7 +3914,7 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
     """The Record of a row of tasks, as JSON has it; refuses a time that is none."""
-    from datetime import datetime, timedelta
+    from datetime import datetime
 
     record: dict[str, Any] = {"id": f"{row['project']}/{row['task_id']}", "project": row["project"]}
     for column, name in TASK_COLUMNS.items():
@@ -3926,10 +3923,10 @@ def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if column in TIME_COLUMNS:
             try:
-                at = datetime.fromisoformat(value) - datetime.fromisoformat("1970-01-01T00:00Z")
+                us = round(datetime.fromisoformat(value).timestamp() * 10**6)
             except ValueError:
                 invalid(column, value, "a time of our era")
-            value = at // timedelta(microseconds=1 if name == "order" else 1000)
+            value = us if name == "order" else us // 1000
         record[name] = value
     return record | {"createdAt": record["order"] // 1000}
 
@@ -4048,17 +4045,12 @@ class Postgres:
             undone = before is not None and before > rev
             if undone:
                 await db.execute(UNDONE, project, rev)
-            if changes.events:
-                await put_rows(db, "event", project, [*map(row_of_event, changes.events)])
+            events = [*map(row_of_event, changes.events)]
+            await put_rows(db, "event", project, events)
             await put_tasks(db, project, changes.tasks.values(), undone)
-            gone = [
-                {"task_id": event["task"], "rev": event["rev"], "gone": event["op"] + "d",
-                 "gone_at": stamped(1000 * event["at"])}
-                for event in changes.events
-                if event["op"] in ("delete", "purge")
-            ]  # fmt: skip
-            if gone:
-                await db.execute(GONE, project, compact(gone))
+            # Without their texts, which may be what Postgres refuses.
+            gone = [one | {"text": None} for one in events if one["op"] in ("delete", "purge")]
+            await db.execute(GONE, project, compact(gone))
             if whole:
                 await db.execute(MISSING, project, [*changes.tasks])
             meta = compact(changes.meta)
@@ -4199,10 +4191,9 @@ async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
         held = [task["taskId"] for task in await held_in(queue, project)]
         _, tasks = await queue.records(project, held)
         async with db.transaction():
-            await db.execute("select from projects where project = $1 for update", project)
-            await put_tasks(db, project, tasks.values())
-            meta = "update projects set meta = $2 where project = $1"
+            meta = "update projects set meta = $2 where project = $1"  # which locks it too
             await db.execute(meta, project, compact(facts))
+            await put_tasks(db, project, tasks.values())
 
 
 async def carry_out_all(queue: Queue, db: Any) -> None:
@@ -4247,8 +4238,7 @@ async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -
     done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
     await db.execute(done, number, code, message)
     facts = {"code": code, "message": message} if code else {}
-    name = f"{edit['project']}/{edit['task_id']}"
-    log("edit", id=number, kind=edit["kind"], task=name, by=edit["by"], **facts)
+    log("edit", id=number, kind=edit["kind"], task="/".join(place), by=edit["by"], **facts)
 
 
 async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any], epoch: str | None) -> None:
@@ -4335,10 +4325,14 @@ class Edit:
         reopens = moves and now == "completed" and not stale
         if reopens:
             await self.move()
+        # No task has rev 0: only a call that was carried out before is not refused.
+        rev = 0 if stale else None if reopens else current["rev"]
+        clear = [
+            "delay" if name == "notBefore" else name for name in fields if name not in self.new
+        ]
         try:
             if fields:
-                # No task has rev 0: only a call that was carried out before is not refused.
-                await self.change(fields, 0 if stale else None if reopens else current["rev"])
+                await self.call("update", **self.fields(fields), clear=clear, if_rev=rev)
         except Refused as refusal:
             raise conflict if stale and refusal.code not in PASSING else refusal from None
         if "status" in stale:
@@ -4346,18 +4340,11 @@ class Edit:
         if moves and not reopens:
             await self.move()
 
-    async def change(self, fields: Sequence[str], rev: int | None) -> None:
-        """Give fields of the task their new values."""
-        clear = [{"notBefore": "delay"}.get(name, name) for name in fields if name not in self.new]
-        given = {name: value for name, value in self.fields(fields).items() if value is not None}
-        await self.call("update", **given, clear=clear, if_rev=rev)
-
     def fields(self, names: Iterable[str]) -> dict[str, Any]:
         """Fields as arguments of `create` and `update`."""
-        given = {name: self.new.get(name) for name in names}
-        due = given.pop("notBefore", None)
-        if due is not None:
-            given["delay"] = max(0, round(due / 1000 - time.time()))
+        given = {name: self.new[name] for name in names if name in self.new}
+        if "notBefore" in given:
+            given["delay"] = max(0, round(given.pop("notBefore") / 1000 - time.time()))
         return given
 
     def said(self, name: str) -> Any:

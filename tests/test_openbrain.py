@@ -199,7 +199,7 @@ async def test_a_follower_goes_on_where_the_last_one_was(
         everywhere = mq.Config(dict(capturing.values), {})
         everywhere.values.pop("project")
     async with mq.Queue(everywhere) as other, following(other) as follower:
-        follower.began = 1
+        follower.there = []
         await until(lambda: brain.texts()[1:] == ["in a new project"])
 
 
