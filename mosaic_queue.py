@@ -3659,20 +3659,18 @@ class OpenBrain:
         async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
             for event in changes.events:
                 thought = thought_of(event, changes)
-                if thought is not None:
-                    await self._tell(client, *thought)
-                    cursor = (self.name, event["rev"], self.keep, changes.epoch)
-                    await self.queue.follow(changes.project, *cursor)
-
-    async def _tell(self, client: Any, text: str, metadata: Mapping[str, Any]) -> None:
-        try:
-            await post_thought(client, self.queue.config, text, metadata)
-        except Refused as problem:
-            if problem.code != "INVALID":
-                raise
-            self.aside += 1
-            log("set aside", follower=self.name, message=problem.message, count=self.aside,
-                metadata=metadata)  # fmt: skip
+                if thought is None:
+                    continue
+                try:
+                    await post_thought(client, self.queue.config, *thought)
+                except Refused as problem:
+                    if problem.code != "INVALID":
+                        raise
+                    self.aside += 1
+                    log("set aside", follower=self.name, message=problem.message, count=self.aside,
+                        metadata=thought[1])  # fmt: skip
+                cursor = (self.name, event["rev"], self.keep, changes.epoch)
+                await self.queue.follow(changes.project, *cursor)
 
 
 async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> dict[str, str]:
@@ -4229,16 +4227,12 @@ async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -
         code = refusal.code
         message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; "))
     await db.execute("select from projects where project = $1 for update", edit["project"])
-    # The row stays as somebody has left it who edits on, until that is answered too.
-    ask = "select from edits where project = $1 and task_id = $2 and id > $3 and done_at is null"
-    place = (edit["project"], edit["task_id"])
-    on = await db.fetchval(f"select exists ({ask})", *place, number)
-    if not (on and edit["kind"] == "update" and edit["new"]["task_id"] == place[1]):
-        await put_right(queue, db, edit, epoch)
+    await put_right(queue, db, edit, epoch)
     done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
     await db.execute(done, number, code, message)
     facts = {"code": code, "message": message} if code else {}
-    log("edit", id=number, kind=edit["kind"], task="/".join(place), by=edit["by"], **facts)
+    log("edit", id=number, kind=edit["kind"], by=edit["by"],
+        task=f"{edit['project']}/{edit['task_id']}", **facts)  # fmt: skip
 
 
 async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any], epoch: str | None) -> None:
