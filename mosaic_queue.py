@@ -2571,15 +2571,13 @@ class Queue:
             found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
         return cast(Meta, meta), found
 
-    async def restore(self, project: str, meta: Meta, source: Records, epoch: str = "") -> int:
+    async def restore(self, project: str, meta: Meta, source: Records) -> int:
         """Make a project of its records; how many tasks, or -1 when it is there as the record has
         it.  Nobody sees it before it is whole; one that was cut off is begun anew by the next.
 
-        With `epoch` it becomes another project than the one it was recorded from.  Refused EXISTS
-        when it lives with another epoch, or has changes that the record has not.
+        Refused EXISTS when it lives with another epoch, or has changes that the record has not.
         """
         given: dict[str, Any] = {"mark": os.urandom(12).hex(), **meta}
-        given["epoch"] = epoch or meta["epoch"]
 
         async def step(name: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> bool:
             reply = await self.call("restore", project, given | {"step": name} | more, rows)
@@ -3318,8 +3316,13 @@ def read_export(path: Path) -> tuple[str, Meta, Records]:
 
 
 async def at_once(records: Mapping[str, Record]) -> Records:
-    """Records that are all here."""
-    yield [*records.values()]
+    """Records that are all here, and how far they are entered, on stderr, each second."""
+    found, tell_at = [*records.values()], time.monotonic() + 1
+    for at in range(0, len(found), FOLLOW):
+        yield found[at : at + FOLLOW]
+        if time.monotonic() > tell_at:
+            tell_at = time.monotonic() + 1
+            print(f"{min(at + FOLLOW, len(found))} of {len(found)} tasks", file=sys.stderr)
 
 
 async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
@@ -3367,9 +3370,12 @@ async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
         await postgres.close()
 
 
-async def restore(config: Config, unsafe: bool, source: str | None) -> dict[str, Any]:
+async def restore(
+    config: Config, unsafe: bool, source: str | None, named: str | None = None
+) -> dict[str, Any]:
     """The command `restore`: from the record, or from what is named: an exported file of the same
-    project, or a folder of manifests."""
+    project, or a folder of manifests.  `named` is what the project is called afterwards, beside
+    one that lives under the old name."""
     project = Queue(config).own(None)
     if source is None and config["postgres.url"]:
         meta, records = await recorded(config, project)
@@ -3377,11 +3383,39 @@ async def restore(config: Config, unsafe: bool, source: str | None) -> dict[str,
         folder = Path(source) if source else manifest_folder(config)
         meta, records = read_manifests(folder, project)
     else:
-        named, meta, records = read_export(Path(source))
-        if named != project:
+        of, meta, records = read_export(Path(source))
+        if of != project:
             hint = f"mosaic-queue import {source} --project {project}"
-            raise Refused("INVALID", f"{source} is of project {named}, not of {project}", hint)
-    return await made_again(config, unsafe, project, meta, records)
+            raise Refused("INVALID", f"{source} is of project {of}, not of {project}", hint)
+    if named not in (None, project):
+        ARGUMENTS["project"].check("--as", named)
+        meta["epoch"] = os.urandom(12).hex()
+    try:
+        return await made_again(config, unsafe, named or project, meta, records)
+    except Refused as problem:
+        if problem.code == "EXISTS":
+            place = f"--project {project} --as {project}-old"
+            problem.hint = f"make it again beside this one: mosaic-queue restore {place}"
+        raise
+
+
+async def require_not_lost(queue: Queue, project: str) -> None:
+    """Refuse UNFIT for a project that Valkey has not and a record has: it is to be restored, and
+    whoever enters its tasks anew takes that way."""
+    config = queue.config
+    if await queue.revision(project):
+        return
+    kept = None
+    if config["postgres.url"]:
+        postgres = Postgres(config)
+        try:
+            kept = await postgres.cursor(project)
+        finally:
+            await postgres.close()
+    folder = manifest_folder(config) / file_name(project)
+    if kept or (config["manifests"] and (folder / "project.json").exists()):
+        said = f"Valkey has no project {project}, and the record has one: it was lost"
+        raise Refused("UNFIT", said, f"mosaic-queue restore --project {project}")
 
 
 async def import_(config: Config, unsafe: bool, source: str, project: str | None) -> dict[str, Any]:
@@ -5454,6 +5488,7 @@ async def sync_file(
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
             await stack.enter_async_context(file_lock(mark, file))
+            await require_not_lost(queue, project)
         for _ in range(TRIES):
             data = read_file(file)
             board = read_board(data.decode())
@@ -7345,6 +7380,7 @@ def make_parser(prog: str) -> Any:
     board.add_argument("--check", action="store_true", help="say what differs; 7 if anything does")
     board.add_argument("--watch", action="store_true", help="go on until interrupted")
     named = "what export has written, or a folder of manifests"
+    back.add_argument("--as", dest="named", metavar="ID", help="under another name, beside it")
     back.add_argument("--from", dest="source", metavar="FILE", help=named)
     tell = command("capture", ALSO["capture"] + ".", "mosaic-queue capture --task T1 it leaks")
     tell.add_argument("words", nargs="+", metavar="TEXT", help="the finding")
@@ -7934,7 +7970,7 @@ def print_moved(
             named = config["project"] if config.source("project") == "flag" else None
             answer = asyncio.run(import_(config, unsafe, str(source), named))
         else:
-            answer = asyncio.run(restore(config, unsafe, source))
+            answer = asyncio.run(restore(config, unsafe, source, arguments.get("named")))
         said = f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
         if "already" in answer:
             said = f"project {answer['project']} is there already, at rev {answer['rev']}"
