@@ -4690,13 +4690,16 @@ def width(text: str) -> int:
 # what changed on both sides stays as it is on both, and is told until one of them gives in.
 #
 # The operations come first, then the file, then the base: whatever is cut off is found out by
-# the next sync.  The base of a task is `cells`, what the file said, and `was`, what the queue
-# said where that is something else: an empty priority means medium.
+# the next sync.  An edge stands in `depends_on` of one row or in `blocks` of another: each row is
+# told who blocks it, so that all that is known of a task stands in its row and in its base.
 
 MANY = 1000  # changed tasks, from which on the whole project is read
-KINDS = ["created", "changed", "written", "added", "deleted", "conflict", "refused", "invalid"]
-KINDS += ["unwritten", "kept", "skipped", "missing"]
+NEW, AWAY = -2, -1  # for the rev of a base
+BLOCKED_BY = "blocked-by"  # the rows that name a row in `blocks`
+NOTES = ("kept", "skipped", "missing")
 WRONG = ("conflict", "refused", "invalid", "unwritten")  # what somebody has to look at
+KINDS = ("created", "changed", "written", "added", "deleted", *WRONG, *NOTES)
+DOWN = ("UNREACHABLE", "UNFIT", "SCHEMA")  # refusals that are no answer to one edit
 
 
 class Difference(TypedDict, total=False):
@@ -4717,7 +4720,7 @@ class Difference(TypedDict, total=False):
 
 class SyncReport(TypedDict):
     """What a sync did, or would do; `wrote` when the file was written.  `ready` are tasks that
-    may be claimed though the file shows them waiting."""
+    may be claimed though the file shows them waiting, where nothing is written."""
 
     file: str
     project: str
@@ -4729,20 +4732,20 @@ class SyncReport(TypedDict):
 
 def drifted(report: SyncReport) -> bool:
     """Whether file and queue say different things."""
-    return any(
-        row["kind"] not in ("kept", "skipped", "missing") or "queue" in row
-        for row in report["rows"]
-    )
+    return any(row["kind"] not in NOTES or "queue" in row for row in report["rows"])
 
 
-class Base(TypedDict, total=False):
-    """What file and queue last said of a task.  `new`: it is being entered; `away`: it has no row,
-    or one that another row or file has too, so that nobody looks at it."""
+class Base(TypedDict):
+    """What the file last said of a task, what the queue said where that is something else (an
+    empty priority means medium), and the task's rev then: NEW while it is being entered, AWAY
+    while nobody looks at it, its row being gone or in two places."""
 
     cells: dict[str, str]
     was: dict[str, str]
-    new: bool
-    away: bool
+    rev: int
+
+
+NOTHING: Base = {"cells": {}, "was": {}, "rev": 0}
 
 
 def said_of(task: Task) -> str:
@@ -4780,8 +4783,8 @@ def value_of(task: Task, name: str) -> str:
 
 @dataclass
 class Sync:
-    """One pass over one file.  `rows` are those that can be synced, by task; `seen` all ids;
-    `tasks` what has been read of the queue; `acted` the tasks that an operation has changed."""
+    """One pass over one file.  `rows` are those that can be synced, by task; `lines` all ids;
+    `tasks` what has been read of the queue; `look` the rows in which something may differ."""
 
     queue: Queue
     file: Path
@@ -4792,53 +4795,48 @@ class Sync:
     told: list[Difference]
     takes: bool = True
     writes: bool = True
+    locked: str = ""  # why nothing is written, where somebody has to know
     milestones: bool = False
     dry: bool = False
     rows: dict[str, tuple[TaskTable, Row]] = field(default_factory=dict)
-    seen: dict[str, int] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)  # with a row in another file
     base: dict[str, Base] = field(default_factory=dict)
-    tasks: dict[str, Task] = field(default_factory=dict)
-    look: dict[str, None] = field(default_factory=dict)
-    blockers: dict[str, tuple[set[str], set[str]]] = field(default_factory=dict)
-    elsewhere: set[str] = field(default_factory=set)
-    acted: set[str] = field(default_factory=set)
-    refused: set[tuple[str, str]] = field(default_factory=set)
-    unsettled: set[str] = field(default_factory=set)  # whose dependencies differ
     touched: set[str] = field(default_factory=set)  # whose base is another
-    again: set[str] = field(default_factory=set)  # to be read by the next sync
+    tasks: dict[str, Task] = field(default_factory=dict)
+    look: list[str] = field(default_factory=list)
     ready: list[str] = field(default_factory=list)
-    state: str = ""
-    rev: int = 0
+    since: int = -1  # how far the queue has been read: before, and now
+    rev: int = -1
 
     def tell(self, kind: str, task: str = "", **facts: Any) -> None:
         """Enter something into the report."""
-        row = {"kind": kind, "line": self.seen[task] + 1 if task in self.seen else 0, "task": task}
-        told = {key: value for key, value in (row | facts).items() if value or key == "file"}
-        self.told.append(cast(Difference, told))
+        line = self.rows[task][1].line if task in self.rows else self.lines.get(task, -1)
+        told = {"kind": kind, "line": line + 1, "task": task} | facts
+        kept = {key: value for key, value in told.items() if value or key == "file"}
+        self.told.append(cast(Difference, kept))
 
     async def merge(self, whole: bool) -> None:
         """Compare, tell the queue, and edit the board."""
         raw = await self.queue.base(self.project, self.mark)
-        self.state = raw.pop(":state", "")
+        self.since = int(json.loads(raw.pop(":rev", "-1")))
         self.base = {task: json.loads(text) for task, text in raw.items()}
         for line, why in self.board.apart.items():
             self.tell("skipped", line=line + 1, why=why)
         self.enter_rows()
         await self.leave_shared()
-        self.read_blocks()
+        self.turn_blocks()
         await self.read(whole)
-        self.ready = self.hidden()
+        self.ready = self.hidden() if self.dry else []
         await self.create()
         for task in [task for task in self.look if await self.obey(task)]:
             await self.obey(task, last=True)
-        await self.obey_outside()
         for task in self.look:
             self.settle(task)
         self.add_rows()
-        self.note()
-        if self.acted and not self.dry:
-            others = await self.changed(self.rev, self.acted)
-            self.again |= others or set()
+        self.miss_rows()
+
+    # -- reading both sides --
 
     def enter_rows(self) -> None:
         """Enter the rows whose ids can be ids and stand here once."""
@@ -4848,13 +4846,13 @@ class Sync:
                 if not ID.fullmatch(task):
                     said = f"{printable(task)[:60]!r} is no id; accepted: {ID_RULE}"
                     self.tell("invalid", line=line, why=said if task else "the row has no id")
-                elif task in self.seen:
-                    first = self.seen[task] + 1
+                elif task in self.lines:
+                    first = self.lines[task] + 1
                     self.tell("invalid", task, line=line, why=f"line {first} has this id too")
                     if self.rows.pop(task, None):
                         self.tell("invalid", task, why=f"line {line} has this id too")
                 else:
-                    self.seen[task] = row.line
+                    self.lines[task] = row.line
                     self.rows[task] = (table, row)
 
     async def leave_shared(self) -> None:
@@ -4863,9 +4861,8 @@ class Sync:
             if mark == self.mark or not os.path.isfile(path):
                 continue
             theirs = await self.queue.base(self.project, mark)
-            self.elsewhere |= theirs.keys()
-            both = [task for task in self.rows if task in theirs]
-            lines: dict[str, int] = {}
+            self.elsewhere |= {task for task, base in theirs.items() if '"status"' in base}
+            both, lines = [task for task in self.rows if task in theirs], dict[str, int]()
             if both:
                 with contextlib.suppress(Refused):
                     tables = read_board(read_file(Path(path)).decode()).tables
@@ -4875,192 +4872,167 @@ class Sync:
                     self.tell("invalid", task, why=f"line {lines[task]} of {path} has this id too")
                     del self.rows[task]
                     if task not in self.base:  # so that the other file sees it too
-                        self.base[task] = {"cells": {}, "was": {}}
+                        self.base[task] = {"cells": {}, "was": {}, "rev": AWAY}
                         self.touched.add(task)
 
-    def read_blocks(self) -> None:
-        """Who blocks whom by a `blocks` cell, as the base has it and as the file has it now."""
+    def turn_blocks(self) -> None:
+        """Tell each row who blocks it.  A task without a row gets one that says this alone."""
+        blockers = {t: set[str]() for t, base in self.base.items() if BLOCKED_BY in base["cells"]}
         for task, (_, row) in self.rows.items():
-            if "blocks" not in row.cells:
-                continue
-            base = self.base.get(task, {}).get("cells", {}).get("blocks", "")
-            for at, said in enumerate((base, row.cells["blocks"])):
-                for other in said.split():
-                    self.blockers.setdefault(other, (set(), set()))[at].add(task)
+            for other in row.cells.get("blocks", "").split():
+                blockers.setdefault(other, set()).add(task)
+        for task, names in blockers.items():
+            if task not in self.lines and ID.fullmatch(task):
+                line = min((self.lines[name] for name in names), default=-1)
+                self.rows[task] = (self.board.tables[0], Row(line, task, {}))
+            if task in self.rows:
+                self.rows[task][1].cells[BLOCKED_BY] = " ".join(sorted(names))
 
     async def read(self, whole: bool) -> None:
         """Read the tasks that may differ, and list the rows to look at."""
-        state = json.loads(self.state or "{}")
         self.rev = await self.queue.revision(self.project)
-        changed = None
-        if state and not whole and state["rev"] <= self.rev:  # else Valkey lost its last writes
-            changed = await self.changed(state["rev"], set())
+        known = not whole and 0 <= self.since <= self.rev  # else Valkey lost its last writes
+        changed = await self.changed() if known else None
         if changed is None or len(changed) > MANY:
             self.tasks = await self.queue.tasks_of(self.project)
-            self.look = dict.fromkeys(self.rows)
-            wanted = {task for task in self.rows if task in self.base}
+            self.look, changed = [*self.rows], set()
         else:
-            dirty = {task for task, (_, row) in self.rows.items() if self.dirty(task, row)}
-            dirty |= {task for task, (was, now) in self.blockers.items() if was != now}
-            wanted = dirty | changed | set(state["again"])
-            self.look = {task: None for task in self.rows if task in wanted}
-        for task in self.look:
-            needs = self.needs(task)
-            wanted |= {one for one in needs if one in self.base or one not in self.rows}
-        edges = {other for other, (was, now) in self.blockers.items() if was != now}
-        wanted |= edges - self.rows.keys()
-        await self.fetch({task for task in wanted if task not in self.tasks and ID.fullmatch(task)})
+            self.look = [task for task in self.rows if task in changed or self.differs(task)]
+        wanted = changed.union(self.look, *(self.needs(task) for task in self.look))
+        await self.fetch(wanted - self.tasks.keys())
 
-    def dirty(self, task: str, row: Row) -> bool:
-        base = self.base.get(task)
+    def differs(self, task: str) -> bool:
+        """Whether a row says something else than at the last sync, or than the queue did."""
+        cells, base = cells_of(self.rows[task][1]), self.base.get(task)
         if base is None:
-            return row.cells["status"] != DELETED
-        return base["cells"] != row.cells or "new" in base or "away" in base
+            return cells.get("status") != DELETED
+        if "status" not in cells:
+            return cells.get(BLOCKED_BY) != base["cells"].get(BLOCKED_BY)
+        return base["cells"] != cells or base["rev"] < 0 or "status" in base["was"]
 
-    async def changed(self, since: int, own: set[str]) -> set[str] | None:
-        """The tasks changed after a rev, but for our own changes of our `own` tasks; None when
-        nobody knows any more.  `rev` is then the last one that was looked at."""
-        found, before = set[str](), self.rev
+    async def changed(self) -> set[str] | None:
+        """The tasks that changed since they were looked at; None when nobody knows any more."""
+        found, since = set[str](), self.since
         while True:
             page = await self.queue.events(project=self.project, since=since, limit=1000)
             if page.get("lost"):
-                self.rev = before
                 return None
             for event in page["events"]:
-                if event["task"] not in own or event["agent"] != self.queue.actor:
+                if event["rev"] > self.base.get(event["task"], NOTHING)["rev"]:
                     found.add(event["task"])
-            self.rev = since = page["since"]
             if len(page["events"]) < 1000:
                 return found
+            since = page["since"]
 
     async def fetch(self, names: Collection[str]) -> None:
         """Read some tasks again; one that is gone is none of `tasks` then."""
-        found: Mapping[str, Task] = {}
+        ids = sorted(task for task in names if ID.fullmatch(task))
+        for task in ids:
+            self.tasks.pop(task, None)
         try:
-            _, found = await self.queue.records(self.project, sorted(names))
+            self.tasks |= (await self.queue.records(self.project, ids))[1] if ids else {}
         except Refused as problem:
             if problem.code != "NOT_FOUND":  # no project yet
                 raise
-        for task in names:
-            self.tasks.pop(task, None)
-        self.tasks |= found
+
+    def last(self, task: str, name: str) -> str:
+        """What the queue said of a cell when the base was made."""
+        base = self.base.get(task, NOTHING)
+        unknown = "not-started" if name == "status" else ""
+        if name == "depends_on" and task in self.tasks and name not in self.rows[task][1].cells:
+            unknown = value_of(self.tasks[task], name)
+        return base["was"].get(name, base["cells"].get(name, unknown))
 
     def needs(self, task: str) -> set[str]:
-        """What a task depends on as the file says, in its own cell and in `blocks` of others: the
-        last value of the queue with what was added and taken out since."""
-        cells = self.rows[task][1].cells if task in self.rows else {}
-        base = self.base.get(task, {}).get("cells", {})
-        now = set(cells.get("depends_on", "").split())
-        was = set(base.get("depends_on", "").split()) if "depends_on" in cells else set()
-        blocked, blocks = self.blockers.get(task, (set(), set()))
-        added = now - was | (blocks - blocked)
-        return (set(self.told_last(task, "depends_on").split()) | added) - (
-            (was - now | (blocked - blocks)) - added
-        )
-
-    def told_last(self, task: str, name: str) -> str:
-        """What the queue said of a cell when the base was made."""
-        base = self.base.get(task, {})
-        return base.get("was", {}).get(name, base.get("cells", {}).get(name, ""))
+        """What a task depends on as the file says: the last value of the queue, with what was
+        added to its cell and its blockers since, and without what was taken out."""
+        cells, base = self.rows[task][1].cells, self.base.get(task, NOTHING)["cells"]
+        columns = [name for name in ("depends_on", BLOCKED_BY) if name in cells]
+        pairs = [(set(cells[n].split()), set(base.get(n, "").split())) for n in columns]
+        added = {one for now, was in pairs for one in now - was}
+        removed = {one for now, was in pairs for one in was - now}
+        return {*self.last(task, "depends_on").split()} - removed | added
 
     # -- the file's side --
 
     async def create(self) -> None:
         """Enter the rows that the queue does not know, what they depend on first."""
         waits = {task: self.needs(task) for task in self.look if self.is_new(task)}
-        known, batch = set(self.tasks), []
+        known, batch = set(self.tasks), dict[str, set[str]]()
         order, circles = ordered(waits)
         for task, circle in circles.items():
             why = f"these wait for each other: {' -> '.join(circle)}"
             self.refuse(task, "depends_on", Refused("CYCLE", why))
         for task in order:
             # What was done long ago, and forgotten by the queue, holds up nothing.
-            waits[task] -= {
-                one for one in waits[task] - known if self.told_last(one, "status") == "done"
-            }
-            lost = sorted(waits[task] - known)
+            lost = {one for one in waits[task] - known if self.last(one, "status") != "done"}
             if not self.takes:
                 self.tell("conflict", task, why="the queue has no such task")
             elif lost:
-                entered = lost[0] in self.seen
+                entered = min(lost) in self.lines
                 why = "could not be entered" if entered else "neither the file nor the queue has"
-                why = f"it depends on {lost[0]}, which {why}"
+                why = f"it depends on {min(lost)}, which {why}"
                 self.refuse(task, "depends_on", Refused("NOT_FOUND", why))
             else:
                 known.add(task)
-                batch.append(task)
+                batch[task] = waits[task] & known
         for at in range(0, len(batch), BATCH):
-            await self.enter({task: waits[task] for task in batch[at : at + BATCH]})
+            await self.enter({task: batch[task] for task in [*batch][at : at + BATCH]})
 
     def is_new(self, task: str) -> bool:
         """Whether a row stands for a task that is to be made."""
-        word, base = self.rows[task][1].cells["status"], self.base.get(task)
-        if task in self.tasks or word == DELETED:
+        word, base = self.rows[task][1].cells.get("status"), self.base.get(task, NOTHING)
+        if task in self.tasks or word in (None, DELETED):
             return False
-        if base is None or not base["cells"] or "new" in base:
+        if "status" not in base["cells"] or base["rev"] == NEW:
             return True
-        last = self.told_last(task, "status")
+        last = self.last(task, "status")
         return last == DELETED or (last in ("done", "failed") and word == "not-started")
 
     async def enter(self, batch: Mapping[str, set[str]]) -> None:
         """Create tasks.  Their base comes first: what is cut off is then known as ours."""
-        new: dict[str, NewTask] = {}
-        bases: dict[str, Base | None] = {}
-        for task, needs in batch.items():
-            new[task] = self.new_task(*self.rows[task], needs)
-            cells = dict(self.rows[task][1].cells)
-            cells |= {"blocks": ""} if "blocks" in cells else {}
-            if cells["status"] in ("done", "failed", "blocked"):
-                cells["status"] = "not-started"  # and then it is an edit like any other
-            first = {"status": "pending", "priority": "medium", "lane": "any", **new[task]}
-            self.tasks[task] = cast(Task, first)
-            said = {name: value_of(self.tasks[task], name) for name in cells if name != "blocks"}
-            said["depends_on"] = " ".join(sorted(needs))
-            was = {name: now for name, now in said.items() if now != cells.get(name, "")}
-            bases[task] = {"cells": cells, "was": was, "new": True}
+        new = {task: self.new_task(*self.rows[task], needs) for task, needs in batch.items()}
+        for task in batch:
+            first = {"status": "pending", "priority": "medium", "lane": "any", "rev": NEW}
+            self.tasks[task] = cast(Task, first | new[task])
+            self.base.pop(task, None)
+            for name in self.names(task):
+                self.remember(task, name)
+            if "delay" in new[task]:  # the status is then an edit like any other
+                self.base[task]["cells"]["status"] = "not-started"
+                self.base[task]["was"].pop("status", None)
         try:
-            made = []
             if not self.dry:
+                bases = {task: self.base[task] for task in batch}
                 await self.queue.keep_base(self.project, self.mark, self.file, bases)
-                made = await self.queue.create_all([*new.values()], project=self.project)
+                for given in await self.queue.create_all([*new.values()], project=self.project):
+                    self.tasks[given["taskId"]] |= given
         except Refused as problem:
-            if problem.code in ("UNREACHABLE", "UNFIT", "SCHEMA"):
+            if problem.code in DOWN:
                 raise
             for task, needs in batch.items():
-                del self.tasks[task]
+                del self.tasks[task], self.base[task]
                 if len(batch) > 1:
                     await self.enter({task: needs})
                     continue
-                self.base.pop(task, None)
                 self.refuse(task, "", problem)
                 await self.queue.keep_base(self.project, self.mark, self.file, {task: None})
             return
-        for task, given in zip(new, made, strict=not self.dry):
-            times = {"updatedAt": given["createdAt"]}
-            self.tasks[task] = cast(Task, {**self.tasks[task], **given, **times})
         for task in batch:
-            self.base[task] = cast(Base, bases[task])
-            self.acted.add(task)
             self.tell("created", task)
 
     def new_task(self, table: TaskTable, row: Row, needs: set[str]) -> NewTask:
         """The task that a row stands for.  It may not be claimed before its status is entered."""
         cells = row.cells
-        new = NewTask(taskId=row.task, mission=self.mission_in(table, row), title=row.task)
+        new: dict[str, Any] = {"taskId": row.task, "mission": self.mission_in(table, row)}
+        new |= parts_of(cells.get("text", cells.get("title", row.task)))
+        new |= {name: cells[name] for name in ("title", "description", "lane") if cells.get(name)}
         new["dependencies"] = sorted(needs)
-        if "text" in cells:
-            new |= cast(NewTask, parts_of(cells["text"]))
-        if "title" in cells:
-            new["title"] = cells["title"]
-        if cells.get("description"):
-            new["description"] = cells["description"]
         if cells.get("priority") in PRIORITIES:
-            new["priority"] = cast(Priority, cells["priority"])
-        if cells.get("lane"):
-            new["lane"] = cells["lane"]
+            new["priority"] = cells["priority"]
         if cells["status"] in ("done", "failed", "blocked"):
             new["delay"] = 60
-        return new
+        return cast(NewTask, new)
 
     def mission_in(self, table: TaskTable, row: Row | None = None) -> str:
         """The mission of a row, or of a table's new rows."""
@@ -5070,255 +5042,226 @@ class Sync:
             return f"{self.mission}.milestone-{found[1].lower()}"
         return own or self.mission
 
+    def names(self, task: str) -> list[str]:
+        """The cells of a row that are compared."""
+        cells = self.rows[task][1].cells
+        names = [name for name in cells if name not in ("depends_on", "blocks", BLOCKED_BY)]
+        return names + ["depends_on"] * bool({"depends_on", BLOCKED_BY} & cells.keys())
+
     def compared(self, task: str) -> Iterator[tuple[str, str, str, str]]:
         """The cells of a row: name, what the file says, what the queue says, and what follows:
         same, kept, file, queue or conflict."""
-        row = self.rows[task][1]
-        names = [name for name in row.cells if name not in ("depends_on", "blocks")]
-        if "depends_on" in row.cells or task in self.blockers:
-            names.append("depends_on")
-        for name in names:
+        cells = self.rows[task][1].cells
+        for name in self.names(task):
             theirs = value_of(self.tasks[task], name)
-            mine = row.cells[name] if name != "depends_on" else " ".join(sorted(self.needs(task)))
+            mine = " ".join(sorted(self.needs(task))) if name == "depends_on" else cells[name]
             yield name, mine, theirs, self.verdict(task, name, mine, theirs)
 
     def verdict(self, task: str, name: str, mine: str, theirs: str) -> str:
-        base = self.base.get(task, {}).get("cells", {})
-        said = self.told_last(task, name)
-        moved = theirs != said
-        known = name in base or (name not in self.rows[task][1].cells and bool(base))
+        """What follows from the three values of a cell."""
+        base, last = self.base.get(task, NOTHING)["cells"], self.last(task, name)
         if mine == theirs:
             return "same"
-        if name == "status" and mine not in WORDS[:1] + WORDS[2:]:
-            # A claim is never taken from a file, and another word changes nothing.
-            stays = mine not in ("", "in-progress", DELETED) or (
-                not moved if known else theirs == "not-started"
-            )
-            return "kept" if stays else "queue"
-        if name == "priority" and mine and mine not in PRIORITIES:
+        if name == "status" and mine in ("", "in-progress", DELETED):
+            return "kept" if theirs == last else "queue"  # a claim is never taken from a file
+        if mine and mine not in {"status": WORDS, "priority": PRIORITIES}.get(name, (mine,)):
             return "kept"
-        if known:
-            edited = mine != (said if name == "depends_on" else base[name])
-            return ("same", "queue", "file", "conflict")[2 * edited + moved]
+        if name in base or name not in self.rows[task][1].cells:
+            edited = mine != (last if name == "depends_on" else base[name])
+            return ("same", "queue", "file", "conflict")[2 * edited + (theirs != last)]
         if not mine:
             return "same" if name in ("priority", "lane", "mission") else "queue"
         # Nobody knows who is right.  The queue is, where somebody has worked on the task.
         now = self.tasks[task]
         worked = said_of(now) != "not-started" or now["updatedAt"] > now["createdAt"] + 1
-        return "queue" if worked and not base else "conflict"
+        return "queue" if worked and "status" not in base else "conflict"
 
     async def obey(self, task: str, last: bool = False) -> bool:
         """Make the edits of a row operations.  True when it has to be asked again: an edge that
         closes a circle is told only when the others have had their turn."""
         if task not in self.tasks or not self.takes:
             return False
-        found = [(name, mine, was) for name, mine, was, now in self.compared(task) if now == "file"]
-        edits = {name: mine for name, mine, _ in found}
-        groups = [{"status": edits.pop("status")}] if "status" in edits else []
-        if edits:  # of a completed task nothing but the status can change
-            groups.insert(self.tasks[task]["status"] == "completed", edits)
-        failed: dict[str, str] = {}
-        for group in groups:
-            failed |= await self.act(task, group, last)
-        for name, mine, was in found:
-            if name not in failed:
-                self.tell("changed", task, field=name, file=mine, queue=was)
-        return "CYCLE" in failed.values() and not last
+        edits = [cell for cell in self.compared(task) if cell[3] == "file"]
+        completed = self.tasks[task]["status"] == "completed"  # then only its status can change
+        edits.sort(key=lambda cell: (cell[0] == "status") != completed)
+        again = False
+        for name, mine, theirs, _ in edits:
+            try:
+                if not self.dry:
+                    await self.act(task, name, mine)
+                self.tell("changed", task, field=name, file=mine, queue=theirs)
+            except Refused as problem:
+                if problem.code in ("STALE_REV", *DOWN):
+                    raise
+                if problem.code == "CYCLE" and not last:
+                    again = True
+                    continue
+                await self.fetch([task])
+                self.refuse(task, name, problem, mine)
+        return again
 
-    async def act(self, task: str, edits: Mapping[str, str], last: bool) -> dict[str, str]:
-        """One operation; where it is refused for one of several cells, one for each.  Returns the
-        codes of what was refused."""
-        if self.dry:
-            return {}
+    async def act(self, task: str, name: str, value: str) -> None:
+        """The operation that an edit of a cell stands for, on the task as it was read."""
         now = self.tasks[task]
-        used_for = f"{self.mark} {task} {now['rev']} {compact(edits)}"
-        op = hashlib.blake2b(used_for.encode(), digest_size=16).hexdigest()
-        try:
-            made = self.move if "status" in edits else self.update
-            done = await made(now, edits, op)
-        except Refused as problem:
-            if problem.code in ("STALE_REV", "UNREACHABLE", "UNFIT", "SCHEMA"):
-                raise
-            failed: dict[str, str] = {}
-            if len(edits) > 1:
-                for name in edits:
-                    failed |= await self.act(task, {name: edits[name]}, last)
-                return failed
-            await self.fetch([task])
-            for name in edits:
-                if problem.code != "CYCLE" or last:
-                    self.refuse(task, name, problem, edits[name])
-                failed[name] = problem.code
-            return failed
-        self.acted.add(task)
-        self.tasks[task] = cast(Task, {**now, **done})
-        return {}
-
-    async def move(self, now: Task, edits: Mapping[str, str], op: str) -> Mapping[str, Any]:
-        """The operation that a status word stands for."""
-        queue, task, word = self.queue, now["taskId"], edits["status"]
-        reason = f"{word} in {self.file.name}"
-        named: dict[str, Any] = {"project": self.project, "op": op}
-        if word == "done":
-            return await queue.complete(task, force=True, **named)
-        if word == "failed":
-            return await queue.fail(task, reason=reason, retry=False, force=True, **named)
-        if word == "blocked":
-            done = await queue.block(task, reason=reason, force=True, **named)
-            return {**done, "blockedReason": reason}
-        if now["status"] in HELD:
-            return await queue.release(task, reason=reason, force=True, **named)
-        if now["status"] == "completed":
-            done = await queue.reopen(task, reason=reason, **named)
-        elif now["status"] == "failed":
-            done = (await queue.redrive(task, **named))["tasks"][0]
-        else:
-            done = await queue.unblock(task, **named)
-        now.pop("blockedReason", None)
-        return done
-
-    async def update(self, now: Task, edits: Mapping[str, str], op: str) -> Mapping[str, Any]:
-        """The other cells are an update, of the task as it was read."""
-        given: dict[str, Any] = {}
-        for name, value in edits.items():
-            if name == "depends_on":
-                given["dependencies"] = value.split()
-            elif name != "text":
-                given[name] = value
-            elif "description" in now and value_of(now, "text") == normal(now["title"]):
-                given["title"] = value  # a description of its own is not overwritten
-            else:
-                given |= {"description": ""} | parts_of(value)
-        clear = ["description"] if given.get("description") == "" else []
+        if name == "status":
+            self.tasks[task] = await self.move(now, value)
+            return
+        given: dict[str, Any] = {name: value}
+        if name == "depends_on":
+            given = {"dependencies": value.split()}
+        elif name == "text":
+            # A description of its own is not overwritten.
+            own = "description" in now and value_of(now, "text") == normal(now["title"])
+            given = {"title": value} if own else {"description": ""} | parts_of(value)
+        clear = [name for name in given if name == "description" and not given[name]]
         sent = {name: value for name, value in given.items() if name not in clear}
-        task, rev = now["taskId"], now["rev"]
         done = await self.queue.update(
-            task, project=self.project, if_rev=rev, clear=clear, op=op, **sent
+            task, project=self.project, if_rev=now["rev"], clear=clear, **sent
         )
-        return {**given, **done}
+        self.tasks[task] = cast(Task, {**now, **given, **done})
 
-    async def obey_outside(self) -> None:
-        """The edges that `blocks` cells give to tasks without a row here."""
-        for other, (was, now) in self.blockers.items():
-            if was == now or (other in self.rows and other in self.tasks):
-                continue
-            self.unsettled.add(other)
-            at = min(was ^ now)
-            if other in self.rows or not self.takes:
-                continue
-            if other not in self.tasks:
-                why = f"it blocks {other}, which neither the file nor the queue has"
-                if now - was:
-                    self.refuse(at, "blocks", Refused("NOT_FOUND", why))
-                continue
-            before = set(self.tasks[other]["dependencies"])
-            wanted = " ".join(sorted((before | (now - was)) - (was - now)))
-            if not await self.act(other, {"depends_on": wanted}, True):
-                self.tell("changed", other, line=self.seen[at] + 1, field="depends_on", file=wanted)
-                self.unsettled.discard(other)
+    async def move(self, now: Task, word: str) -> Task:
+        """The operation that a status word stands for."""
+        reason: dict[str, Any] = {"reason": f"{word} in {self.file.name}"}
+        forced = reason | {"force": True}
+        moves: dict[str, tuple[str, dict[str, Any]]] = {
+            "done": ("complete", {"force": True}),
+            "failed": ("fail", forced | {"retry": False}),
+            "blocked": ("block", forced),
+            "not-started from in-progress": ("release", forced),
+            "not-started from done": ("reopen", reason),
+            "not-started from failed": ("redrive", {}),
+            "not-started from blocked": ("unblock", {}),
+        }
+        operation, how = moves.get(word) or moves[f"{word} from {said_of(now)}"]
+        done = await getattr(self.queue, operation)(now["taskId"], project=self.project, **how)
+        done = done["tasks"][0] if operation == "redrive" else done
+        blocked = {"blockedReason": reason["reason"]} if word == "blocked" else {}
+        rest = {name: value for name, value in now.items() if name != "blockedReason"}
+        return cast(Task, {**rest, **done, **blocked})
 
     def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
-        self.refused.add((task, name))
-        now = value_of(self.tasks[task], name) if task in self.tasks and name in SPELLINGS else ""
+        now = value_of(self.tasks[task], name) if task in self.tasks else ""
         why = f"{problem.code}: {problem.message}"
         self.tell("refused", task, field=name, file=said, queue=now, why=why)
+        if task in self.tasks:
+            self.write(task, name, said, now)
 
     # -- the queue's side --
 
     def settle(self, task: str) -> None:
         """Write what has changed in the queue, and remember what both agree on."""
-        if task not in self.tasks:
-            self.gone(task)
-            return
-        for name, mine, theirs, verdict in list(self.compared(task)):
-            refused, done = (task, name) in self.refused, True
-            if verdict == "queue" or refused:
-                done = self.write(task, name, mine, theirs, refused)
+        before = compact(self.base.get(task))
+        for name, mine, theirs, verdict in [*self.compared(task)] if task in self.tasks else ():
+            told, agreed = {"field": name, "file": mine, "queue": theirs}, True
+            if verdict == "queue":
+                agreed = self.write(task, name, mine, theirs)
+                if agreed:
+                    self.tell("written", task, **told)
             elif verdict == "conflict" or (verdict == "file" and not self.takes):
                 why = "both have changed" if verdict == "conflict" else "the queue takes no edits"
-                self.tell("conflict", task, field=name, file=mine, queue=theirs, why=why)
-                done = False
-            elif verdict == "file" and self.dry:
-                done = False
-            if done:
+                self.tell("conflict", task, **told, why=why)
+                agreed = False
+            elif verdict == "file":  # what was refused has been put back, where it could be
+                agreed = self.writes and not self.dry
+            elif verdict == "kept":
+                self.note(task, told)
+            if agreed:
                 self.remember(task, name)
-            elif name == "depends_on":
-                self.unsettled.add(task)
+        if task not in self.tasks:
+            self.gone(task)
+        if compact(self.base.get(task)) != before:
+            self.touched.add(task)
 
-    def write(self, task: str, name: str, mine: str, theirs: str, refused: bool = False) -> bool:
+    def note(self, task: str, told: Mapping[str, str]) -> None:
+        """Say what word stays as it is."""
+        if told["file"] == "in-progress":
+            self.tell("kept", task, **told, why="a claim is never taken from a file")
+        elif told["file"] == DELETED:
+            why = f"a file deletes no task; mosaic-queue delete {self.project}/{task}"
+            self.tell("kept", task, **told, why=why)
+        elif told["file"]:
+            self.tell("kept", task, **{**told, "queue": ""}, why="the queue has no such word")
+
+    def write(self, task: str, name: str, mine: str, theirs: str) -> bool:
         """Put the queue's value into a cell; False where the file may not be written."""
-        told = {"field": name, "file": mine, "queue": theirs}
-        if not self.may_write(task, **told):
+        if not self.may_write(task, field=name, file=mine, queue=theirs):
             return False
         table, row = self.rows[task]
         if name == "depends_on":
             self.write_needs(task, set(theirs.split()))
         else:
             self.board.put(table, row, name, theirs)
-        if not refused:
-            self.tell("written", task, **told)
         return True
 
     def may_write(self, task: str, **told: str) -> bool:
-        """Whether the file may be written; where not, the next sync looks at the task again."""
-        if self.writes and (self.dry or writable(self.file)):
-            return True
-        self.again.add(task)
-        if self.writes:
-            self.tell("unwritten", task, why=f"{self.file} is read-only", **told)
-        return False
+        """Whether the file may be written; where not, the next sync looks at everything."""
+        if not self.writes:
+            self.rev = -1
+            if self.locked:
+                self.tell("unwritten", task, why=self.locked, **told)
+        return self.writes
 
     def write_needs(self, task: str, wanted: set[str]) -> None:
         """Put dependencies into the task's own cell, and into the `blocks` of others."""
         table, row = self.rows[task]
-        own = row.cells.get("depends_on", "").split()
-        blocks = self.blockers.get(task, (set(), set()))[1]
-        missing = sorted(wanted - {*own, *blocks})
+        own, blockers = (row.cells.get(n, "").split() for n in ("depends_on", BLOCKED_BY))
+        missing = sorted(wanted - {*own, *blockers})
         new = [one for one in own if one in wanted] + missing
         if "depends_on" in row.cells and new != own:
             self.board.put(table, row, "depends_on", ", ".join(new))
-        for other in [*(blocks - wanted), *missing]:
+        for other in [*({*blockers} - wanted), *missing]:
             if other in self.rows and "blocks" in self.rows[other][1].cells:
                 its_table, its = self.rows[other]
                 names = set(its.cells["blocks"].split()) ^ {task}
                 self.board.put(its_table, its, "blocks", ", ".join(sorted(names)))
+                blockers = sorted({*blockers} ^ {other})
+        row.cells[BLOCKED_BY] = " ".join(blockers)
 
     def gone(self, task: str) -> None:
         """The row of a task that the queue has no more: it is marked.  One that was done stays
         as it is, since the queue forgets such tasks after a time."""
-        row, base = self.rows[task][1], self.base.get(task)
-        word, last = row.cells["status"], self.told_last(task, "status")
-        if base is None or not base["cells"] or "new" in base:
-            return  # it could not be entered
-        if word == last and (last == DELETED or last in ("done", "failed")):
-            return
-        if word != DELETED and word != base["cells"]["status"]:
+        row, base = self.rows[task][1], self.base.get(task, NOTHING)
+        cells, word, last = cells_of(row), row.cells.get("status"), self.last(task, "status")
+        if word is None:
+            if task not in self.base and self.takes:
+                why = f"it blocks {task}, which neither the file nor the queue has"
+                self.refuse(task, "blocks", Refused("NOT_FOUND", why))
+            elif not row.cells[BLOCKED_BY]:
+                self.base.pop(task, None)
+        elif "status" not in base["cells"] or base["rev"] == NEW:
+            pass  # it could not be entered
+        elif word == last and last in (DELETED, "done", "failed"):
+            pass
+        elif word not in (DELETED, base["cells"]["status"]):
             why = "the queue has no such task any more"
             self.tell("conflict", task, field="status", file=word, why=why)
-            return
-        for name, said in row.cells.items():
-            if name != "status" and said != base["cells"].get(name):
-                why = "edited, but the queue has no such task any more"
-                self.tell("conflict", task, field=name, file=said, why=why)
-        if word == DELETED or self.write(task, "status", word, DELETED, True):
-            if word != DELETED:
-                self.tell("deleted", task, file=word)
-            self.base[task] = {"cells": dict(row.cells), "was": {}}
-            self.touched.add(task)
+        else:
+            for name, said in cells.items():
+                if name != "status" and said != base["cells"].get(name):
+                    why = "edited, but the queue has no such task any more"
+                    self.tell("conflict", task, field=name, file=said, why=why)
+            if word == DELETED or self.write(task, "status", word, DELETED):
+                if word != DELETED:
+                    self.tell("deleted", task, file=word)
+                self.base[task] = {"cells": cells_of(row), "was": {}, "rev": 0}
 
     def remember(self, task: str, name: str) -> None:
         """File and queue agree on a cell, each in its own words."""
-        base = self.base.setdefault(task, {"cells": {}, "was": {}})
-        cells, was = base["cells"], base["was"]
-        before = (cells.get(name), was.pop(name, None), base.pop("new", False))
+        base = self.base.setdefault(task, {"cells": {}, "was": {}, "rev": NEW})
+        cells, said = base["cells"], cells_of(self.rows[task][1])
+        for column in (name, BLOCKED_BY) if name == "depends_on" else (name,):
+            cells.pop(column, None)
+            cells |= {column: said[column]} if column in said else {}
+        base["was"].pop(name, None)
         theirs = value_of(self.tasks[task], name)
-        if name in self.rows[task][1].cells:
-            cells[name] = self.rows[task][1].cells[name]
         if theirs != cells.get(name, ""):
-            was[name] = theirs
-        if before != (cells.get(name), was.get(name), False) or task in self.acted:
-            self.touched.add(task)
+            base["was"][name] = theirs
+        if "status" in said or "status" not in cells:
+            base["rev"] = self.tasks[task]["rev"]
+        if not cells:
+            del self.base[task]
 
     def add_rows(self) -> None:
         """Give the queue's new tasks a row in the last table of their mission."""
@@ -5330,7 +5273,8 @@ class Sync:
         for name, task in self.tasks.items():
             for one in task["dependencies"]:
                 dependents.setdefault(one, []).append(name)
-        known = {*self.seen, *self.base, *self.elsewhere}
+        synced = {task for task, base in self.base.items() if "status" in base["cells"]}
+        known = synced.union(self.lines, self.elsewhere)
         new = [task for name, task in self.tasks.items() if name not in known]
         # Those of one `create` have one time: T2 before T10 then.
         for task in sorted(new, key=lambda t: (t["createdAt"], len(t["taskId"]), t["taskId"])):
@@ -5338,10 +5282,9 @@ class Sync:
             if home is None or not self.may_write(name):
                 continue
             needs = sorted(task["dependencies"])
-            blocks = dependents.get(name, [])
-            cells = {column: value_of(task, column) for column in home.columns.keys() - {"id"}}
-            cells |= {"depends_on": ", ".join(needs), "blocks": ", ".join(sorted(blocks))}
-            cells = {column: cells[column] for column in home.columns.keys() - {"id"}}
+            cells = {column: value_of(task, column) for column in home.columns}
+            edges = {"depends_on": needs, "blocks": sorted(dependents.get(name, []))}
+            cells |= {c: ", ".join(ids) for c, ids in edges.items() if c in home.columns}
             self.board.append(home, cells | {"id": name})
             said = {column: meaning(column, escaped(value)) for column, value in cells.items()}
             for one in needs:
@@ -5349,45 +5292,28 @@ class Sync:
                 if "blocks" in row.cells and row.line >= 0:
                     names = sorted({*row.cells["blocks"].split(), name})
                     self.board.put(table, row, "blocks", ", ".join(names))
-            self.rows[name], self.seen[name] = (home, Row(-1, name, said)), -1
-            for column in [column for column in said if column != "blocks"]:
+            del said["id"]
+            self.rows[name] = (home, Row(-1, name, said))
+            for column in self.names(name):
                 self.remember(name, column)
+            self.touched.add(name)
             self.tell("added", name, queue=said_of(task))
 
-    def note(self) -> None:
-        """Say what stays as it is: other words, claims of the file's own, rows that are gone."""
-        for task, (_, row) in self.rows.items():
-            word = row.cells["status"]
-            base = self.base.get(task, {"cells": {}, "was": {}})
-            if word not in (*WORDS, "", DELETED):
-                self.tell("kept", task, field="status", file=word, why="the queue has no such word")
-            elif word in ("in-progress", DELETED) and "status" in base["was"]:
-                now, why = base["was"]["status"], "a claim is never taken from a file"
-                if word == DELETED:
-                    why = f"a file deletes no task; mosaic-queue delete {self.project}/{task}"
-                self.tell("kept", task, field="status", file=word, queue=now, why=why)
-            if "blocks" in row.cells and base["cells"]:
-                was, now_ = base["cells"].get("blocks", ""), row.cells["blocks"]
-                said = (set(now_.split()) - self.unsettled) | (set(was.split()) & self.unsettled)
-                if said != set(was.split()) or "blocks" not in base["cells"]:
-                    base["cells"]["blocks"] = " ".join(sorted(said))
-                    self.touched.add(task)
+    def miss_rows(self) -> None:
+        """Say whose row is gone, once."""
         for task, base in self.base.items():
-            if (task in self.rows) == ("away" in base):
-                if base.pop("away", None) is None:
-                    base["away"] = True
-                    if task not in self.seen:
-                        self.tell("missing", task, why="its row is gone; the task stays as it is")
+            has_row = task in self.rows and "status" in self.rows[task][1].cells
+            if "status" in base["cells"] and base["rev"] != AWAY and not has_row:
+                base["rev"] = AWAY
                 self.touched.add(task)
+                if task not in self.lines:
+                    self.tell("missing", task, why="its row is gone; the task stays as it is")
 
     async def keep(self) -> None:
         """Store the base, and how far the queue was read, for the next sync."""
-        if self.dry:
-            return
         rows: dict[str, Any] = {task: self.base.get(task) for task in self.touched}
-        state = compact({"rev": self.rev, "again": sorted(self.again)})
-        if rows or state != self.state:
-            rows[":state"] = json.loads(state)
+        if not self.dry and (rows or self.rev != self.since):
+            rows[":rev"] = str(self.rev)
             await self.queue.keep_base(self.project, self.mark, self.file, rows)
 
     def hidden(self) -> list[str]:
@@ -5397,22 +5323,16 @@ class Sync:
             for task in self.rows
             if self.tasks.get(task, {}).get("status") == "pending"
             and any(
-                self.rows[one][1].cells["status"] != "done"
+                self.rows[one][1].cells.get("status", "done") != "done"
                 for one in self.tasks[task]["dependencies"]
                 if one in self.rows
             )
         ]
 
-    def report(self, wrote: bool) -> SyncReport:
-        """What was found."""
-        return {
-            "file": str(self.file),
-            "project": self.project,
-            "mission": self.mission,
-            "wrote": wrote and not self.dry,
-            "rows": self.told,
-            "ready": self.ready,
-        }
+
+def cells_of(row: Row) -> dict[str, str]:
+    """What is known of a task by its row; what it blocks is known of others."""
+    return {n: said for n, said in row.cells.items() if n != "blocks" and (said or n != BLOCKED_BY)}
 
 
 def ordered(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[str]]]:
@@ -5496,6 +5416,8 @@ async def sync_file(
             named = mission or mission_of(board) or mission_from(queue.config, file)
             sync = Sync(acting, file, mark, project, named, board, told)
             sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
+            if sync.writes and not writable(file):
+                sync.writes, sync.locked = False, f"{file} is read-only"
             sync.milestones, sync.dry = milestones, dry_run
             try:
                 await sync.merge(whole or dry_run)
@@ -5503,7 +5425,14 @@ async def sync_file(
                 if text != data and not dry_run:
                     put(file, text, data)
                 await sync.keep()
-                return sync.report(text != data)
+                return {
+                    "file": str(file),
+                    "project": project,
+                    "mission": named,
+                    "wrote": text != data and not dry_run,
+                    "rows": sync.told,
+                    "ready": sync.ready,
+                }
             except Refused as problem:
                 if problem.code != "STALE_REV":
                     raise

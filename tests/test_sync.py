@@ -441,7 +441,7 @@ async def test_new_tasks_get_a_row_in_the_table_of_their_mission(
     await sync(queue, path)
     await queue.create("p", "control-20260506", "N-1", title="a | b", dependencies=["M-2"])
     await queue.create("p", "another", "O-1", title="of another mission")
-    assert kinds(await sync(queue, path))[:1] == [("added", "N-1")]
+    assert ("added", "N-1") in kinds(await sync(queue, path))
     end = "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
     added = "| N-1 | not-started | a \\| b | | | | M-2 | | |\n"
     assert path.read_text() == NINE.removesuffix(end) + end + added
