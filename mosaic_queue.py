@@ -4498,40 +4498,26 @@ class Board:
         row.cells[column] = meaning(column, escaped(value))
 
     def append(self, table: TaskTable, values: Mapping[str, str]) -> None:
-        """Add a row at the end of a table; columns without a value are left empty."""
+        """Add a row like the last of a table; columns without a value are left empty."""
         line = self.lines[table.last]
-        start, _ = split_row(line, table.quotes)
+        start, cells = split_row(line, table.quotes)
         head = line[:start] if line[start - 1 : start] == "|" else line[:start] + "|"
+        like = [*(cells if table.rows else ()), *["  "] * table.size]
         by_place = {table.columns[column]: value for column, value in values.items()}
-        cells = [self._fitted(table, at, "  ", by_place.get(at, "")) for at in range(table.size)]
-        self.new.setdefault(table.last, []).append(head + "|".join(cells) + "|")
+        new = [self._fitted(table, at, like[at], by_place.get(at, "")) for at in range(table.size)]
+        self.new.setdefault(table.last, []).append(head + "|".join(new) + "|")
 
     def _fitted(self, table: TaskTable, at: int, old: str, value: str) -> str:
         """A cell with a new value, as wide as before where the table is padded."""
         bare = old.strip()
         lead, _, trail = old.partition(bare) if bare else (" ", "", " ") if old else ("", "", "")
-        text = escaped(value) or self._nothing(table, at)
+        text = escaped(value)
         trail = " " if text.endswith("\\") and not trail else trail
         ruled = split_row(self.lines[table.delimiter], table.quotes)[1][at]
         filled = f"{lead}{text}" if text else ""
-        full = width(ruled) == width(old) and (width(old) > 5 or len(trail) > 1)
-        if full or (old == "  " and self._padded(table, at)):
+        if width(ruled) == width(old) and (width(old) > 5 or len(trail) > 1):
             trail = " " * max(len(trail[:1]), width(ruled) - width(filled))
         return filled + (trail if text or trail else " ")
-
-    def _padded(self, table: TaskTable, at: int) -> bool:
-        """Whether the cells of a column are as wide as its delimiter."""
-        lines = [self.lines[line] for line in {table.delimiter, table.last}]
-        cells = [split_row(line, table.quotes)[1] for line in lines]
-        return len({width(row[at]) for row in cells if at < len(row)}) == 1 and len(lines) > 1
-
-    def _nothing(self, table: TaskTable, at: int) -> str:
-        """How the column says that it is empty: as the last of its empty cells."""
-        for row in reversed(table.rows):
-            cells = split_row(self.lines[row.line], table.quotes)[1]
-            if at < len(cells) and cells[at].strip() in EMPTY:
-                return cells[at].strip()
-        return ""
 
 
 def split_row(line: str, quotes: int) -> tuple[int, list[str]]:
@@ -4990,35 +4976,34 @@ class Sync:
         return last == DELETED or (last in ("done", "failed") and word == "not-started")
 
     async def enter(self, batch: Mapping[str, set[str]]) -> None:
-        """Create tasks.  Their base comes first: what is cut off is then known as ours."""
+        """Create tasks; where one is refused, all the others.  Their base comes first: what is
+        cut off is then known as ours, and a status that they do not have yet is an edit."""
         new = {task: self.new_task(*self.rows[task], needs) for task, needs in batch.items()}
+        first = {"status": "pending", "priority": "medium", "lane": "any", "rev": NEW}
+        made: list[Any] = [{"createdAt": 0}] * len(new)
         for task in batch:
-            first = {"status": "pending", "priority": "medium", "lane": "any", "rev": NEW}
-            self.tasks[task] = cast(Task, first | new[task])
-            self.base.pop(task, None)
-            for name in self.names(task):
-                self.remember(task, name)
-            if "delay" in new[task]:  # the status is then an edit like any other
-                self.base[task]["cells"]["status"] = "not-started"
-                self.base[task]["was"].pop("status", None)
+            self.base[task] = {"cells": {"status": "not-started"}, "was": {}, "rev": NEW}
         try:
             if not self.dry:
                 bases = {task: self.base[task] for task in batch}
                 await self.queue.keep_base(self.project, self.mark, self.file, bases)
-                for given in await self.queue.create_all([*new.values()], project=self.project):
-                    self.tasks[given["taskId"]] |= given
+                made = await self.queue.create_all([*new.values()], project=self.project)
         except Refused as problem:
             if problem.code in DOWN:
                 raise
-            for task, needs in batch.items():
-                del self.tasks[task], self.base[task]
+            for task in batch:
                 if len(batch) > 1:
-                    await self.enter({task: needs})
-                    continue
-                self.refuse(task, "", problem)
-                await self.queue.keep_base(self.project, self.mark, self.file, {task: None})
+                    await self.enter({task: batch[task]})
+                else:
+                    self.touched.add(task)
+                    del self.base[task]
+                    self.refuse(task, "", problem)
             return
-        for task in batch:
+        for task, given in zip(batch, made, strict=True):
+            times = {"updatedAt": given["createdAt"]}
+            self.tasks[task] = cast(Task, first | new[task] | times | given)
+            if "depends_on" in self.names(task):  # without what was done long ago
+                self.remember(task, "depends_on")
             self.tell("created", task)
 
     def new_task(self, table: TaskTable, row: Row, needs: set[str]) -> NewTask:
@@ -5230,10 +5215,8 @@ class Sync:
                 self.refuse(task, "blocks", Refused("NOT_FOUND", why))
             elif not row.cells[BLOCKED_BY]:
                 self.base.pop(task, None)
-        elif "status" not in base["cells"] or base["rev"] == NEW:
-            pass  # it could not be entered
-        elif word == last and last in (DELETED, "done", "failed"):
-            pass
+        elif "status" not in base["cells"] or word == last in (DELETED, "done", "failed"):
+            pass  # it could not be entered, or was forgotten
         elif word not in (DELETED, base["cells"]["status"]):
             why = "the queue has no such task any more"
             self.tell("conflict", task, field="status", file=word, why=why)
@@ -5249,7 +5232,7 @@ class Sync:
 
     def remember(self, task: str, name: str) -> None:
         """File and queue agree on a cell, each in its own words."""
-        base = self.base.setdefault(task, {"cells": {}, "was": {}, "rev": NEW})
+        base = self.base.setdefault(task, {"cells": {}, "was": {}, "rev": 0})
         cells, said = base["cells"], cells_of(self.rows[task][1])
         for column in (name, BLOCKED_BY) if name == "depends_on" else (name,):
             cells.pop(column, None)
@@ -5318,16 +5301,10 @@ class Sync:
 
     def hidden(self) -> list[str]:
         """Tasks that may be claimed, though the file shows what they wait for as not done."""
-        return [
-            task
-            for task in self.rows
-            if self.tasks.get(task, {}).get("status") == "pending"
-            and any(
-                self.rows[one][1].cells.get("status", "done") != "done"
-                for one in self.tasks[task]["dependencies"]
-                if one in self.rows
-            )
-        ]
+        words = {task: row.cells.get("status", "done") for task, (_, row) in self.rows.items()}
+        shown = {task for task, word in words.items() if word != "done"}
+        able = [t for t in self.rows if self.tasks.get(t, {}).get("status") == "pending"]
+        return [task for task in able if shown.intersection(self.tasks[task]["dependencies"])]
 
 
 def cells_of(row: Row) -> dict[str, str]:
@@ -5425,14 +5402,15 @@ async def sync_file(
                 if text != data and not dry_run:
                     put(file, text, data)
                 await sync.keep()
-                return {
-                    "file": str(file),
-                    "project": project,
-                    "mission": named,
-                    "wrote": text != data and not dry_run,
-                    "rows": sync.told,
-                    "ready": sync.ready,
-                }
+                wrote = text != data and not dry_run
+                return SyncReport(
+                    file=str(file),
+                    project=project,
+                    mission=named,
+                    wrote=wrote,
+                    rows=sync.told,
+                    ready=sync.ready,
+                )
             except Refused as problem:
                 if problem.code != "STALE_REV":
                     raise

@@ -214,7 +214,7 @@ def edited(text: str, task: str, column: str, value: str) -> list[str]:
         (PADDED, "P-11", "status", "in-progress", "| P-11 | in-progress | 語          |"),
         (PADDED, "P-11", "text", "an 語", "| P-11 | done        | an 語       |"),
         (PADDED, "P-10", "text", "much too long", "| P-10 | not-started | much too long |"),
-        (PADDED, "P-10", "text", "", "| P-10 | not-started | —           |"),
+        (PADDED, "P-10", "text", "", "| P-10 | not-started |             |"),
         ("|id|status|\n|-|-|\n|a|done|\n", "a", "status", "failed", "|a|failed|"),
         ("|id|status|title|\n|-|-|-|\n|a|done|x|\n", "a", "title", "x\\", "|a|done|x\\ |"),
         ("|id|status|title|\n|-|-|-|\na|done\n", "a", "title", "x", "a|done| x "),
@@ -232,8 +232,8 @@ def test_padding_stays_where_it_fits(
     [
         (PADDED, {"id": "P", "status": "done", "text": "x"}, f"| P    | done {'':6} | x {'':9} |"),
         ("|id|status|\n|-|-|\n", {"id": "a", "status": "done"}, "| a | done |"),
-        ("> |id|status|\n> |-|-|\n> |a|done|", {"id": "b", "status": "done"}, "> | b | done |"),
-        ("id|status\n-|-\na|done", {"id": "b", "status": "done"}, "| b | done |"),
+        ("> |id|status|\n> |-|-|\n> |a|done|", {"id": "b", "status": "done"}, "> |b|done|"),
+        ("id|status\n-|-\na|done", {"id": "b", "status": "done"}, "|b|done|"),
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
