@@ -4680,11 +4680,16 @@ def width(text: str) -> int:
 # told who blocks it, so that all that is known of a task stands in its row and in its base.
 
 MANY = 1000  # changed tasks, from which on the whole project is read
+TOGETHER = 8  # rows whose edits are under way at a time
 NEW, AWAY = -2, -1  # for the rev of a base
 BLOCKED_BY = "blocked-by"  # the rows that name a row in `blocks`
 NOTES = ("kept", "skipped", "missing")
 WRONG = ("conflict", "refused", "invalid", "unwritten")  # what somebody has to look at
 KINDS = ("created", "changed", "written", "added", "deleted", *WRONG, *NOTES)
+STAYS = {  # words of a file that the queue takes from nobody, and why
+    "in-progress": "a claim is never taken from a file",
+    DELETED: "a file deletes no task; mosaic-queue delete {}/{}",
+}
 DOWN = ("UNREACHABLE", "UNFIT", "SCHEMA")  # refusals that are no answer to one edit
 
 
@@ -4777,13 +4782,13 @@ class Sync:
     mark: str
     project: str
     mission: str
+    milestones: bool
+    dry: bool
     board: Board
     told: list[Difference]
     takes: bool = True
     writes: bool = True
     locked: str = ""  # why nothing is written, where somebody has to know
-    milestones: bool = False
-    dry: bool = False
     rows: dict[str, tuple[TaskTable, Row]] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)  # with a row in another file
@@ -4802,7 +4807,7 @@ class Sync:
         kept = {key: value for key, value in told.items() if value or key == "file"}
         self.told.append(cast(Difference, kept))
 
-    async def merge(self, whole: bool) -> None:
+    async def merge(self) -> None:
         """Compare, tell the queue, and edit the board."""
         raw = await self.queue.base(self.project, self.mark)
         self.since = int(json.loads(raw.pop(":rev", "-1")))
@@ -4812,11 +4817,10 @@ class Sync:
         self.enter_rows()
         await self.leave_shared()
         self.turn_blocks()
-        await self.read(whole)
+        await self.read()
         self.ready = self.hidden() if self.dry else []
         await self.create()
-        for task in [task for task in self.look if await self.obey(task)]:
-            await self.obey(task, last=True)
+        await self.obey_all(await self.obey_all(self.look), last=True)
         for task in self.look:
             self.settle(task)
         self.add_rows()
@@ -4874,10 +4878,10 @@ class Sync:
             if task in self.rows:
                 self.rows[task][1].cells[BLOCKED_BY] = " ".join(sorted(names))
 
-    async def read(self, whole: bool) -> None:
+    async def read(self) -> None:
         """Read the tasks that may differ, and list the rows to look at."""
         self.rev = await self.queue.revision(self.project)
-        known = not whole and 0 <= self.since <= self.rev  # else Valkey lost its last writes
+        known = not self.dry and 0 <= self.since <= self.rev  # else Valkey lost its last writes
         changed = await self.changed() if known else None
         if changed is None or len(changed) > MANY:
             self.tasks = await self.queue.tasks_of(self.project)
@@ -4955,8 +4959,8 @@ class Sync:
             if not self.takes:
                 self.tell("conflict", task, why="the queue has no such task")
             elif lost:
-                entered = min(lost) in self.lines
-                why = "could not be entered" if entered else "neither the file nor the queue has"
+                here = min(lost) in self.lines
+                why = "could not be entered" if here else "neither the file nor the queue has"
                 why = f"it depends on {min(lost)}, which {why}"
                 self.refuse(task, "depends_on", Refused("NOT_FOUND", why))
             else:
@@ -5047,8 +5051,8 @@ class Sync:
         base, last = self.base.get(task, NOTHING)["cells"], self.last(task, name)
         if mine == theirs:
             return "same"
-        if name == "status" and mine in ("", "in-progress", DELETED):
-            return "kept" if theirs == last else "queue"  # a claim is never taken from a file
+        if name == "status" and mine in ("", *STAYS):
+            return "kept" if theirs == last else "queue"
         if mine and mine not in {"status": WORDS, "priority": PRIORITIES}.get(name, (mine,)):
             return "kept"
         if name in base or name not in self.rows[task][1].cells:
@@ -5061,11 +5065,26 @@ class Sync:
         worked = said_of(now) != "not-started" or now["updatedAt"] > now["createdAt"] + 1
         return "queue" if worked and "status" not in base else "conflict"
 
-    async def obey(self, task: str, last: bool = False) -> bool:
-        """Make the edits of a row operations.  True when it has to be asked again: an edge that
-        closes a circle is told only when the others have had their turn."""
-        if task not in self.tasks or not self.takes:
-            return False
+    async def obey_all(self, rows: Sequence[str], last: bool = False) -> list[str]:
+        """Make the edits of rows operations, of a few rows at a time.  Returns the rows to ask
+        again: an edge that closes a circle is told only when the others have had their turn."""
+        import asyncio
+
+        able = [task for task in rows if task in self.tasks and self.takes]
+        edited = [task for task in able if any(one[3] == "file" for one in self.compared(task))]
+        again: list[str] = []
+        for at in range(0, len(edited), TOGETHER):
+            part = edited[at : at + TOGETHER]
+            work = (self.obey(task, last) for task in part)
+            answers = await asyncio.gather(*work, return_exceptions=True)
+            for task, answer in zip(part, answers, strict=True):
+                if isinstance(answer, BaseException):
+                    raise answer
+                again += [task] * answer
+        return again
+
+    async def obey(self, task: str, last: bool) -> bool:
+        """Make the edits of a row operations; whether one closes a circle and is not the last."""
         edits = [cell for cell in self.compared(task) if cell[3] == "file"]
         completed = self.tasks[task]["status"] == "completed"  # then only its status can change
         edits.sort(key=lambda cell: (cell[0] == "status") != completed)
@@ -5150,24 +5169,16 @@ class Sync:
                 agreed = False
             elif verdict == "file":  # what was refused has been put back, where it could be
                 agreed = self.writes and not self.dry
-            elif verdict == "kept":
-                self.note(task, told)
+            elif verdict == "kept" and mine:
+                why = STAYS.get(mine, "the queue has no such word").format(self.project, task)
+                told["queue"] = theirs if mine in STAYS else ""
+                self.tell("kept", task, **told, why=why)
             if agreed:
                 self.remember(task, name)
         if task not in self.tasks:
             self.gone(task)
         if compact(self.base.get(task)) != before:
             self.touched.add(task)
-
-    def note(self, task: str, told: Mapping[str, str]) -> None:
-        """Say what word stays as it is."""
-        if told["file"] == "in-progress":
-            self.tell("kept", task, **told, why="a claim is never taken from a file")
-        elif told["file"] == DELETED:
-            why = f"a file deletes no task; mosaic-queue delete {self.project}/{task}"
-            self.tell("kept", task, **told, why=why)
-        elif told["file"]:
-            self.tell("kept", task, **{**told, "queue": ""}, why="the queue has no such word")
 
     def write(self, task: str, name: str, mine: str, theirs: str) -> bool:
         """Put the queue's value into a cell; False where the file may not be written."""
@@ -5364,16 +5375,14 @@ async def sync_file(
     direction: Direction = "both",
     milestones: bool = False,
     dry_run: bool = False,
-    whole: bool = False,
 ) -> SyncReport:
     """Bring a TASKS.md and a project in step, once.
 
     New rows become tasks of `mission`, which is, without one, what the file's `Mission:` line
     says, else the configuration, else the file's name; with `milestones` each table has a
     mission of its own under a heading with that word.  `to-file` changes nothing in the queue,
-    `to-queue` nothing in the file, `dry_run` neither.  `whole` reads all tasks again, not only
-    those that have changed.  Refuses INVALID for a file that is no UTF-8 text with a task table,
-    or that has a merge conflict in it; HELD when another sync does not end.
+    `to-queue` nothing in the file, `dry_run` neither.  Refuses INVALID for a file that is no UTF-8
+    text with a task table, or that has a merge conflict in it; HELD when another sync does not end.
     """
     if direction not in DIRECTIONS:
         invalid("direction", direction, ", ".join(DIRECTIONS))
@@ -5391,13 +5400,12 @@ async def sync_file(
             board = read_board(data.decode())
             require_mergeable(file, board)
             named = mission or mission_of(board) or mission_from(queue.config, file)
-            sync = Sync(acting, file, mark, project, named, board, told)
+            sync = Sync(acting, file, mark, project, named, milestones, dry_run, board, told)
             sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
             if sync.writes and not writable(file):
                 sync.writes, sync.locked = False, f"{file} is read-only"
-            sync.milestones, sync.dry = milestones, dry_run
             try:
-                await sync.merge(whole or dry_run)
+                await sync.merge()
                 text = board.text().encode()
                 if text != data and not dry_run:
                     put(file, text, data)
@@ -5426,30 +5434,26 @@ async def watch_file(
     import asyncio
 
     before: Any = None
-    said: Any = None
+    said: list[Difference] = []
     state: Any
     while True:
+        report = SyncReport(
+            file=str(path), project=project, mission="", wrote=False, rows=said, ready=[]
+        )
         try:
             state = (file_state(Path(path)), await queue.revision(project))
-            report: SyncReport | None = None
             if state != before:
                 report = await sync_file(queue, path, project, **how)
         except Refused as problem:
             if before is None:
                 raise
             # A file that is away, or Valkey: both may come back.
-            if problem.code != "INVALID":
-                state = ()
-            why: Difference = {"kind": "invalid", "why": f"{problem.code}: {problem.message}"}
-            report = SyncReport(
-                file=str(path), project=project, mission="", wrote=False, rows=[why], ready=[]
-            )
-        if report and report["rows"] != said:
-            said = report["rows"]
-            if said:
-                tell(report)
-        before = state
-        await asyncio.sleep(WRITE_EVERY if report and report["wrote"] else LOOK_EVERY)
+            state = state if problem.code == "INVALID" else ()
+            report["rows"] = [{"kind": "invalid", "why": f"{problem.code}: {problem.message}"}]
+        if report["rows"] and report["rows"] != said:
+            tell(report)
+        before, said = state, report["rows"]
+        await asyncio.sleep(WRITE_EVERY if report["wrote"] else LOOK_EVERY)
 
 
 def file_state(path: Path) -> tuple[int, ...]:
@@ -7923,8 +7927,8 @@ def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
         shown = ", ".join(f"{side} {clipped(value, 80)!r}" for side, value in values)
         facts = "; ".join(filter(None, (shown, row.get("why"))))
         lines.append(f"{text}: {facts}" if facts else text)
-    counts = {kind: sum(row["kind"] == kind for row in report["rows"]) for kind in KINDS}
-    said = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    kinds = [row["kind"] for row in report["rows"]]
+    said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
     lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' * bool(said and dry)}")
     if report["ready"]:
         lines.append(f"ready, though the board shows them waiting: {', '.join(report['ready'])}")
