@@ -4729,14 +4729,16 @@ def drifted(report: SyncReport) -> bool:
 class Base(TypedDict):
     """What the file last said of a task, what the queue said where that is something else (an
     empty priority means medium), and the task's rev then: NEW while it is being entered, AWAY
-    while nobody looks at it, its row being gone or in two places."""
+    while nobody looks at it, its row being gone or in two places.  `own` is the rev of what the
+    sync did to it after it was read."""
 
     cells: dict[str, str]
     was: dict[str, str]
     rev: int
+    own: int
 
 
-NOTHING: Base = {"cells": {}, "was": {}, "rev": 0}
+NOTHING: Base = {"cells": {}, "was": {}, "rev": 0, "own": 0}
 
 
 def said_of(task: Task) -> str:
@@ -4795,6 +4797,7 @@ class Sync:
     base: dict[str, Base] = field(default_factory=dict)
     touched: set[str] = field(default_factory=set)  # whose base is another
     tasks: dict[str, Task] = field(default_factory=dict)
+    own: dict[str, int] = field(default_factory=dict)  # revs of what this sync does
     look: list[str] = field(default_factory=list)
     ready: list[str] = field(default_factory=list)
     since: int = -1  # how far the queue has been read: before, and now
@@ -4862,7 +4865,7 @@ class Sync:
                     self.tell("invalid", task, why=f"line {lines[task]} of {path} has this id too")
                     del self.rows[task]
                     if task not in self.base:  # so that the other file sees it too
-                        self.base[task] = {"cells": {}, "was": {}, "rev": AWAY}
+                        self.base[task] = {"cells": {}, "was": {}, "rev": AWAY, "own": 0}
                         self.touched.add(task)
 
     def turn_blocks(self) -> None:
@@ -4872,7 +4875,7 @@ class Sync:
             for other in row.cells.get("blocks", "").split():
                 blockers.setdefault(other, set()).add(task)
         for task, names in blockers.items():
-            if task not in self.lines and ID.fullmatch(task):
+            if task not in self.lines:
                 line = min((self.lines[name] for name in names), default=-1)
                 self.rows[task] = (self.board.tables[0], Row(line, task, {}))
             if task in self.rows:
@@ -4908,7 +4911,8 @@ class Sync:
             if page.get("lost"):
                 return None
             for event in page["events"]:
-                if event["rev"] > self.base.get(event["task"], NOTHING)["rev"]:
+                base = self.base.get(event["task"], NOTHING)
+                if event["rev"] > base["rev"] and event["rev"] != base["own"]:
                     found.add(event["task"])
             if len(page["events"]) < 1000:
                 return found
@@ -4986,7 +4990,7 @@ class Sync:
         first = {"status": "pending", "priority": "medium", "lane": "any", "rev": NEW}
         made: list[Any] = [{"createdAt": 0}] * len(new)
         for task in batch:
-            self.base[task] = {"cells": {"status": "not-started"}, "was": {}, "rev": NEW}
+            self.base[task] = {**NOTHING, "cells": {"status": "not-started"}, "was": {}, "rev": NEW}
         try:
             if not self.dry:
                 bases = {task: self.base[task] for task in batch}
@@ -5142,7 +5146,9 @@ class Sync:
         done = done["tasks"][0] if operation == "redrive" else done
         blocked = {"blockedReason": reason["reason"]} if word == "blocked" else {}
         rest = {name: value for name, value in now.items() if name != "blockedReason"}
-        return cast(Task, {**rest, **done, **blocked})
+        self.own[now["taskId"]] = done["rev"]
+        # Others may have changed it since it was read: its rev is still that of the reading.
+        return cast(Task, {**rest, **done, **blocked, "rev": now["rev"]})
 
     def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
@@ -5239,11 +5245,11 @@ class Sync:
             if word == DELETED or self.write(task, "status", word, DELETED):
                 if word != DELETED:
                     self.tell("deleted", task, file=word)
-                self.base[task] = {"cells": cells_of(row), "was": {}, "rev": 0}
+                self.base[task] = {**NOTHING, "cells": cells_of(row), "was": {}}
 
     def remember(self, task: str, name: str) -> None:
         """File and queue agree on a cell, each in its own words."""
-        base = self.base.setdefault(task, {"cells": {}, "was": {}, "rev": 0})
+        base = self.base.setdefault(task, {"cells": {}, "was": {}, "rev": 0, "own": 0})
         cells, said = base["cells"], cells_of(self.rows[task][1])
         for column in (name, BLOCKED_BY) if name == "depends_on" else (name,):
             cells.pop(column, None)
@@ -5253,7 +5259,7 @@ class Sync:
         if theirs != cells.get(name, ""):
             base["was"][name] = theirs
         if "status" in said or "status" not in cells:
-            base["rev"] = self.tasks[task]["rev"]
+            base["rev"], base["own"] = self.tasks[task]["rev"], self.own.get(task, 0)
         if not cells:
             del self.base[task]
 

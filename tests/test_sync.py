@@ -885,6 +885,24 @@ async def test_a_task_that_changes_during_the_sync_is_read_again(
     assert (await queue.get("A", project="p"))["title"] == "by an agent"
 
 
+async def test_what_changes_beside_an_operation_of_the_sync_is_not_missed(
+    queue: mq.Queue, board: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await sync(queue, board)
+    replaced(board, "| A | not-started", "| A | blocked")
+    shipped, update = mq.Queue.block, mq.Queue.update
+
+    async def late(self: mq.Queue, task: str, **given: Any) -> mq.Task:
+        await update(queue, "A", project="p", title="by an agent")
+        return await shipped(self, task, **given)
+
+    monkeypatch.setattr(mq.Queue, "block", late)
+    await sync(queue, board)
+    await sync(queue, board)
+    assert "| A | blocked | by an agent |" in board.read_text()
+    await in_step(queue, board)
+
+
 async def test_one_of_two_syncs_waits(
     queue: mq.Queue, board: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
