@@ -4911,9 +4911,9 @@ class Sync:
             if page.get("lost"):
                 return None
             for event in page["events"]:
-                base = self.base.get(event["task"], NOTHING)
-                if event["rev"] > base["rev"] and event["rev"] != base["own"]:
-                    found.add(event["task"])
+                base, rev = self.base.get(event["task"], NOTHING), event["rev"]
+                if rev > base["rev"] and rev != base["own"] and event["op"] != "free":
+                    found.add(event["task"])  # no cell says whether a task is free
             if len(page["events"]) < 1000:
                 return found
             since = page["since"]
