@@ -5546,8 +5546,10 @@ async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
 
 def writable(path: Path) -> bool:
     """Whether a file may be replaced.  One without any write bit is meant to stay, whoever asks."""
-    marked = path.stat().st_mode & 0o222
-    return bool(marked) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    with contextlib.suppress(FileNotFoundError):
+        marked = path.stat().st_mode & 0o222
+        return bool(marked) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    return False
 
 
 # ==== MONITOR ================================================================================

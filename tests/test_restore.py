@@ -559,3 +559,45 @@ async def test_a_record_that_contradicts_itself_is_set_right(
     events = (await queue.events(project="p", since=meta["rev"]))["events"]
     assert [(one["task"], one["op"]) for one in events] == [("idle", "update"), ("busy", "update")]
     assert problems(db, "p", since=meta["rev"]) == []
+
+
+async def test_a_file_does_not_enter_anew_what_was_lost(
+    tmp_path: Path, server: Server, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a flush the board would be a project of its own, and the record stay where it is."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    board = tmp_path / "TASKS.md"
+    board.write_text("| id | status | description |\n|---|---|---|\n| A | not-started | do A |\n")
+    config = mq.Config(environ={}).set("redis.url", server.url, "t").set("project", "p", "t")
+    config.set("manifests", str(tmp_path / "manifests"), "t")
+    async with mq.Queue(config) as queue:
+        await mq.sync_file(queue, board, "p")
+        await queue.claim("A", "al")
+        await mq.caught_up(queue, mq.Manifests(mq.manifest_folder(config)), "p", None)
+        db.flushall()
+        with pytest.raises(mq.Refused, match="it was lost") as refused:
+            await mq.sync_file(queue, board, "p")
+        assert refused.value.hint == "mosaic-queue restore --project p"
+        assert db.dbsize() == 0
+        assert (await mq.restore(config, False, None))["restored"] == 1
+        assert (await queue.get("A"))["claimedBy"] == "al"
+        await mq.sync_file(queue, board, "p")
+        assert (await queue.get("A"))["claimedBy"] == "al"
+
+
+async def test_a_record_comes_back_beside_the_project_that_took_its_place(
+    tmp_path: Path, server: Server, db: Any
+) -> None:
+    config = mq.Config(environ={}).set("redis.url", server.url, "t").set("project", "p", "t")
+    config.set("manifests", str(tmp_path / "manifests"), "t")
+    async with mq.Queue(config) as queue:
+        await queue.create("p", "m", "A", title="the old one")
+        await mq.caught_up(queue, mq.Manifests(mq.manifest_folder(config)), "p", None)
+        db.flushall()
+        await queue.create("p", "m", "A", title="the new one")
+        with pytest.raises(mq.Refused, match="with another epoch") as refused:
+            await mq.restore(config, False, None)
+        assert refused.value.hint.endswith("mosaic-queue restore --project p --as p-old")
+        assert (await mq.restore(config, False, None, "p-old"))["project"] == "p-old"
+        assert (await queue.get("p-old/A"))["title"] == "the old one"
+        assert (await queue.get("p/A"))["title"] == "the new one"
