@@ -112,6 +112,7 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' and '-'"
 REGISTRY = "mosaic:queue:projects"
 LEADER = "mosaic:queue:leader"
+REGISTERED = 60.0  # s for which a name in the registry is believed to be there
 
 
 # ==== REFUSALS ===============================================================================
@@ -1638,7 +1639,7 @@ class Queue:
         self.leases: dict[str, Lease] = {}
         self.lost: list[str] = []
         self._came_back: set[tuple[str, str]] = set()
-        self._registered: set[str] = set()
+        self._registered: dict[str, float] = {}  # when, by our own clock (s)
 
     async def __aenter__(self) -> Queue:
         return self
@@ -1877,16 +1878,17 @@ class Queue:
         await self._register(project)
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self.call("create", project, given, rows)
-        self._registered.add(project)
+        self._registered[project] = time.monotonic()
         created = [task_from(project, ["OK", row]) for row in reply[1:]]
         by_id = {task["taskId"]: task for task in created}
         return [by_id[row["task"]] for row in rows]
 
     async def _register(self, project: str) -> None:
-        """Enter a name for those who list all projects: a hint, which an ACL may keep from us."""
+        """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
+        Again each minute, since Valkey may have been emptied."""
         from redis.exceptions import ResponseError
 
-        if project in self._registered:
+        if time.monotonic() < self._registered.get(project, -REGISTERED) + REGISTERED:
             return
         await self.link.check()
         try:
@@ -3035,7 +3037,7 @@ async def caught_up(
             "UNFIT",
             f"project {project} is not the one that {follower.name} followed: its epoch is "
             f"{epoch}, not {since[0]}",
-            f"mosaic-queue restore --project {project}, or remove what {follower.name} has of it",
+            f"mosaic-queue restore --project {project} --as {project}-old",
         )
     page: EventList = {"events": []}
     lost, before = 0, since[1] if since else None
