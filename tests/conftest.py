@@ -206,6 +206,18 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     running.close()
 
 
+def one_engine() -> Any:
+    """The fixture `server` of a module: what is tested there knows of no engines."""
+
+    @pytest.fixture(scope="module")
+    def server() -> Iterator[Server]:
+        running = Server(str(BINARIES["valkey"]()))
+        yield running
+        running.close()
+
+    return server
+
+
 @pytest.fixture
 def db(server: Server) -> Iterator[redis.Redis]:
     """A plain client on the emptied server."""

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import bpe_openai
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import Server, one_engine
 from mcp import Client, StdioServerParameters
 
 import mosaic_queue as mq
@@ -47,12 +47,7 @@ def tokens() -> Count:
     return count
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture

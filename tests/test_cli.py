@@ -15,13 +15,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, key_space
+from conftest import Server, key_space, one_engine
 
 import mosaic_queue as mq
 
@@ -35,12 +35,7 @@ MOSAIC = [
 ]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import Server, one_engine
 
 import mosaic_queue as mq
 
@@ -37,12 +37,7 @@ OWN = {  # where each client reads its servers, and under which key
 }
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim
+from conftest import Server, Shim, one_engine
 from mcp import Client, StdioServerParameters
 
 import mosaic_queue as mq
@@ -34,12 +34,7 @@ PROGRAM = Path(mq.__file__)
 ROOT = "mosaic:queue:project:{p}"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture

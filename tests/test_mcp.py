@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, key_space
+from conftest import BINARIES, Server, key_space, one_engine
 from mcp import Client, MCPError, StdioServerParameters
 
 import mosaic_queue as mq
@@ -40,12 +40,7 @@ NAMES = [
 DEAD = "redis://127.0.0.1:1"  # where nobody listens
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim
+from conftest import BINARIES, Server, Shim, one_engine
 
 import mosaic_queue as mq
 
@@ -34,12 +34,7 @@ RUN = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_q
 DEADLINE = "mq.Queue.__init__.__kwdefaults__['deadline'] = {}; "
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 class Monitor:

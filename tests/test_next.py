@@ -15,13 +15,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim
+from conftest import BINARIES, Server, Shim, one_engine
 
 import mosaic_queue as mq
 
@@ -34,12 +34,7 @@ OURS = ("evalsha", "eval", "blpop", "info")  # all that a waiter may send
 Offers = Sequence["asyncio.Task[mq.Offer]"]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 def commands(db: redis.Redis) -> Counter[str]:

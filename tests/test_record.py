@@ -24,7 +24,7 @@ from typing import Any
 import asyncpg
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import BINARIES, Server, one_engine
 from invariants import problems, read_project
 from test_restore import kept, populate
 
@@ -35,12 +35,7 @@ SCHEMA = "mosaic_queue"
 UNKIND = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 class Cluster:

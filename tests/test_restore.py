@@ -601,3 +601,15 @@ async def test_a_record_comes_back_beside_the_project_that_took_its_place(
         assert (await mq.restore(config, False, None, "p-old"))["project"] == "p-old"
         assert (await queue.get("p-old/A"))["title"] == "the old one"
         assert (await queue.get("p/A"))["title"] == "the new one"
+
+
+async def test_a_process_that_lives_on_registers_a_project_again(
+    server: Server, db: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks at all projects has to see that one has taken another's place."""
+    async with mq.Queue(mq.Config(environ={}).set("redis.url", server.url, "t")) as queue:
+        await queue.create("q", "m", "A", title="t")
+        db.flushall()
+        monkeypatch.setattr(mq, "REGISTERED", 0)
+        await queue.create("q", "m", "A", title="t")
+        assert await queue.projects() == ["q"]

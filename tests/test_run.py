@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import Server, one_engine
 
 import mosaic_queue as mq
 
@@ -28,12 +28,7 @@ PROGRAM = [sys.executable, str(Path(mq.__file__))]
 ROOT = "mosaic:queue:project:{p}"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture

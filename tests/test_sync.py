@@ -14,13 +14,13 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import Server, one_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tables import FOURTEEN, NASTY, NINE, PADDED
@@ -33,12 +33,7 @@ HEAD = "| id | status | description | depends_on |\n|---|---|---|---|\n"
 HISTORIES = int(os.environ.get("MOSAIC_TEST_HISTORIES", "200"))
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    """One engine: what is tested here knows of none."""
-    running = Server(str(BINARIES["valkey"]()))
-    yield running
-    running.close()
+server = one_engine()
 
 
 @pytest.fixture(autouse=True)
