@@ -7,6 +7,7 @@ refusal follows a write.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import functools
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -244,6 +245,39 @@ def shim(monkeypatch: pytest.MonkeyPatch) -> Shim:
     made = Shim()
     monkeypatch.setattr(mq, "script", made.script)
     return made
+
+
+async def until(true: Callable[[], Any], limit: float = 60) -> Any:
+    """Wait until a condition holds, and return what it says; fails when it does not in time."""
+    give_up = time.monotonic() + limit
+    while not (found := await true() if asyncio.iscoroutinefunction(true) else true()):
+        assert time.monotonic() < give_up, "it did not come true"
+        await asyncio.sleep(0.02)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def at_work(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Something that goes on until it is cancelled here; it may not end before."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+        assert not task.done(), task
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def ask(server: Server, method: str, *args: Any, **named: Any) -> Any:
+    """One operation of a queue in this process."""
+
+    async def once() -> Any:
+        config = mq.Config(environ={}).set("redis.url", server.url, "t").set("project", "p", "t")
+        async with mq.Queue(config) as queue:
+            return await getattr(queue, method)(*args, **named)
+
+    return asyncio.run(once())
 
 
 def free_port() -> int:

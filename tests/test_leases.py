@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, Shim, one_engine
+from conftest import Server, Shim, one_engine, until
 from mcp import Client, StdioServerParameters
 
 import mosaic_queue as mq
@@ -91,14 +91,6 @@ async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
 async def ends(queue: mq.Queue) -> int:
     """When the lease of T1 ends."""
     return int((await queue.get("T1"))["leaseExpiresAt"])
-
-
-async def until(true: Any, limit: float = 60) -> None:
-    """Wait until a condition holds; fails when it does not in time."""
-    give_up = time.monotonic() + limit
-    while not (await true() if asyncio.iscoroutinefunction(true) else true()):
-        assert time.monotonic() < give_up, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 async def taken(client: Client, **wants: Any) -> dict[str, Any]:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import BINARIES, Server, at_work
 from invariants import problems
 
 import mosaic_queue as mq
@@ -43,22 +45,11 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextlib.asynccontextmanager
 async def following(queue: mq.Queue, follower: mq.Manifests) -> AsyncIterator[None]:
-    task = asyncio.create_task(mq.follow(queue, follower))
-    try:
+    async with at_work(mq.follow(queue, follower)):
         yield
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
-async def until(true: Callable[[], Any]) -> Any:
-    give_up = asyncio.get_running_loop().time() + LIMIT
-    while not (found := true()):
-        assert asyncio.get_running_loop().time() < give_up, "it did not come true"
-        await asyncio.sleep(0.02)
-    return found
+until = functools.partial(conftest.until, limit=LIMIT)
 
 
 async def create(queue: mq.Queue, *names: str, mission: str = "m", **rest: Any) -> None:

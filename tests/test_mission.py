@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, one_engine
+from conftest import Server, ask, one_engine
 
 import mosaic_queue as mq
 
@@ -85,17 +85,6 @@ def tell(start: Start) -> Tell:
         return process.returncode, out, err
 
     return told
-
-
-def ask(server: Server, method: str, *args: Any, **named: Any) -> Any:
-    """One operation of a queue in this process."""
-
-    async def once() -> Any:
-        config = mq.Config(environ={}).set("redis.url", server.url, "t").set("project", "p", "t")
-        async with mq.Queue(config) as queue:
-            return await getattr(queue, method)(*args, **named)
-
-    return asyncio.run(once())
 
 
 def create(server: Server, name: str, milestone: str | None = None, **rest: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim, one_engine
+from conftest import BINARIES, Server, Shim, at_work, one_engine, until
 
 import mosaic_queue as mq
 
@@ -76,14 +76,8 @@ def start(db: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Start]:
 @contextlib.asynccontextmanager
 async def watching(config: mq.Config, assign: bool = False) -> AsyncIterator[None]:
     """A monitor in this process."""
-    task = asyncio.create_task(mq.monitor(config, assign))
-    try:
+    async with at_work(mq.monitor(config, assign)):
         yield
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
@@ -91,14 +85,6 @@ async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
         {"mission": "m", "title": "a task", "taskId": name, **rest} for name in names
     ]
     await queue.create_all(rows, project="p")
-
-
-async def until(true: Callable[[], Any], limit: float = 60) -> None:
-    """Wait until a condition holds; fails when it does not in time."""
-    give_up = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < give_up, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 def status(db: redis.Redis, name: str) -> str | None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim, one_engine
+from conftest import BINARIES, Server, Shim, one_engine, until
 
 import mosaic_queue as mq
 
@@ -51,14 +51,6 @@ async def create(queue: mq.Queue, *names: str, **rest: Any) -> None:
             for name in names[at : at + mq.BATCH]
         ]
         await queue.create_all(rows, project="p")
-
-
-async def until(true: Any, limit: float = 60) -> None:
-    """Wait until a condition holds; fails when it does not in time."""
-    give_up = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < give_up, "it did not come true"
-        await asyncio.sleep(0.02)
 
 
 def blocked(db: redis.Redis) -> int:

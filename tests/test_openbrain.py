@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import http.server
 import json
 import os
@@ -14,13 +15,14 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import redis
-from conftest import Server, one_engine
+from conftest import Server, at_work, one_engine
 
 import mosaic_queue as mq
 
@@ -107,22 +109,11 @@ def capturing(config: mq.Config, brain: Receiver, monkeypatch: pytest.MonkeyPatc
 @contextlib.asynccontextmanager
 async def following(queue: mq.Queue) -> AsyncIterator[mq.OpenBrain]:
     follower = mq.OpenBrain(queue)
-    task = asyncio.create_task(mq.follow(queue, follower))
-    try:
+    async with at_work(mq.follow(queue, follower)):
         yield follower
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
-async def until(true: Callable[[], Any]) -> Any:
-    give_up = asyncio.get_running_loop().time() + LIMIT
-    while not (found := true()):
-        assert asyncio.get_running_loop().time() < give_up, "it did not come true"
-        await asyncio.sleep(0.02)
-    return found
+until = functools.partial(conftest.until, limit=LIMIT)
 
 
 async def create(queue: mq.Queue, *names: str, project: str = "p") -> None:

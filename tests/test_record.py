@@ -24,7 +24,7 @@ from typing import Any
 import asyncpg
 import pytest
 import redis
-from conftest import BINARIES, Server, one_engine
+from conftest import BINARIES, Server, at_work, one_engine
 from invariants import problems, read_project
 from test_restore import kept, populate
 
@@ -129,14 +129,8 @@ async def postgres(config: mq.Config) -> AsyncIterator[mq.Postgres]:
 @contextlib.asynccontextmanager
 async def recording(queue: mq.Queue, config: mq.Config) -> AsyncIterator[None]:
     """The monitor's part of that name, in this process."""
-    task = asyncio.create_task(mq.record(queue, config))
-    try:
+    async with at_work(mq.record(queue, config)):
         yield
-        assert not task.done(), task
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 async def follow(queue: mq.Queue, postgres: mq.Postgres, project: str = "p") -> None:
@@ -437,6 +431,61 @@ async def test_an_edit_arrives_at_once(
             took.append(await until(lambda: titled(queue, f"title {n}")))  # noqa: B023
             await answered(person)
     assert min(took) < 1
+
+
+async def test_edits_reach_the_task_table(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From a dashboard to the file that agents read, through the queue, and both parts of one
+    monitor at work."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    board = tmp_path / "TASKS.md"
+    head = "| id | status | title | priority | depends_on |\n|---|---|---|---|---|\n"
+    board.write_text(head + "".join(f"| T{n} | not-started | do T{n} | | |\n" for n in range(6)))
+    await mq.sync_file(queue, board, "p", mission="m")
+    await queue.complete("T4", force=True)
+    edits = [
+        "update tasks set title = 'another' where task_id = 'T0'",
+        "update tasks set priority = 'critical' where task_id = 'T0'",
+        "update tasks set status = 'completed' where task_id = 'T1'",
+        "update tasks set status = 'failed' where task_id = 'T2'",
+        "update tasks set status = 'blocked' where task_id = 'T3'",
+        "update tasks set status = 'pending' where task_id = 'T4'",
+        "update tasks set dependencies = '{T0}' where task_id = 'T4'",
+        "delete from tasks where task_id = 'T5'",
+        "insert into tasks (project, mission, task_id, title) values ('p', 'm', 'T9', 'new')",
+    ]
+    rows = [
+        "| T0 | not-started | another | critical | |",
+        "| T1 | done | do T1 | | |",
+        "| T2 | failed | do T2 | | |",
+        "| T3 | blocked | do T3 | | |",
+        "| T4 | not-started | do T4 | | T0 |",
+        "| T5 | deleted | do T5 | | |",
+        "| T9 | not-started | new | | |",
+    ]
+
+    def squeezed(text: str) -> list[str]:
+        return [" ".join(line.split()) for line in text.splitlines()]
+
+    async with recording(queue, config), at_work(
+        mq.keep_file(queue, board, "p", mission="m")
+    ):
+        await until(lambda: same(queue, postgres))
+        for edit in edits:
+            await person.execute(edit)
+            await answered(person)
+        wanted = squeezed(head) + rows
+
+        async def arrived() -> bool:
+            lines = squeezed(board.read_text())
+            return [line.replace("| medium |", "| |") for line in lines] == wanted
+
+        try:
+            await until(arrived)
+        except AssertionError:
+            raise AssertionError(board.read_text()) from None
 
 
 async def titled(queue: mq.Queue, title: str) -> bool:

@@ -5,7 +5,6 @@ What the commands do is Python on the command line, so that a test says all of i
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, one_engine
+from conftest import Server, ask, one_engine
 
 import mosaic_queue as mq
 
@@ -79,17 +78,6 @@ def run(start: Start) -> Tell:
         return process.returncode, out, err
 
     return tell
-
-
-def ask(server: Server, method: str, *args: Any, **named: Any) -> Any:
-    """One operation of a queue in this process."""
-
-    async def once() -> Any:
-        config = mq.Config(environ={}).set("redis.url", server.url, "t").set("project", "p", "t")
-        async with mq.Queue(config) as queue:
-            return await getattr(queue, method)(*args, **named)
-
-    return asyncio.run(once())
 
 
 def create(server: Server, *names: str, **rest: Any) -> None:
