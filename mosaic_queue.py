@@ -3131,6 +3131,28 @@ async def together(*work: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def steps_to(
+    now: str, reason: str, said: Callable[[str], Any] = lambda _: None
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The operations that bring a task from status `now` to each other, and their arguments, where
+    a person says so outside the queue; what `said` has of a field is said in it, else `reason`."""
+    force = {"force": True}
+    back: dict[str, tuple[str, dict[str, Any]]] = {
+        "failed": ("redrive", {}),
+        "completed": ("reopen", {"reason": reason}),
+        "blocked": ("unblock", {}),
+    }
+    failed, blocked = said("failureReason") or reason, said("blockedReason") or reason
+    return {
+        "pending": back.get(now, ("release", {"reason": reason, **force})),
+        "claimed": ("assign", {"agent": said("claimedBy")}),
+        "in-progress": ("start", force),
+        "blocked": ("block", {"reason": blocked, **force}),
+        "completed": ("complete", {"summary": said("summary"), **force}),
+        "failed": ("fail", {"reason": failed, "retry": False, **force}),
+    }
+
+
 async def projects_of(queue: Queue) -> Sequence[str]:
     """All projects; none while Valkey does not answer."""
     import asyncio
@@ -4384,21 +4406,7 @@ class Edit:
     async def move(self) -> None:
         """Bring the task to the status that the edit says."""
         now, wanted = (await self.queue.get(**self.task))["status"], self.new["status"]
-        force = {"force": True}
-        back: dict[str, tuple[str, dict[str, Any]]] = {
-            "failed": ("redrive", {}),
-            "completed": ("reopen", {"reason": self.why}),
-            "blocked": ("unblock", {}),
-        }
-        failed, blocked = self.said("failureReason"), self.said("blockedReason")
-        steps: dict[str, tuple[str, dict[str, Any]]] = {
-            "pending": back.get(now, ("release", {"reason": self.why, **force})),
-            "claimed": ("assign", {"agent": self.said("claimedBy")}),
-            "in-progress": ("start", force),
-            "blocked": ("block", {"reason": blocked or self.why, **force}),
-            "completed": ("complete", {"summary": self.said("summary"), **force}),
-            "failed": ("fail", {"reason": failed or self.why, "retry": False, **force}),
-        }
+        steps = steps_to(now, self.why, self.said)
         if wanted not in steps:
             invalid("status", wanted, ", ".join(steps))
         if wanted == "claimed" and not self.said("claimedBy"):
@@ -5132,21 +5140,12 @@ class Sync:
 
     async def move(self, now: Task, word: str) -> Task:
         """The operation that a status word stands for."""
-        reason: dict[str, Any] = {"reason": f"{word} in {self.file.name}"}
-        forced = reason | {"force": True}
-        moves: dict[str, tuple[str, dict[str, Any]]] = {
-            "done": ("complete", {"force": True}),
-            "failed": ("fail", forced | {"retry": False}),
-            "blocked": ("block", forced),
-            "not-started from in-progress": ("release", forced),
-            "not-started from done": ("reopen", reason),
-            "not-started from failed": ("redrive", {}),
-            "not-started from blocked": ("unblock", {}),
-        }
-        operation, how = moves.get(word) or moves[f"{word} from {said_of(now)}"]
+        reason = f"{word} in {self.file.name}"
+        wanted = {"not-started": "pending", "done": "completed"}.get(word, word)
+        operation, how = steps_to(now["status"], reason)[wanted]
         done = await getattr(self.queue, operation)(now["taskId"], project=self.project, **how)
         done = done["tasks"][0] if operation == "redrive" else done
-        blocked = {"blockedReason": reason["reason"]} if word == "blocked" else {}
+        blocked = {"blockedReason": reason} if word == "blocked" else {}
         rest = {name: value for name, value in now.items() if name != "blockedReason"}
         self.own[now["taskId"]] = done["rev"]
         # Others may have changed it since it was read: its rev is still that of the reading.

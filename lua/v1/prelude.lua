@@ -678,6 +678,16 @@ local function promote()
   end
 end
 
+-- Puts a task that is pending or blocked where its dependencies say.
+local function settle_again(task)
+  local status = settled(task)
+  if status ~= task.status then
+    emit(task, 'update', status, 'dependencies')
+    write('HSET', task.key, 'status', status, 'rev', task.rev, 'updatedAt', at)
+  end
+  place(task, status)
+end
+
 -- Finishes the transition that left a task as its hash says: the indexes follow from the hash.
 -- Returns whether dependents are left to free.
 local function heal(task)
@@ -695,12 +705,7 @@ local function heal(task)
     task.ended = given(task[task.status .. 'At'])
     place(task, task.status)
   else
-    local status = settled(task)
-    if status ~= task.status then
-      emit(task, 'update', status, 'dependencies')
-      write('HSET', task.key, 'status', status, 'rev', task.rev, 'updatedAt', at)
-    end
-    place(task, status)
+    settle_again(task)
   end
   if task.status ~= 'completed' then return false end
   write('DEL', key('work', task.id), key('waits', task.id))

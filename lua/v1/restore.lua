@@ -138,13 +138,7 @@ local function settle(task, freed)
     if fields(other) then write('ZADD', key('dependents', other), 1, task.id) end
   end
   restore_edges(task)
-  if task.status ~= 'pending' and task.status ~= 'blocked' then return end
-  local status = settled(task)
-  if status ~= task.status then
-    emit(task, 'update', status, 'dependencies')
-    write('HSET', task.key, 'status', status, 'rev', task.rev, 'updatedAt', at)
-  end
-  place(task, status)
+  if task.status == 'pending' or task.status == 'blocked' then settle_again(task) end
 end
 
 if arg.step == 'begin' then
