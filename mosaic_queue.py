@@ -14,8 +14,10 @@ changes nothing.  This module is all the rest: the typed API and the surfaces ma
                       |             fail, reap (out of tries)  |                | complete
                       '- - - - failed <------------------------+----------------+---> completed
 
-Sections, in the order in which they build on each other; each starts with a banner `# ==== NAME`:
+The module has three parts.  Each chapter starts with a banner `# ==== NAME` and names nothing
+that stands in a later one.
 
+  ONE, the queue
     LIMITS           numbers and words that everything below shares
     REFUSALS         the closed list of codes, each with its exit and HTTP status
     CONFIGURATION    YAML files, environment and flags, and where each value came from
@@ -25,7 +27,9 @@ Sections, in the order in which they build on each other; each starts with a ban
     SERVER           the private valkey-server
     CONNECTION       the way to one Valkey: URLs, sending again, what it has to be
     QUEUE            the typed operations; the only code that talks to Valkey
-    DIAGNOSIS        why something does not move, and whether the key space is whole
+    DIAGNOSIS        how all stands, why something does not move, whether the key space is whole
+
+  TWO, what is kept in step with it
     FOLLOWERS        one loop over the events, for whatever is kept in step with them
     RESTORE          a project written out, and made again from its records
     MANIFESTS        the record as JSON files, one for each mission
@@ -33,21 +37,25 @@ Sections, in the order in which they build on each other; each starts with a ban
     SCHEMA           the record's tables, in SQL, and a task as a row
     RECORD           what outlives Valkey: tasks and events in Postgres
     EDITS            what people change in the record, as operations
+    RESTORING        where a project is made again from
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
     SYNC             file, queue and what both said last, compared cell by cell
     WORKSPACE FILES  a TASKS.md kept in step with a project
     MONITOR          the one process that watches: expired leases, assignments, followers
+
+  THREE, who uses it
     RUN              a command under a lease
     MISSION FILES    what the file-based coordinator keeps; who works on a mission, or died over it
     MISSIONS         how a mission stands, what a new session is told, the coordinator's commands
+    SURFACES         what the surfaces share
     MCP              the tools of an agent
     AGENT HOSTS      entries in the files of MCP clients, the start of a session, completion
     COMMAND LINE     the commands of a person or a shell script
 
-To add an operation, write `lua/v1/<name>.lua` with its header, a method of `Queue` of the same
-name under `@operation`, and a test.  The command, the tool, its schema and the README's table are
-made from the method's signature and docstring; an argument with a new name has a line in
-VOCABULARY.
+To add an operation, write `lua/v1/<name>.lua` with its header, a typed async function under
+`@operation` whose first argument is the queue (a method of `Queue`, or a function of a later
+chapter), and a test.  The command, the tool, its schema and the README's table are made from its
+signature and docstring; an argument with a new name has a line in VOCABULARY.
 """
 
 from __future__ import annotations
@@ -92,6 +100,8 @@ from typing import (
 
 __version__ = "0.1.0"
 
+# #### PART ONE: THE QUEUE #####################################################################
+
 # ==== LIMITS =================================================================================
 
 STATUSES = ("pending", "claimed", "in-progress", "completed", "failed", "blocked")
@@ -112,6 +122,7 @@ ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' and '-'"
 REGISTRY = "mosaic:queue:projects"
 LEADER = "mosaic:queue:leader"
+CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
 REGISTERED = 60.0  # s for which a name in the registry is believed to be there
 
 
@@ -179,6 +190,23 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
     )
+
+
+def log(event: str, **facts: Any) -> None:
+    """One JSON line for whoever keeps the logs."""
+    line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
+
+
+def clipped(text: str, size: int, tail: bool = False) -> str:
+    """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
+    data = text.replace("\0", "").encode(errors="replace")
+    return (data[-size:] if tail else data[:size]).decode(errors="ignore")
+
+
+def lines_of(lines: Iterable[str]) -> str:
+    """Lines, each of them printable."""
+    return "\n".join(map(printable, lines))
 
 
 # ==== CONFIGURATION ==========================================================================
@@ -416,6 +444,20 @@ def bytes_of(file: Path) -> bytes | None:
     except OSError as problem:
         said = f"{file} cannot be read: {problem.strerror}"
         raise Refused("UNFIT", said, "make it readable for this user") from None
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file of UTF-8 text; refused when it is none."""
+    try:
+        data = path.read_bytes()
+        data.decode()
+    except OSError as problem:
+        accepted = f"a file that can be read ({problem.strerror})"
+        invalid("FILE", str(path), accepted)
+    except UnicodeDecodeError as problem:
+        said = f"line {1 + data[: problem.start].count(10)} of {path} is not UTF-8"
+        raise Refused("INVALID", said, "save it as UTF-8") from None
+    return data
 
 
 @contextlib.contextmanager
@@ -1506,9 +1548,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Operation:
-    """What the surfaces know of a method of Queue."""
+    """What the surfaces know of an operation."""
 
     name: str
+    function: Callable[..., Awaitable[Any]]  # its first argument is the queue
     signature: Any  # inspect.Signature
     doc: str
     tool: Literal["default", "orchestrator", ""]
@@ -1531,7 +1574,7 @@ def operation(
     destroys: bool = False,
     group: Literal["agents", "operators"] = "agents",
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
-    """Enter a method into OPERATIONS, and check its arguments by VOCABULARY at every call."""
+    """Enter a function into OPERATIONS, and check its arguments by VOCABULARY at every call."""
     import inspect
 
     def enter(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
@@ -1547,7 +1590,7 @@ def operation(
 
         name = method.__name__
         doc = inspect.getdoc(method) or ""
-        OPERATIONS[name] = Operation(name, signature, doc, tool, reads, destroys, group)
+        OPERATIONS[name] = Operation(name, checked, signature, doc, tool, reads, destroys, group)
         return checked
 
     return enter
@@ -1702,7 +1745,7 @@ class Queue:
             raise Refused(code, spelled_out(sentence), hint, due)
         return cast(list[Any], reply)
 
-    async def _locate(self, task: str, project: str | None) -> tuple[str, str]:
+    async def locate(self, task: str, project: str | None) -> tuple[str, str]:
         """Project and taskId of a task that is named in either form."""
         own, slash, name = task.rpartition("/")
         if slash and project and own != project:
@@ -1728,7 +1771,7 @@ class Queue:
     async def _change(self, name: str, arguments: dict[str, Any]) -> Task:
         """Run a script on the task that the arguments of a method name."""
         arguments.pop("self")
-        project, arguments["task"] = await self._locate(arguments["task"], arguments["project"])
+        project, arguments["task"] = await self.locate(arguments["task"], arguments["project"])
         lease = self.leases.get(f"{project}/{arguments['task']}")
         if lease and "fence" in arguments and arguments["agent"] in (None, lease.agent):
             # Of a later claim of ours a call that was sent again must not become part.
@@ -1875,7 +1918,7 @@ class Queue:
         any order.  Returns id, status, rev and createdAt of each."""
         rows = [new_task_row(task, project) for task in tasks]
         policy, lanes = self.config.policy()
-        await self._register(project)
+        await self.register(project)
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self.call("create", project, given, rows)
         self._registered[project] = time.monotonic()
@@ -1883,7 +1926,7 @@ class Queue:
         by_id = {task["taskId"]: task for task in created}
         return [by_id[row["task"]] for row in rows]
 
-    async def _register(self, project: str) -> None:
+    async def register(self, project: str) -> None:
         """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
         Again each minute, since Valkey may have been emptied."""
         from redis.exceptions import ResponseError
@@ -2005,7 +2048,7 @@ class Queue:
 
         Example: mosaic-queue claim T1 --agent alice --ttl 3600
         """
-        project, task = await self._locate(task, project)
+        project, task = await self.locate(task, project)
         agent = agent or self.agent or self.actor
         given = {"task": task, "agent": agent, "session": session, "ttl": ttl or self.ttl, "op": op}
         reply = await self._claimed("claim", project, given | {"resume": int(resume)})
@@ -2085,7 +2128,7 @@ class Queue:
         if task is None:
             project = self.own(project)
         else:
-            project, task = await self._locate(task, project)
+            project, task = await self.locate(task, project)
         return await self._assign(project, {"task": task, "agent": agent, "lane": lane, "op": op})
 
     async def _assign(self, project: str, given: dict[str, Any]) -> Offer:
@@ -2388,81 +2431,6 @@ class Queue:
         answer: Paused = {"project": project}
         return answer | {"pausedAt": int(reply[1])} if reply[1] else answer
 
-    @operation(reads=True)
-    async def status(self, *, project: str | None = None) -> QueueStatus:
-        """Show the queue's health: counts, what is old, what is about to expire, the server.
-
-        Without a project, of all of them.
-
-        Example: mosaic-queue status --project web
-        """
-        fit = await self.link.check()
-        began = time.perf_counter()
-        await self.link.send("PING")
-        took = (time.perf_counter() - began) * 1000
-        server: Server = {
-            "backend": "private" if self.link.server else "url",
-            "address": self.link.address,
-            "version": fit["version"],
-            "evictionPolicy": fit["policy"],
-            "roundTripMs": round(took, 3),
-        }
-        answer: QueueStatus = {"server": server, "projects": []}
-        ask = functools.partial(self.call, "status", arguments={"soon": 60})
-        async for one, reply in self.everywhere(project, ask):
-            answer["projects"].append(self._project_status(one, reply))
-        return answer
-
-    def _project_status(self, project: str, reply: Sequence[Any]) -> ProjectStatus:
-        counts, facts, lanes, expiring, policy, followers = reply[1:]
-        tasks = {name: int(count) for name, count in cells(counts).items()}
-        status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
-        status["lanes"] = [paired(lane) for lane in lanes]
-        status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
-        status["policy"] = self._policy(project, policy)
-        status["followers"] = [{"lag": 0} | paired(one) for one in followers]
-        if self.config["openbrain.autoCapture"]:
-            heard = {one["follower"]: one["lastHeard"] for one in status["followers"]}
-            status["captures"] = status["now"] - heard.get("openbrain", 0) < CAPTURE_HEARD
-        return cast(ProjectStatus, status)
-
-    @operation(reads=True)
-    async def explain(
-        self, task: str | None = None, *, project: str | None = None, lane: str | None = None
-    ) -> Explanation:
-        """Say why a task, or a lane, does not move, and what to do about it.
-
-        Example: mosaic-queue explain T1
-        """
-        if task is None:
-            return await explain_lane(self, self.own(project), lane)
-        project, name = await self._locate(task, project)
-        return await explain_task(self, project, name)
-
-    @operation(tool="", reads=True, group="operators")
-    async def agents(self, *, project: str | None = None) -> AgentList:
-        """Show who holds what, since when, when it was last heard of, and its last note.
-
-        Example: mosaic-queue agents
-        """
-        found: dict[str, Agent] = {}
-        async for one, held in self.everywhere(project, lambda one: held_in(self, one)):
-            said = {
-                event["agent"]: event["text"]
-                for event in (await self.events(project=one, limit=1000))["events"]
-                if event["op"] in ("note", "progress") and event.get("text")
-            }
-            for task in held:
-                name = task["claimedBy"]
-                agent = found.setdefault(name, {"agent": name, "tasks": [], "lastHeard": 0})
-                agent["tasks"].append(task)
-                # A lease is renewed for its whole length.
-                heard = task["leaseExpiresAt"] - 1000 * task["claimTTL"]
-                agent["lastHeard"] = max(agent["lastHeard"], heard)
-                if name in said:
-                    agent["note"] = said[name]
-        return {"agents": [found[name] for name in sorted(found)]}
-
     @operation(tool="", reads=True, group="operators")
     async def events(
         self,
@@ -2478,7 +2446,7 @@ class Queue:
         Example: mosaic-queue events --project web --since 120 --follow
         """
         if task is not None:
-            project, task = await self._locate(task, project)
+            project, task = await self.locate(task, project)
         project = project or self.config["project"]
         if project is None:
             if since is not None or wait:
@@ -2511,31 +2479,6 @@ class Queue:
             if not rows:
                 block = round(min(left, 1) * 1000)
                 await self.link.send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
-
-    @operation(tool="", group="operators")
-    async def doctor(self, *, project: str | None = None) -> Findings:
-        """Hold the whole key space against its rules, and look at the server's settings.
-
-        Example: mosaic-queue doctor
-        """
-        fit = await self.link.check()
-        answer: Findings = {"findings": [], "checked": 0}
-        if fit["policy"] not in ("noeviction", "unknown"):
-            answer["findings"].append(f"the server evicts keys: maxmemory-policy {fit['policy']}")
-        durable = await setting_of(self, "appendonly")
-        if durable == "no":
-            answer["findings"].append("the server keeps no append-only file: appendonly no")
-        for one in (await self.status(project=project))["projects"]:
-            answer["findings"] += unfollowed(one, self.config)
-        return await examine(self, project, answer)
-
-    @operation(tool="", group="operators")
-    async def repair(self, *, project: str | None = None) -> Findings:
-        """Derive whatever points at a task from the task itself again, where doctor finds fault.
-
-        Example: mosaic-queue repair --project web
-        """
-        return await examine(self, project, {"findings": [], "checked": 0, "repaired": 0})
 
     async def lead(self, token: str, ttl: int, part: str = "watchdog") -> bool:
         """Be the one monitor that leads in a part of its work, for `ttl` seconds; 0 steps down."""
@@ -2572,40 +2515,6 @@ class Queue:
             meta = meta or {"epoch": "", **paired(facts)}
             found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
         return cast(Meta, meta), found
-
-    async def restore(self, project: str, meta: Meta, source: Records) -> int:
-        """Make a project of its records; how many tasks, or -1 when it is there as the record has
-        it.  Nobody sees it before it is whole; one that was cut off is begun anew by the next.
-
-        Refused EXISTS when it lives with another epoch, or has changes that the record has not.
-        """
-        given: dict[str, Any] = {"mark": os.urandom(12).hex(), **meta}
-
-        async def step(name: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> bool:
-            reply = await self.call("restore", project, given | {"step": name} | more, rows)
-            return bool(reply[0] == "OK")
-
-        if not await step("begin"):
-            return -1
-        root = f"mosaic:queue:project:{{{project}}}:"
-        left = [key[len(root) :] async for key in self.link.scan(root + "*")]
-        for at in range(0, len(left), FOLLOW):
-            await step("clear", keys=" ".join(left[at : at + FOLLOW]))
-        count = 0
-        last = Unsettled()
-        async for records in source:
-            for at in range(0, len(records), RECORDS):
-                part = records[at : at + RECORDS]
-                if not await step("enter", [restored_row(record) for record in part]):
-                    return -1  # somebody else was faster
-                last.note(part)
-                count += len(part)
-        rows = last.rows()
-        for at in range(0, len(rows), RECORDS):
-            await step("settle", rows[at : at + RECORDS])
-        await self._register(project)
-        await step("open")
-        return count
 
     async def ids(self, project: str) -> Sequence[str]:
         """The ids of all tasks of a project, sorted."""
@@ -2727,9 +2636,9 @@ class Queue:
         numbers, lanes = self.config.policy()
         given = {"apply": int(apply), "policy": numbers, "lanes": lanes}
         reply = await self.call("policy", project, given)
-        return self._policy(project, reply[1])
+        return self.policy_from(project, reply[1])
 
-    def _policy(self, project: str, row: str) -> Policy:
+    def policy_from(self, project: str, row: str) -> Policy:
         stored = paired(row)
         lanes = [lane.partition("=") for lane in stored["lanes"].split()]
         stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
@@ -2875,17 +2784,16 @@ async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
 
 async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanation:
     """Why a lane, or every one of them, runs what it runs."""
-    found = await queue.status(project=project)
-    status = found["projects"][0]
-    lanes = [one for one in status["lanes"] if lane in (None, one["lane"])]
+    (found,) = (await status(queue, project=project))["projects"]
+    lanes = [one for one in found["lanes"] if lane in (None, one["lane"])]
     if not lanes:
-        invalid("lane", lane, ", ".join(one["lane"] for one in status["lanes"]))
+        invalid("lane", lane, ", ".join(one["lane"] for one in found["lanes"]))
     why, todo = [], []
-    if "pausedAt" in status:
-        why.append(spelled_out(f"the project is paused since @{status['pausedAt']}@"))
+    if "pausedAt" in found:
+        why.append(spelled_out(f"the project is paused since @{found['pausedAt']}@"))
         todo.append(f"mosaic-queue unpause --project {project}")
-    if status["due"]:
-        why.append(f"{status['due']} leases have ended or transitions were cut off")
+    if found["due"]:
+        why.append(f"{found['due']} leases have ended or transitions were cut off")
         todo.append(f"mosaic-queue reap --project {project}, or run a monitor")
     for one in lanes:
         name, most = one["lane"], one.get("maxConcurrent")
@@ -2898,13 +2806,13 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
         )
         if most and one["held"] >= most and one["ready"]:
             todo.append(f"lane {name} is full: wait for one of {holders}, or raise its cap")
-    if status["delayed"]:
-        why.append(f"{status['delayed']} tasks are not due yet")
-    if status["tasks"]["blocked"]:
-        why.append(f"{status['tasks']['blocked']} tasks are blocked")
+    if found["delayed"]:
+        why.append(f"{found['delayed']} tasks are not due yet")
+    if found["tasks"]["blocked"]:
+        why.append(f"{found['tasks']['blocked']} tasks are blocked")
         todo.append(f"mosaic-queue list --project {project} --status blocked")
-    if status["tasks"]["failed"]:
-        why.append(f"{status['tasks']['failed']} tasks are dead letters; what waits for them stays")
+    if found["tasks"]["failed"]:
+        why.append(f"{found['tasks']['failed']} tasks are dead letters; what waits for them stays")
         todo.append(f"mosaic-queue list --project {project} --status failed")
     events = await queue.events(project=project, limit=5)
     return {"lane": lane or "all", "why": why, "todo": todo, "events": events["events"]}
@@ -2945,7 +2853,7 @@ async def setting_of(queue: Queue, name: str) -> str:
     return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
 
 
-async def checked(queue: Queue, project: str) -> AsyncIterator[tuple[Any, Any]]:
+async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, Any]]:
     """All ids that any key of a project knows, 100 at a time, with what is wrong with them."""
     await queue.link.check()
     root = f"mosaic:queue:project:{{{project}}}"
@@ -2967,7 +2875,7 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
     repairs."""
     project = project or queue.config["project"]
     for one in [project] if project else await queue.projects():
-        async for ids, problems in checked(queue, one):
+        async for ids, problems in problems_in(queue, one):
             answer["checked"] += len(ids)
             answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
             wrong = sorted({task for task, _ in problems})
@@ -2976,6 +2884,114 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
                 answer["repaired"] += len(wrong)
     return answer
 
+
+@operation(reads=True)
+async def status(queue: Queue, *, project: str | None = None) -> QueueStatus:
+    """Show the queue's health: counts, what is old, what is about to expire, the server.
+
+    Without a project, of all of them.
+
+    Example: mosaic-queue status --project web
+    """
+    fit = await queue.link.check()
+    began = time.perf_counter()
+    await queue.link.send("PING")
+    took = (time.perf_counter() - began) * 1000
+    server: Server = {
+        "backend": "private" if queue.link.server else "url",
+        "address": queue.link.address,
+        "version": fit["version"],
+        "evictionPolicy": fit["policy"],
+        "roundTripMs": round(took, 3),
+    }
+    answer: QueueStatus = {"server": server, "projects": []}
+    ask = functools.partial(queue.call, "status", arguments={"soon": 60})
+    async for one, reply in queue.everywhere(project, ask):
+        answer["projects"].append(project_status(queue, one, reply))
+    return answer
+
+
+def project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
+    counts, facts, lanes, expiring, policy, followers = reply[1:]
+    tasks = {name: int(count) for name, count in cells(counts).items()}
+    status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
+    status["lanes"] = [paired(lane) for lane in lanes]
+    status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
+    status["policy"] = queue.policy_from(project, policy)
+    status["followers"] = [{"lag": 0} | paired(one) for one in followers]
+    if queue.config["openbrain.autoCapture"]:
+        heard = {one["follower"]: one["lastHeard"] for one in status["followers"]}
+        status["captures"] = status["now"] - heard.get("openbrain", 0) < CAPTURE_HEARD
+    return cast(ProjectStatus, status)
+
+
+@operation(reads=True)
+async def explain(
+    queue: Queue, task: str | None = None, *, project: str | None = None, lane: str | None = None
+) -> Explanation:
+    """Say why a task, or a lane, does not move, and what to do about it.
+
+    Example: mosaic-queue explain T1
+    """
+    if task is None:
+        return await explain_lane(queue, queue.own(project), lane)
+    project, name = await queue.locate(task, project)
+    return await explain_task(queue, project, name)
+
+
+@operation(tool="", reads=True, group="operators")
+async def agents(queue: Queue, *, project: str | None = None) -> AgentList:
+    """Show who holds what, since when, when it was last heard of, and its last note.
+
+    Example: mosaic-queue agents
+    """
+    found: dict[str, Agent] = {}
+    async for one, held in queue.everywhere(project, lambda one: held_in(queue, one)):
+        said = {
+            event["agent"]: event["text"]
+            for event in (await queue.events(project=one, limit=1000))["events"]
+            if event["op"] in ("note", "progress") and event.get("text")
+        }
+        for task in held:
+            name = task["claimedBy"]
+            agent = found.setdefault(name, {"agent": name, "tasks": [], "lastHeard": 0})
+            agent["tasks"].append(task)
+            # A lease is renewed for its whole length.
+            heard = task["leaseExpiresAt"] - 1000 * task["claimTTL"]
+            agent["lastHeard"] = max(agent["lastHeard"], heard)
+            if name in said:
+                agent["note"] = said[name]
+    return {"agents": [found[name] for name in sorted(found)]}
+
+
+@operation(tool="", group="operators")
+async def doctor(queue: Queue, *, project: str | None = None) -> Findings:
+    """Hold the whole key space against its rules, and look at the server's settings.
+
+    Example: mosaic-queue doctor
+    """
+    fit = await queue.link.check()
+    answer: Findings = {"findings": [], "checked": 0}
+    if fit["policy"] not in ("noeviction", "unknown"):
+        answer["findings"].append(f"the server evicts keys: maxmemory-policy {fit['policy']}")
+    durable = await setting_of(queue, "appendonly")
+    if durable == "no":
+        answer["findings"].append("the server keeps no append-only file: appendonly no")
+    for one in (await status(queue, project=project))["projects"]:
+        answer["findings"] += unfollowed(one, queue.config)
+    return await examine(queue, project, answer)
+
+
+@operation(tool="", group="operators")
+async def repair(queue: Queue, *, project: str | None = None) -> Findings:
+    """Derive whatever points at a task from the task itself again, where doctor finds fault.
+
+    Example: mosaic-queue repair --project web
+    """
+    return await examine(queue, project, {"findings": [], "checked": 0, "repaired": 0})
+
+
+# #### PART TWO: WHAT IS KEPT IN STEP WITH IT ##################################################
 
 # ==== FOLLOWERS ==============================================================================
 #
@@ -3321,6 +3337,41 @@ def require_no_cycle(records: Mapping[str, Record], where: object) -> None:
         raise Refused("CYCLE", f"{where}: these tasks depend on each other: {around}") from None
 
 
+async def enter_records(queue: Queue, project: str, meta: Meta, source: Records) -> int:
+    """Make a project of its records; how many tasks, or -1 when it is there as the record has
+    it.  Nobody sees it before it is whole; one that was cut off is begun anew by the next.
+
+    Refused EXISTS when it lives with another epoch, or has changes that the record has not.
+    """
+    given: dict[str, Any] = {"mark": os.urandom(12).hex(), **meta}
+
+    async def step(name: str, rows: Iterable[Mapping[str, Any]] = (), **more: Any) -> bool:
+        reply = await queue.call("restore", project, given | {"step": name} | more, rows)
+        return bool(reply[0] == "OK")
+
+    if not await step("begin"):
+        return -1
+    root = f"mosaic:queue:project:{{{project}}}:"
+    left = [key[len(root) :] async for key in queue.link.scan(root + "*")]
+    for at in range(0, len(left), FOLLOW):
+        await step("clear", keys=" ".join(left[at : at + FOLLOW]))
+    count = 0
+    last = Unsettled()
+    async for records in source:
+        for at in range(0, len(records), RECORDS):
+            part = records[at : at + RECORDS]
+            if not await step("enter", [restored_row(record) for record in part]):
+                return -1  # somebody else was faster
+            last.note(part)
+            count += len(part)
+    rows = last.rows()
+    for at in range(0, len(rows), RECORDS):
+        await step("settle", rows[at : at + RECORDS])
+    await queue.register(project)
+    await step("open")
+    return count
+
+
 def read_export(path: Path) -> tuple[str, Meta, Records]:
     """Project, facts and records of an exported file; refuses with the number of the line."""
     with refused_at(path):
@@ -3378,86 +3429,6 @@ async def export_to(config: Config, unsafe: bool, output: str | None) -> dict[st
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
                 count += 1
     return {"project": project, "exported": count}
-
-
-async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
-    """Facts and records of a project from Postgres."""
-    postgres = Postgres(config)
-    try:
-        meta, found = await postgres.records(project)
-        return meta, at_once(found)
-    except Refused as problem:
-        if problem.code == "UNREACHABLE":
-            problem.hint = f"from manifests: mosaic-queue restore --from {manifest_folder(config)}"
-        raise
-    finally:
-        await postgres.close()
-
-
-async def restore(
-    config: Config, unsafe: bool, source: str | None, named: str | None = None
-) -> dict[str, Any]:
-    """The command `restore`: from the record, or from what is named: an exported file of the same
-    project, or a folder of manifests.  `named` is what the project is called afterwards, beside
-    one that lives under the old name."""
-    project = Queue(config).own(None)
-    if source is None and config["postgres.url"]:
-        meta, records = await recorded(config, project)
-    elif source is None or Path(source).is_dir():
-        folder = Path(source) if source else manifest_folder(config)
-        meta, records = read_manifests(folder, project)
-    else:
-        of, meta, records = read_export(Path(source))
-        if of != project:
-            hint = f"mosaic-queue import {source} --project {project}"
-            raise Refused("INVALID", f"{source} is of project {of}, not of {project}", hint)
-    if named not in (None, project):
-        ARGUMENTS["project"].check("--as", named)
-        meta["epoch"] = os.urandom(12).hex()
-    try:
-        return await made_again(config, unsafe, named or project, meta, records)
-    except Refused as problem:
-        if problem.code == "EXISTS":
-            place = f"--project {project} --as {project}-old"
-            problem.hint = f"make it again beside this one: mosaic-queue restore {place}"
-        raise
-
-
-async def require_not_lost(queue: Queue, project: str) -> None:
-    """Refuse UNFIT for a project that Valkey has not and a record has: it is to be restored, and
-    whoever enters its tasks anew takes that way."""
-    config = queue.config
-    if await queue.revision(project):
-        return
-    kept = None
-    if config["postgres.url"]:
-        postgres = Postgres(config)
-        try:
-            kept = await postgres.cursor(project)
-        finally:
-            await postgres.close()
-    folder = manifest_folder(config) / file_name(project)
-    if kept or (config["manifests"] and (folder / "project.json").exists()):
-        said = f"Valkey has no project {project}, and the record has one: it was lost"
-        raise Refused("UNFIT", said, f"mosaic-queue restore --project {project}")
-
-
-async def import_(config: Config, unsafe: bool, source: str, project: str | None) -> dict[str, Any]:
-    """The command `import`; under another name it becomes another project, of another epoch."""
-    named, meta, records = read_export(Path(source))
-    if project not in (None, named):
-        meta["epoch"] = os.urandom(12).hex()
-    return await made_again(config, unsafe, project or named, meta, records)
-
-
-async def made_again(
-    config: Config, unsafe: bool, project: str, meta: Meta, records: Records
-) -> dict[str, Any]:
-    """What `restore` and `import` answer, once it is done."""
-    async with Queue(config, unsafe=unsafe) as queue:
-        count = await queue.restore(project, meta, records)
-    already = {"already": True} if count < 0 else {}
-    return {"project": project, "restored": max(count, 0), "rev": meta["rev"], **already}
 
 
 # ==== MANIFESTS ==============================================================================
@@ -3617,7 +3588,6 @@ def manifest_lines(
 # order.  The cursor is kept in Valkey, and moves when the receiver has said yes.
 
 CAPTURE_WITHIN = 10.0  # s for one thought, from the connection to the end of the answer
-CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
 ANSWERS = {  # what a status means that is not 2xx: UNREACHABLE may pass, INVALID never will
     **dict.fromkeys((400, 409, 413, 422), ("INVALID", "")),
     **dict.fromkeys((401, 403), ("UNFIT", "set openbrain.token, or $OPENBRAIN_TOKEN")),
@@ -4414,6 +4384,91 @@ class Edit:
         if wanted != now:
             name, given = steps[wanted]
             await self.call(name, **given)
+
+
+# ==== RESTORING ==============================================================================
+#
+# Where a project is made again from: the record, manifests, or an exported file.
+
+
+async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
+    """Facts and records of a project from Postgres."""
+    postgres = Postgres(config)
+    try:
+        meta, found = await postgres.records(project)
+        return meta, at_once(found)
+    except Refused as problem:
+        if problem.code == "UNREACHABLE":
+            problem.hint = f"from manifests: mosaic-queue restore --from {manifest_folder(config)}"
+        raise
+    finally:
+        await postgres.close()
+
+
+async def restore(
+    config: Config, unsafe: bool, source: str | None, named: str | None = None
+) -> dict[str, Any]:
+    """The command `restore`: from the record, or from what is named: an exported file of the same
+    project, or a folder of manifests.  `named` is what the project is called afterwards, beside
+    one that lives under the old name."""
+    project = Queue(config).own(None)
+    if source is None and config["postgres.url"]:
+        meta, records = await recorded(config, project)
+    elif source is None or Path(source).is_dir():
+        folder = Path(source) if source else manifest_folder(config)
+        meta, records = read_manifests(folder, project)
+    else:
+        of, meta, records = read_export(Path(source))
+        if of != project:
+            hint = f"mosaic-queue import {source} --project {project}"
+            raise Refused("INVALID", f"{source} is of project {of}, not of {project}", hint)
+    if named not in (None, project):
+        ARGUMENTS["project"].check("--as", named)
+        meta["epoch"] = os.urandom(12).hex()
+    try:
+        return await made_again(config, unsafe, named or project, meta, records)
+    except Refused as problem:
+        if problem.code == "EXISTS":
+            place = f"--project {project} --as {project}-old"
+            problem.hint = f"make it again beside this one: mosaic-queue restore {place}"
+        raise
+
+
+async def require_not_lost(queue: Queue, project: str) -> None:
+    """Refuse UNFIT for a project that Valkey has not and a record has: it is to be restored, and
+    whoever enters its tasks anew takes that way."""
+    config = queue.config
+    if await queue.revision(project):
+        return
+    kept = None
+    if config["postgres.url"]:
+        postgres = Postgres(config)
+        try:
+            kept = await postgres.cursor(project)
+        finally:
+            await postgres.close()
+    folder = manifest_folder(config) / file_name(project)
+    if kept or (config["manifests"] and (folder / "project.json").exists()):
+        said = f"Valkey has no project {project}, and the record has one: it was lost"
+        raise Refused("UNFIT", said, f"mosaic-queue restore --project {project}")
+
+
+async def import_(config: Config, unsafe: bool, source: str, project: str | None) -> dict[str, Any]:
+    """The command `import`; under another name it becomes another project, of another epoch."""
+    named, meta, records = read_export(Path(source))
+    if project not in (None, named):
+        meta["epoch"] = os.urandom(12).hex()
+    return await made_again(config, unsafe, project or named, meta, records)
+
+
+async def made_again(
+    config: Config, unsafe: bool, project: str, meta: Meta, records: Records
+) -> dict[str, Any]:
+    """What `restore` and `import` answer, once it is done."""
+    async with Queue(config, unsafe=unsafe) as queue:
+        count = await enter_records(queue, project, meta, records)
+    already = {"already": True} if count < 0 else {}
+    return {"project": project, "restored": max(count, 0), "rev": meta["rev"], **already}
 
 
 # ==== TASK TABLES ============================================================================
@@ -5471,20 +5526,6 @@ def file_state(path: Path) -> tuple[int, ...]:
     return ()
 
 
-def read_file(path: Path) -> bytes:
-    """The bytes of a file of UTF-8 text; refused when it is none."""
-    try:
-        data = path.read_bytes()
-        data.decode()
-    except OSError as problem:
-        accepted = f"a file that can be read ({problem.strerror})"
-        invalid("FILE", str(path), accepted)
-    except UnicodeDecodeError as problem:
-        said = f"line {1 + data[: problem.start].count(10)} of {path} is not UTF-8"
-        raise Refused("INVALID", said, "save it as UTF-8") from None
-    return data
-
-
 def require_mergeable(path: Path, board: Board) -> None:
     """Refuse a document without a task table, or with a merge conflict in it."""
     for at, line in enumerate(board.lines):
@@ -5551,6 +5592,24 @@ def writable(path: Path) -> bool:
         marked = path.stat().st_mode & 0o222
         return bool(marked) and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
     return False
+
+
+def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
+    """What a sync found, a line for each thing, as compilers do."""
+    lines = []
+    for row in report["rows"]:
+        where = f"{file}:{row['line']}: " if "line" in row else f"{file}: "
+        text = f"{where}{row['kind']} {row.get('task', '')} {row.get('field', '')}".rstrip()
+        values = [(side, row[side]) for side in ("file", "queue") if row.get(side)]
+        shown = ", ".join(f"{side} {clipped(value, 80)!r}" for side, value in values)
+        facts = "; ".join(filter(None, (shown, row.get("why"))))
+        lines.append(f"{text}: {facts}" if facts else text)
+    kinds = [row["kind"] for row in report["rows"]]
+    said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
+    lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' * bool(said and dry)}")
+    if report["ready"]:
+        lines.append(f"ready, though the board shows them waiting: {', '.join(report['ready'])}")
+    return lines_of(lines)
 
 
 # ==== MONITOR ================================================================================
@@ -5709,12 +5768,6 @@ async def watchdog(queue: Queue, interval: float, assign: bool) -> None:
         await asyncio.sleep(max(0.02, min(pause, ASSIGN_EVERY) if assign else pause))
 
 
-def log(event: str, **facts: Any) -> None:
-    """One JSON line for whoever keeps the logs."""
-    line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
-
-
 async def watched(queue: Queue, interval: float) -> float:
     """Reap all projects; seconds until the next look."""
     while True:
@@ -5735,6 +5788,8 @@ async def served(queue: Queue) -> None:
             if problem.code != "NOT_FOUND":
                 raise
 
+
+# #### PART THREE: WHO USES IT #################################################################
 
 # ==== RUN ====================================================================================
 #
@@ -5927,10 +5982,17 @@ async def passed_on(stream: Any, to: Any) -> bytes:
     return kept
 
 
-def clipped(text: str, size: int, tail: bool = False) -> str:
-    """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
-    data = text.replace("\0", "").encode(errors="replace")
-    return (data[-size:] if tail else data[:size]).decode(errors="ignore")
+def other_mosaic() -> Path | None:
+    """The next `mosaic` on PATH that is none of this program's."""
+    own = Path(sys.argv[0]).resolve().parent / "mosaic"
+    path = os.get_exec_path()
+    here = [at for at, folder in enumerate(path) if (Path(folder) / "mosaic").resolve() == own]
+    # Only what comes after this one: two installations would hand over to each other for ever.
+    for folder in path[here[-1] + 1 :] if here else path:
+        other = Path(folder) / "mosaic"
+        if os.access(other, os.X_OK) and other.is_file() and other.resolve() != own:
+            return other
+    return None
 
 
 # ==== MISSION FILES ==========================================================================
@@ -6165,6 +6227,10 @@ def stamp() -> str:
 # coordinator's.  One mission.json is one mission of the queue: a task belongs to it by `mission`,
 # to one of its milestones by `metadata.milestone`.
 
+PRIME = """\
+The loop: queue_next (or mosaic-queue next) takes the best ready task, for you alone; do the work;
+queue_complete with a summary, or queue_fail with the reason. Never work on a task that you do not
+hold. Findings go to queue_note. Task state lives in this queue and in no file."""
 HAND_OVER = 4 * KIB  # bytes of a hand-over text
 AT_HAND = """\
 Work on the task at hand and on no other; leave findings with mosaic-queue note {0} TEXT. Your last
@@ -6530,6 +6596,20 @@ async def mission_run(
             end(file, own, ended_reason=reason, duration=round(time.monotonic() - began))
 
 
+# ==== SURFACES ===============================================================================
+#
+# What the surfaces share.
+
+
+def event_line(event: Event) -> str:
+    """An event for a person."""
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["at"] / 1000))
+    moved = f"{event.get('from', '-')} -> {event.get('to', '-')}"
+    text = event.get("text", "").replace("\n", " ")
+    who = f"{event['project']}/{event['task']} {event['op']}"
+    return f"{event['rev']:>6} {at} {who}: {moved} by {event['agent']} {text}".rstrip()
+
+
 # ==== MCP ====================================================================================
 #
 # The server is a child of the agent's process and lives as long as that holds its standard input
@@ -6558,8 +6638,9 @@ PROGRESS_EVERY = 5  # s
 
 
 def parameters(of: Operation) -> dict[str, Any]:
-    """The parameters of an operation, by name, without `self`."""
-    return {name: p for name, p in of.signature.parameters.items() if name != "self"}
+    """The parameters of an operation, by name, without the queue."""
+    _queue, *rest = of.signature.parameters
+    return {name: of.signature.parameters[name] for name in rest}
 
 
 def input_schema(of: Operation, config: Config) -> dict[str, Any]:
@@ -6695,7 +6776,7 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
         refused = False
         try:
             arguments = tool_arguments(of, call.arguments or {}, queue.config)
-            work = getattr(queue, of.name)(**arguments)
+            work = of.function(queue, **arguments)
             text = as_tool_text(of, await told_of(context, arguments.get("wait", 0), work))
         except Refused as refusal:
             refused, text = True, f"{refusal.code}: {refusal.message}"
@@ -6777,10 +6858,10 @@ async def page_of(queue: Queue, uri: str) -> str:
         invalid("resource", uri, "mosaic://{project} or mosaic://{project}/tasks/{taskId}")
     project, name = found.groups()
     if name:
-        return markdown_task(await queue.explain(name, project=project))
+        return markdown_task(await explain(queue, name, project=project))
     ARGUMENTS["project"].check("project", project)
-    status = (await queue.status(project=project))["projects"][0]
-    counts = ", ".join(f"{n} {of}" for of, n in status["tasks"].items() if n) or "no tasks"
+    here = (await status(queue, project=project))["projects"][0]
+    counts = ", ".join(f"{n} {of}" for of, n in here["tasks"].items() if n) or "no tasks"
     lines = [f"# {project}", "", counts, ""]
     for title, of in BOARD.items():
         page = await queue.list(project=project, status=of, limit=25)
@@ -7091,17 +7172,11 @@ def mcp_config(
     return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
 
 
-PRIME = """\
-The loop: queue_next (or mosaic-queue next) takes the best ready task, for you alone; do the work;
-queue_complete with a summary, or queue_fail with the reason. Never work on a task that you do not
-hold. Findings go to queue_note. Task state lives in this queue and in no file."""
-
-
 async def prime(queue: Queue) -> str:
     """The text for the start of a session: what the agent holds, what is ready, the loop."""
     agent = mcp_agent(queue.config, minted=False)
     lines = []
-    for one in (await queue.status())["projects"]:
+    for one in (await status(queue))["projects"]:
         counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
         paused = "; paused, no claims are granted" if "pausedAt" in one else ""
         lines.append(f"Task queue of project {one['project']}: {counts or 'no tasks'}{paused}.")
@@ -7435,7 +7510,7 @@ async def create_from(queue: Queue, groups: Mapping[str, Sequence[NewTask]]) -> 
 async def run_operation(
     of: Operation, arguments: dict[str, Any], config: Config, unsafe: bool
 ) -> Any:
-    """Call the method that a command stands for."""
+    """Call the operation that a command stands for."""
     async with Queue(config, unsafe=unsafe) as queue:
         if of.name == "assign" and not arguments.get("agent"):
             arguments["agent"] = queue.agent
@@ -7444,7 +7519,7 @@ async def run_operation(
         if of.name != "create":
             if "project" in parameters(of):
                 arguments["project"] = arguments.get("project")
-            return await getattr(queue, of.name)(**arguments)
+            return await of.function(queue, **arguments)
         if "groups" in arguments:
             return await create_from(queue, arguments["groups"])
         for name in ("project", "mission"):
@@ -7554,20 +7629,6 @@ def human(name: str, result: Any) -> str:
         text = "\n".join(printable(line) for line in str(value).split("\n"))
         lines.append(f"{key + ':':<16} {text}")
     return "\n".join(lines)
-
-
-def event_line(event: Event) -> str:
-    """An event for a person."""
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["at"] / 1000))
-    moved = f"{event.get('from', '-')} -> {event.get('to', '-')}"
-    text = event.get("text", "").replace("\n", " ")
-    who = f"{event['project']}/{event['task']} {event['op']}"
-    return f"{event['rev']:>6} {at} {who}: {moved} by {event['agent']} {text}".rstrip()
-
-
-def lines_of(lines: Iterable[str]) -> str:
-    """Lines, each of them printable."""
-    return "\n".join(map(printable, lines))
 
 
 def human_status(result: QueueStatus, now: float) -> str:
@@ -7794,8 +7855,8 @@ async def dashboard(queue: Queue, project: str | None) -> str:
     """What a supervisor wants to see at once, or why it cannot be seen."""
     try:
         now = time.time() * 1000
-        parts = [human_status(await queue.status(project=project), now)]
-        parts.append(human("agents", await queue.agents(project=project)))
+        parts = [human_status(await status(queue, project=project), now)]
+        parts.append(human("agents", await agents(queue, project=project)))
         parts.append(human("events", await queue.events(project=project, limit=8)))
     except Refused as problem:
         parts = [f"{problem.code}: {problem.message}", problem.hint]
@@ -7926,24 +7987,6 @@ def run_sync(arguments: dict[str, Any], config: Config, unsafe: bool, in_json: b
     return 7 if not watch and (wrong or (check and drifted(reports[0]))) else 0
 
 
-def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
-    """What a sync found, a line for each thing, as compilers do."""
-    lines = []
-    for row in report["rows"]:
-        where = f"{file}:{row['line']}: " if "line" in row else f"{file}: "
-        text = f"{where}{row['kind']} {row.get('task', '')} {row.get('field', '')}".rstrip()
-        values = [(side, row[side]) for side in ("file", "queue") if row.get(side)]
-        shown = ", ".join(f"{side} {clipped(value, 80)!r}" for side, value in values)
-        facts = "; ".join(filter(None, (shown, row.get("why"))))
-        lines.append(f"{text}: {facts}" if facts else text)
-    kinds = [row["kind"] for row in report["rows"]]
-    said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
-    lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' * bool(said and dry)}")
-    if report["ready"]:
-        lines.append(f"ready, though the board shows them waiting: {', '.join(report['ready'])}")
-    return lines_of(lines)
-
-
 def run_server(action: str, in_json: bool) -> int:
     """`server status` and `server stop`; 5 when none is running."""
     server = PrivateServer()
@@ -8034,19 +8077,6 @@ def mosaic() -> int:
         os.execv(other, [str(other), *sys.argv[1:]])
     print("usage: mosaic queue COMMAND [...]", file=sys.stderr)
     return 2
-
-
-def other_mosaic() -> Path | None:
-    """The next `mosaic` on PATH that is none of this program's."""
-    own = Path(sys.argv[0]).resolve().parent / "mosaic"
-    path = os.get_exec_path()
-    here = [at for at, folder in enumerate(path) if (Path(folder) / "mosaic").resolve() == own]
-    # Only what comes after this one: two installations would hand over to each other for ever.
-    for folder in path[here[-1] + 1 :] if here else path:
-        other = Path(folder) / "mosaic"
-        if os.access(other, os.X_OK) and other.is_file() and other.resolve() != own:
-            return other
-    return None
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Storm:
         places = range(1, self.restarts + 1)
         restarts = [began + self.seconds / 2 * n / (self.restarts + 1) for n in places]
         while (now := time.monotonic()) < began + self.seconds:
-            counts = (await queue.status(project="p"))["projects"][0]["tasks"]
+            counts = (await mq.status(queue, project="p"))["projects"][0]["tasks"]
             if counts["pending"] + counts["blocked"] < 100:
                 await self.feed(queue)
             if restarts and now > restarts[0]:
@@ -193,7 +193,7 @@ class Storm:
         """Let the agents finish; a person gives the dead letters another chance."""
         give_up = time.monotonic() + limit
         while True:
-            counts = (await queue.status(project="p"))["projects"][0]["tasks"]
+            counts = (await mq.status(queue, project="p"))["projects"][0]["tasks"]
             if counts["completed"] == self.created:
                 return
             assert time.monotonic() < give_up, f"after {limit} s of calm: {counts}"
@@ -223,7 +223,7 @@ class Storm:
                 process.kill()
                 process.wait()
             await queue.reap(project="p")
-            doctor = await queue.doctor(project="p")
+            doctor = await mq.doctor(queue, project="p")
         follower.stopped = True
         follower.join(60)
         wrong += [f"doctor: {said}" for said in doctor["findings"] if "append-only" not in said]

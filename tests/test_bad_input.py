@@ -98,7 +98,7 @@ ID_PLACES: dict[str, Callable[[mq.Queue, Any], Any]] = {
     "list mission": lambda q, bad: q.list(mission=bad),
     "list agent": lambda q, bad: q.list(agent=bad),
     "list lane": lambda q, bad: q.list(lane=bad),
-    "status project": lambda q, bad: q.status(project=bad),
+    "status project": lambda q, bad: mq.status(q, project=bad),
     "policy project": lambda q, bad: q.policy(project=bad, apply=True),
 }
 # Where an empty text is the same as none given.
@@ -891,7 +891,7 @@ async def test_a_user_that_sees_one_project(
         assert len((await queue.list())["tasks"]) == 4
         assert (await queue.reap())["reaped"] == []
         await queue.policy(apply=True)
-        status = await queue.status()
+        status = await mq.status(queue)
         assert status["server"]["version"] == "unknown"
         assert status["server"]["evictionPolicy"] == "unknown"
         assert status["projects"][0]["tasks"]["completed"] == 1

@@ -69,7 +69,7 @@ async def test_a_life_cycle_on_either_node(config: mq.Config) -> None:
             assert (await waiting)["tasks"][0]["taskId"] == "T2"
         assert await queue.projects() == ["a", "b", "c", "d"]
         assert len((await queue.list())["tasks"]) == 8
-        found = await queue.doctor()
+        found = await mq.doctor(queue)
         assert [line for line in found["findings"] if "/" in line] == []
 
 
@@ -107,12 +107,12 @@ async def test_a_half_moved_root_is_waited_for(
             node.db.execute_command("CLUSTER SETSLOT", slot, "NODE", other.id)
         tasks = await asyncio.gather(*calls)
         assert [task["status"] for task in tasks] == ["pending"] + ["claimed"] * 10
-        status = (await queue.status(project="p"))["projects"][0]
+        status = (await mq.status(queue, project="p"))["projects"][0]
         assert status["tasks"] | {"pending": 11, "claimed": 10} == status["tasks"]
         # A call that was cut off has told of its change, and tells again when it is carried out.
         events = (await queue.events(project="p", limit=1000))["events"]
         claims = {event["task"] for event in events if event["op"] == "claim"}
         assert claims == {f"T{i}" for i in range(10)}
         await queue.reap(project="p")
-        found = await queue.doctor(project="p")
+        found = await mq.doctor(queue, project="p")
         assert [line for line in found["findings"] if "/" in line] == []

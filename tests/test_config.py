@@ -423,11 +423,11 @@ async def test_status_and_policy_show_what_differs_and_apply_ends_it(
     async with made(server, **same, **other) as queue:
         expected = ["maxRetries", "lanes.coding.maxConcurrent"]
         assert (await queue.policy())["differs"] == expected
-        assert (await queue.status())["projects"][0]["policy"]["differs"] == expected
+        assert (await mq.status(queue))["projects"][0]["policy"]["differs"] == expected
         applied = await queue.policy(apply=True)
         assert (applied["maxRetries"], applied["lanes"]["coding"]) == (1, 1)
         assert applied["differs"] == []
-        assert (await queue.status())["projects"][0]["policy"]["differs"] == []
+        assert (await mq.status(queue))["projects"][0]["policy"]["differs"] == []
     async with made(server) as queue:
         assert (await queue.policy())["maxRetries"] == 1
 

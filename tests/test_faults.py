@@ -536,8 +536,8 @@ async def left_alone(stage: Stage, expected: Expected) -> list[str]:
         wanted = (expected.made, expected.not_made)
         told = differences(stage.seen(), *wanted, mixed=stage.scenario.mixed)
         told += stage.problems(unborn) if not stage.scenario.broken else []
-        await stage.queue.repair()
-        findings = (await stage.queue.doctor())["findings"]
+        await mq.repair(stage.queue)
+        findings = (await mq.doctor(stage.queue))["findings"]
         told += [f"doctor: {one}" for one in findings if one.startswith("p/")]
     except (mq.Refused, redis.ResponseError) as problem:
         return [f"{problem}"]
@@ -611,7 +611,7 @@ async def test_a_creation_that_was_cut_off_leaves_the_id_free(stage: Stage) -> N
         new = {"T", "B1", "B2", "B3", "B4"} - found.tasks.keys()
         for task in new:
             await stage.queue.create("p", "m", task, **others)
-        await stage.queue.repair()
+        await mq.repair(stage.queue)
         for task in new:
             shown = await stage.queue.get(task)
             wanted = others | {"status": "pending", "dependencies": []}
@@ -664,7 +664,7 @@ async def test_a_restore_that_was_cut_off(
             yield list(found.values())
 
         try:
-            await queue.restore("p", meta, records())
+            await mq.enter_records(queue, "p", meta, records())
         except redis.ResponseError:
             return False
         return True

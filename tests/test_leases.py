@@ -484,5 +484,5 @@ async def test_agents_shows_all_to_whoever_asks(config: mq.Config) -> None:
     async with mq.Queue(config.set("agent", "alice", "test")) as queue:
         await create(queue, "T1")
         await queue.claim("T1", "bob")
-        assert [one["agent"] for one in (await queue.agents())["agents"]] == ["bob"]
-        assert "T1 of bob" in (await queue.explain(lane="any"))["why"][0]
+        assert [one["agent"] for one in (await mq.agents(queue))["agents"]] == ["bob"]
+        assert "T1 of bob" in (await mq.explain(queue, lane="any"))["why"][0]

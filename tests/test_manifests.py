@@ -329,7 +329,7 @@ async def test_a_flushed_project_comes_back_from_manifests(
         before = await queue.records("p", ["A", "B", "C"])
         db.flushall()
         meta, source = mq.read_manifests(tmp_path, "p")
-        assert await queue.restore("p", meta, source) == 3
+        assert await mq.enter_records(queue, "p", meta, source) == 3
         assert await queue.records("p", ["A", "B", "C"]) == before
         await queue.complete("A", agent="alice")
         await in_step(queue, tmp_path)

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import ast
+import bisect
 import re
 import subprocess
 import sys
@@ -108,9 +110,34 @@ def test_sections_stand_in_the_order_of_the_docstring() -> None:
     assert banners == listed
 
 
+def test_no_chapter_names_a_later_one() -> None:
+    """What a chapter needs stands above it, so that a reader who goes on reading has met it."""
+    text = Path(mq.__file__).read_text()
+    starts = [i for i, line in enumerate(text.splitlines(), 1) if line.startswith("# ==== ")]
+    body = ast.parse(text).body
+    home: dict[str, int] = {}
+    for node in body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names = [getattr(node, "name", None), *(getattr(one, "id", None) for one in targets)]
+        for name in filter(None, names):
+            home.setdefault(name, bisect.bisect(starts, node.lineno))
+    later = []
+    for node in body:
+        here = bisect.bisect(starts, node.lineno)
+        inner = list(ast.walk(node))
+        own = {one.arg for one in inner if isinstance(one, ast.arg)}
+        own |= {one.id for one in inner
+                if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}  # fmt: skip
+        own |= {one.name for one in inner if isinstance(one, ast.FunctionDef)} - set(home)
+        for one in inner:
+            if isinstance(one, ast.Name) and one.id not in own and home.get(one.id, 0) > here:
+                later.append(f"line {one.lineno}: {one.id}")
+    assert later == []
+
+
 def test_the_machine_is_drawn_with_its_statuses() -> None:
     """The picture in the docstring has every status, and scripts move between no others."""
-    picture = (mq.__doc__ or "").partition("Sections,")[0]
+    picture = (mq.__doc__ or "").partition("The module has three parts")[0]
     assert all(status in picture for status in mq.STATUSES)
     words = {"any", "gone", "project", "with", "force", "also", "resume", "of", "the", "same"}
     for path in SCRIPTS:

@@ -349,7 +349,7 @@ async def test_a_monitor_killed_while_it_assigns_loses_nothing(
             assert (task["retryCount"], task.get("expiryCount", 0)) == (0, 0), "no blame"
     assert 0 < len(taken) < 200
     assert not db.keys(f"{ROOT}:assigned:*")
-    found = (await queue.doctor(project="p"))["findings"]
+    found = (await mq.doctor(queue, project="p"))["findings"]
     assert [one for one in found if "append-only" not in one] == []
 
 

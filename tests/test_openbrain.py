@@ -367,16 +367,16 @@ async def test_status_says_that_nobody_captures(
     queue: mq.Queue, db: redis.Redis, capturing: mq.Config, brain: Receiver
 ) -> None:
     await create(queue, "A")
-    found = await queue.status(project="p")
+    found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is False
     assert "no monitor runs that captures" in mq.human("status", found)
     async with following(queue):
         await until(lambda: at_present(db))
-        found = await queue.status(project="p")
+        found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is True
     assert "captures" not in mq.human("status", found)
     capturing.values.pop("openbrain.autoCapture")
-    assert "captures" not in (await queue.status(project="p"))["projects"][0]
+    assert "captures" not in (await mq.status(queue, project="p"))["projects"][0]
 
 
 # ---- by hand ----

@@ -891,7 +891,7 @@ async def test_everything_is_killed(
             by = "select count(*) from task_events where agent = 'sql:postgres' and op = 'update'"
             # One that was carried out and cut off may find itself stale: it acts once at most.
             assert 0 < await db.fetchval(by) <= await db.fetchval("select count(*) from edits")
-        assert (await queue.doctor())["findings"] == []
+        assert (await mq.doctor(queue))["findings"] == []
     for one in monitors:
         one.kill()
         assert not [line for line in one.log.read_text().splitlines() if "Traceback" in line]
@@ -1060,7 +1060,7 @@ async def test_a_flushed_project_is_restored(
         answer = await mq.restore(config, False, None)
         assert answer["restored"] == len(before["tasks"])
         assert all_of(db) == before
-        findings = (await queue.doctor(project="p"))["findings"]
+        findings = (await mq.doctor(queue, project="p"))["findings"]
         assert [one for one in findings if "p/" in one] == []
         await follow(queue, postgres)
         await equal(queue, postgres)
@@ -1278,19 +1278,20 @@ async def test_lag_is_shown(
     queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await create(queue, "T")
-    (found,) = [one for one in (await queue.doctor())["findings"] if "append-only" not in one]
+    (found,) = [one for one in (await mq.doctor(queue))["findings"] if "append-only" not in one]
     assert found == "postgres has nothing of project p: run mosaic-queue monitor"
     await follow(queue, postgres)
     await mq.caught_up(queue, postgres, "p", await postgres.cursor("p"))
-    assert [one for one in (await queue.doctor())["findings"] if "append-only" not in one] == []
+    assert [one for one in (await mq.doctor(queue))["findings"] if "append-only" not in one] == []
     await queue.claim("T", "bob")
-    status = await queue.status(project="p")
+    status = await mq.status(queue, project="p")
     (lag,) = status["projects"][0]["followers"]
     assert (lag["follower"], lag["lag"]) == ("postgres", 1)
     shown = mq.human_status(status, time.time() * 1000)
     assert "  follower postgres: 1 changes behind, last heard of 0 s ago" in shown
     monkeypatch.setattr(mq, "SILENT", -1)
-    assert any("postgres is 1 changes behind" in one for one in (await queue.doctor())["findings"])
+    findings = (await mq.doctor(queue))["findings"]
+    assert any("postgres is 1 changes behind" in one for one in findings)
 
 
 async def test_parts_in_processes_of_their_own(

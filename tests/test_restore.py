@@ -127,11 +127,11 @@ async def test_a_flushed_project_is_as_before(queue: mq.Queue, db: redis.Redis) 
     before = kept(read_project(db, "p"))
     meta, records = await taken(queue)
     db.flushall()
-    assert await queue.restore("p", meta, source(records)) == len(records)
+    assert await mq.enter_records(queue, "p", meta, source(records)) == len(records)
     assert kept(read_project(db, "p")) == before
     assert problems(db, "p", since=meta["rev"], bells=True, locks=True) == []
     assert await queue.projects() == ["p"]
-    assert (await queue.doctor())["findings"][1:] == []
+    assert (await mq.doctor(queue))["findings"][1:] == []
 
 
 async def test_a_restored_project_goes_on(queue: mq.Queue, db: redis.Redis) -> None:
@@ -139,7 +139,7 @@ async def test_a_restored_project_goes_on(queue: mq.Queue, db: redis.Redis) -> N
     await populate(queue)
     meta, records = await taken(queue)
     db.flushall()
-    await queue.restore("p", meta, source(records))
+    await mq.enter_records(queue, "p", meta, source(records))
     await queue.complete("running", agent="bob")
     first = (await queue.events(project="p", since=meta["rev"]))["events"][0]
     assert (first["rev"], first["op"], first["task"]) == (meta["rev"] + 1, "complete", "running")
@@ -161,8 +161,8 @@ async def test_what_a_record_says_of_leases(queue: mq.Queue, db: redis.Redis, sh
     ends = {record["taskId"]: record["leaseExpiresAt"] for record in records}
     db.flushall()
     shim.seconds = 2500
-    await queue.restore("p", meta, source(records))
-    now = (await queue.status(project="p"))["projects"][0]["now"]
+    await mq.enter_records(queue, "p", meta, source(records))
+    now = (await mq.status(queue, project="p"))["projects"][0]["now"]
     after = {task: (await queue.get(task))["leaseExpiresAt"] for task in ends}
     assert after["long"] == pytest.approx(now + 1000_000, abs=5000)
     assert after["short"] == pytest.approx(now + 30_000, abs=5000)
@@ -180,7 +180,7 @@ async def test_the_order_of_the_records_is_free(queue: mq.Queue, db: redis.Redis
     for _ in range(5):
         rng.shuffle(records)
         db.flushall()
-        await queue.restore("p", meta, source(*([record] for record in records)))
+        await mq.enter_records(queue, "p", meta, source(*([record] for record in records)))
         assert kept(read_project(db, "p")) == before
 
 
@@ -194,7 +194,7 @@ async def test_a_record_that_is_not_of_one_moment_is_set_right(
     await queue.complete("A", force=True)
     _, later = await queue.records("p", ["A"])
     db.flushall()
-    await queue.restore("p", meta, source([later["A"], records[1]]))
+    await mq.enter_records(queue, "p", meta, source([later["A"], records[1]]))
     assert (await queue.get("T"))["status"] == "pending"
     assert (await queue.get("T"))["rev"] == 4
     assert problems(db, "p", since=3) == []
@@ -215,7 +215,7 @@ async def test_nobody_sees_half_a_project(queue: mq.Queue, db: redis.Redis) -> N
         lambda: queue.create("p", "m", "new", title="t"),
         lambda: queue.reap(project="p"),
         lambda: queue.policy(project="p", apply=True),
-        lambda: queue.status(project="p"),
+        lambda: mq.status(queue, project="p"),
     ]
 
     async def watched() -> mq.Records:
@@ -225,9 +225,9 @@ async def test_nobody_sees_half_a_project(queue: mq.Queue, db: redis.Redis) -> N
                 with pytest.raises(mq.Refused, match="it is being restored") as refused:
                     await call()
                 assert refused.value.code == "NOT_FOUND"
-        assert (await queue.status())["projects"] == []
+        assert (await mq.status(queue))["projects"] == []
 
-    await queue.restore("p", meta, watched())
+    await mq.enter_records(queue, "p", meta, watched())
     assert kept(read_project(db, "p")) == before
 
 
@@ -244,10 +244,10 @@ async def test_a_restore_that_was_cut_off_is_begun_anew(queue: mq.Queue, db: red
     db.flushall()
     for at in range(1, len(records), 4):
         with pytest.raises(RuntimeError):
-            await queue.restore("p", meta | {"rev": meta["rev"] + at}, cut(at))
-    assert await queue.restore("p", meta, source(records)) == len(records)
+            await mq.enter_records(queue, "p", meta | {"rev": meta["rev"] + at}, cut(at))
+    assert await mq.enter_records(queue, "p", meta, source(records)) == len(records)
     assert kept(read_project(db, "p")) == before
-    assert await queue.restore("p", meta, source(records)) == -1
+    assert await mq.enter_records(queue, "p", meta, source(records)) == -1
 
 
 async def test_the_later_of_two_restores_wins(queue: mq.Queue, db: redis.Redis) -> None:
@@ -258,21 +258,21 @@ async def test_the_later_of_two_restores_wins(queue: mq.Queue, db: redis.Redis) 
 
     async def overtaken() -> mq.Records:
         yield records[:5]
-        await queue.restore("p", meta, source(records))
+        await mq.enter_records(queue, "p", meta, source(records))
         yield records[5:]
 
-    assert await queue.restore("p", meta, overtaken()) == -1
+    assert await mq.enter_records(queue, "p", meta, overtaken()) == -1
     assert kept(read_project(db, "p")) == before
 
     async def and_worked_on() -> mq.Records:
         yield records[:5]
-        await queue.restore("p", meta, source(records))
+        await mq.enter_records(queue, "p", meta, source(records))
         await queue.note("ready", "hello")
         yield records[5:]
 
     db.flushall()
     with pytest.raises(mq.Refused, match="has newer changes") as refused:
-        await queue.restore("p", meta, and_worked_on())
+        await mq.enter_records(queue, "p", meta, and_worked_on())
     assert refused.value.code == "EXISTS"
 
     async def half() -> mq.Records:
@@ -282,7 +282,7 @@ async def test_the_later_of_two_restores_wins(queue: mq.Queue, db: redis.Redis) 
 
     db.flushall()
     with pytest.raises(mq.Refused, match="by somebody else"):
-        await queue.restore("p", meta, half())
+        await mq.enter_records(queue, "p", meta, half())
 
 
 async def test_a_project_that_lives_is_left_alone(
@@ -297,7 +297,7 @@ async def test_a_project_that_lives_is_left_alone(
     ):
         before = key_space(server)
         with pytest.raises(mq.Refused, match=said) as refused:
-            await queue.restore("p", {**meta, **other}, source(records))
+            await mq.enter_records(queue, "p", {**meta, **other}, source(records))
         assert refused.value.code == "EXISTS"
         assert key_space(server) == before
 
@@ -326,7 +326,7 @@ async def test_a_script_refuses_a_record_that_would_do_harm(
     meta, records = await taken(queue)
     db.flushall()
     with pytest.raises(mq.Refused, match=said):
-        await queue.restore("p", meta, source([{**records[0], **changes}]))
+        await mq.enter_records(queue, "p", meta, source([{**records[0], **changes}]))
     left = [key for key in key_space(server) if not key.endswith(b"{p}")]
     assert left == []
 
@@ -349,7 +349,7 @@ async def test_facts_of_a_project_that_cannot_be_are_refused(
     meta, records = await taken(queue)
     db.flushall()
     with pytest.raises(mq.Refused, match=said):
-        await queue.restore("p", {**meta, **changes}, source(records))
+        await mq.enter_records(queue, "p", {**meta, **changes}, source(records))
     assert key_space(server) == {}
 
 
@@ -537,10 +537,10 @@ async def test_export_while_the_project_lives(queue: mq.Queue, db: redis.Redis) 
     header, records = found[0], found[1:]
     db.flushall()
     meta = mq.meta_of(header, "export")
-    assert await queue.restore("p", meta, source(records[:70], records[70:])) == 150
+    assert await mq.enter_records(queue, "p", meta, source(records[:70], records[70:])) == 150
     rev = max(meta["rev"], *(one["rev"] for one in records))
     assert problems(db, "p", since=rev) == []
-    assert (await queue.doctor(project="p"))["findings"][1:] == []
+    assert (await mq.doctor(queue, project="p"))["findings"][1:] == []
 
 
 async def test_a_record_that_contradicts_itself_is_set_right(
@@ -553,7 +553,7 @@ async def test_a_record_that_contradicts_itself_is_set_right(
     busy, idle = records
     db.flushall()
     changed: Any = [{**idle, "status": "blocked"}, {**busy, "hidden": {"blocked": "1"}}]
-    await queue.restore("p", meta, source(changed))
+    await mq.enter_records(queue, "p", meta, source(changed))
     assert (await queue.get("idle"))["status"] == "pending"
     assert (await queue.get("busy"))["status"] == "blocked"
     events = (await queue.events(project="p", since=meta["rev"]))["events"]

@@ -84,7 +84,7 @@ async def measured(config: mq.Config, url: str, count: int) -> dict[str, Any]:
         lags, began = [], time.perf_counter()
         while not working.done():
             await asyncio.sleep(0.05)
-            (project,) = (await queue.status(project="p"))["projects"]
+            (project,) = (await mq.status(queue, project="p"))["projects"]
             lags.append(project["followers"][0]["lag"])
         await working
         found["load_beside_per_s"] = round(count / (time.perf_counter() - began))

@@ -52,7 +52,7 @@ async def run(server: Server) -> None:
             yield list(found.values())
 
         began = time.perf_counter()
-        await queue.restore("p", meta, records())
+        await mq.enter_records(queue, "p", meta, records())
         told("restore", began)
 
 
