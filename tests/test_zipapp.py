@@ -94,6 +94,40 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "one.pyz", folder / "two.pyz"
 
 
+CLIENT = """
+from mosaic_queue import Queue, Refused, Task, load_config
+async def work() -> str:
+    async with Queue(load_config()) as queue:
+        task: Task = await queue.claim("T1", "alice", project="web")
+        try:
+            await queue.complete({task}, project="web", summary=task["title"])
+        except Refused as no:
+            return no.code + no.hint
+        return task["taskId"]
+"""
+
+
+def test_the_wheel_is_typed_and_carries_its_licence(tmp_path: Path) -> None:
+    """A client of the installed wheel passes mypy --strict, and a wrong argument does not."""
+    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", tmp_path, REPOSITORY], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (text,) = (name for name in archive.namelist() if name.endswith("LICENSE"))
+        assert b"MIT License" in archive.read(text)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    for task, expected in ("task['taskId']", 0), ("task['fence']", 1):
+        (tmp_path / "client.py").write_text(CLIENT.replace("{task}", task))
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--strict", "--python-executable", python, "client.py"],
+            cwd=tmp_path, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == expected, done.stdout
+        assert ('"int"; expected "str"' in done.stdout) is bool(expected)
+
+
 @pytest.fixture(scope="module")
 def pyz(builds: tuple[Path, Path]) -> Path:
     return builds[0]
