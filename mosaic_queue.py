@@ -4470,10 +4470,11 @@ SPELLINGS = {  # how a header may spell it; what has been taken is not taken twi
     "depends_on": ("depends_on", "dependencies", "depends", "deps", "blocked_by"),
     **{name: (name,) for name in ("blocks", "priority", "lane", "mission")},
 }
+CELL = 200  # characters of an id, a status, a priority or a lane that are looked at
 BAR = re.compile(r"(?<!\\)\|")
 BREAK = re.compile(r"\\?<br ?/?>", re.IGNORECASE)
 LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+\Z")
-DELIMITER = re.compile(r"[ \t>]*(?=[|: \t]*-)[|: \t\r\n-]+\Z")
+DELIMITER = re.compile(r"(?=[|:> \t]*-)[ \t>]*+[|: \t\r\n-]++\Z")
 PLAIN_ROW = re.compile(r"([ \t>]*)\|(?!.*(?:-->|\?>|\]>|</))")  # nor can it end HTML
 
 
@@ -4597,7 +4598,7 @@ def unescaped(cell: str) -> str:
 
 def plain(text: str) -> str:
     """Text without the marks around it: `**T1**`, `[T1](url)`."""
-    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).strip(" *`~")
+    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", text).strip(" *`~")
 
 
 @functools.lru_cache(65536)
@@ -4609,9 +4610,8 @@ def meaning(column: str, cell: str) -> str:
     if column in ("depends_on", "blocks"):
         ids = (plain(one) for one in re.split(r"[,;\s]+", text))
         return " ".join(sorted({one for one in ids if one.lower() not in (*EMPTY, "none", "n/a")}))
-    if column in ("status", "priority"):
-        return re.sub(r"[\s_]+", "-", plain(text).lower())
-    return plain(text)
+    text = plain(text if len(text) <= CELL else text[:CELL] + "...")
+    return re.sub(r"[\s_]+", "-", text.lower()) if column in ("status", "priority") else text
 
 
 def normal(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -354,3 +355,24 @@ def test_a_long_table_is_read_in_time() -> None:
     assert len(kept) < 20
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        " " * 200_000,
+        "|" + "-" * 200_000 + "x",
+        "| A | " + "[" * 60_000 + " | |",
+        "| A | " + "[x](" * 20_000 + " | |",
+        "| " + "*" * 200_000 + " | done | |",
+        "|" * 100_000,
+        "> " * 50_000,
+        "Mission:" + " " * 200_000 + "x",
+    ],
+    ids=lambda line: line[:10],
+)
+def test_a_hostile_line_costs_no_more_than_its_length(line: str) -> None:
+    for text in (f"|id|status|title|\n|-|-|-|\n|a|done|x|\n{line}\n|b|done|x|\n", line + "\n"):
+        began = time.process_time()
+        board = mq.read_board(text)
+        assert time.process_time() - began < 2
+        assert board.text() == text
+        assert all(len(row.task) < 210 and len(row.cells["status"]) < 210 for row in rows(board))
