@@ -34,9 +34,10 @@ that stands in a later one.
     RESTORE          a project written out, and made again from its records
     MANIFESTS        the record as JSON files, one for each mission
     OPENBRAIN        what agents found out, told to OpenBrain
+    EDITS            what somebody outside wants a task to be, as operations
     SCHEMA           the record's tables, in SQL, and a task as a row
     RECORD           what outlives Valkey: tasks and events in Postgres
-    EDITS            what people change in the record, as operations
+    REQUESTS         what people change in the record, as edits
     RESTORING        where a project is made again from
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
     SYNC             file, queue and what both said last, compared cell by cell
@@ -218,6 +219,11 @@ class Refused(Exception):
         super().__init__(f"{code}: {message}")
         self.code, self.message, self.due = code, message, due
         self.hint = CODES[code].hint if hint is None else hint
+
+    @property
+    def passes(self) -> bool:
+        """Whether the same call may be taken later: it is the server that is away or unfit."""
+        return CODES[self.code].exit == 6
 
 
 def invalid(what: str, value: object, accepted: str) -> NoReturn:
@@ -3154,28 +3160,6 @@ async def together(*work: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def steps_to(
-    now: str, reason: str, said: Callable[[str], Any] = lambda _: None
-) -> dict[str, tuple[str, dict[str, Any]]]:
-    """The operations that bring a task from status `now` to each other, and their arguments, where
-    a person says so outside the queue; what `said` has of a field is said in it, else `reason`."""
-    force = {"force": True}
-    back: dict[str, tuple[str, dict[str, Any]]] = {
-        "failed": ("redrive", {}),
-        "completed": ("reopen", {"reason": reason}),
-        "blocked": ("unblock", {}),
-    }
-    failed, blocked = said("failureReason") or reason, said("blockedReason") or reason
-    return {
-        "pending": back.get(now, ("release", {"reason": reason, **force})),
-        "claimed": ("assign", {"agent": said("claimedBy")}),
-        "in-progress": ("start", force),
-        "blocked": ("block", {"reason": blocked, **force}),
-        "completed": ("complete", {"summary": said("summary"), **force}),
-        "failed": ("fail", {"reason": failed, "retry": False, **force}),
-    }
-
-
 async def projects_of(queue: Queue) -> Sequence[str]:
     """All projects; none while Valkey does not answer."""
     try:
@@ -3713,6 +3697,178 @@ async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> 
         return {"id": await post_thought(client, config, text, metadata)}
 
 
+# ==== EDITS ==================================================================================
+#
+# Somebody outside the queue wants a task to look another way: in a row of the record, a cell of a
+# TASKS.md, a card of a board.  Three values say what follows from it: `base`, which they saw;
+# `theirs`, which the queue has now; `ours`, which they want.  Fields become one `update`, and the
+# status one operation of TRANSITIONS.  What has changed on both sides is a conflict.
+
+EDITABLE = frozenset(
+    ("title", "description", "priority", "lane", "mission", "dependencies", "metadata", "notBefore")
+)
+SAID = frozenset(  # what may come with a status, to say more of it
+    ("claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason")
+) | {"summary"}
+TRANSITIONS = {  # the operation that brings a task from a status to a wanted one
+    (wanted, now): operation
+    for wanted, operations in {
+        # from          pending     claimed     in-progress completed   failed      blocked
+        "pending":     ("release",  "release",  "release",  "reopen",   "redrive",  "unblock"),
+        "claimed":     ("assign",   "assign",   "assign",   "assign",   "assign",   "assign"),
+        "in-progress": ("start",    "start",    "start",    "start",    "start",    "start"),
+        "completed":   ("complete", "complete", "complete", "complete", "complete", "complete"),
+        "failed":      ("fail",     "fail",     "fail",     "fail",     "fail",     "fail"),
+        "blocked":     ("block",    "block",    "block",    "block",    "block",    "block"),
+    }.items()
+    for now, operation in zip(STATUSES, operations, strict=True)
+}  # fmt: skip
+Call = tuple[str, dict[str, Any]]  # an operation, and its arguments besides the task
+EDIT_TRIES = 5  # of an edit whose task changes meanwhile
+
+
+def verdict(base: Any, theirs: Any, ours: Any) -> Literal["same", "theirs", "ours", "conflict"]:
+    """What follows from three values: nothing, who has changed it, or that both have."""
+    if ours == theirs:
+        return "same"
+    return "theirs" if ours == base else "ours" if theirs == base else "conflict"
+
+
+def status_verdict(
+    base: str | None, theirs: str, ours: str | None
+) -> Literal["same", "theirs", "ours", "conflict"]:
+    """The same of a status.  Whoever says how the work ended need not have seen where it stood,
+    and whoever takes it from its holder need not have seen that it had begun."""
+    if ours != base and (ours in ENDED or {base, theirs} <= {*HELD}):
+        base = theirs
+    return verdict(base, theirs, ours)
+
+
+def transition(now: str, wanted: str, reason: str, said: Mapping[str, Any] = {}) -> Call:
+    """The call that brings a task from status `now` to `wanted`; it says what is `said` of the new
+    status, else the reason."""
+    if wanted not in STATUSES:
+        invalid("status", wanted, ", ".join(STATUSES))
+    operation, force = TRANSITIONS[wanted, now], {"force": True}
+    if operation == "assign" and not said.get("claimedBy"):
+        raise Refused("INVALID", "claimedBy does not say for whom it is claimed", "")
+    failed, blocked = (said.get(name) or reason for name in ("failureReason", "blockedReason"))
+    arguments: dict[str, dict[str, Any]] = {
+        "release": {"reason": reason, **force},
+        "reopen": {"reason": reason},
+        "assign": {"agent": said.get("claimedBy")},
+        "start": force,
+        "complete": {"summary": said.get("summary"), **force},
+        "fail": {"reason": failed, "retry": False, **force},
+        "block": {"reason": blocked, **force},
+    }
+    return operation, arguments.get(operation, {})
+
+
+def fields_as_arguments(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields that may be edited as arguments of `create` and `update`; None takes one away."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    clear = ["delay" if name == "notBefore" else name for name in fields if name not in given]
+    if "notBefore" in given:
+        given["delay"] = max(0, round(given.pop("notBefore") / 1000 - time.time()))
+    return given | ({"clear": clear} if clear else {})
+
+
+def calls_of(
+    base: Mapping[str, Any], theirs: Mapping[str, Any], ours: Mapping[str, Any], reason: str
+) -> list[Call]:
+    """The calls that an edit of a task stands for: none, `update`, an operation, or both in their
+    order.  Fields that have no value may be missing.  Refuses INVALID what nobody may edit, and
+    STALE_REV what has changed on both sides."""
+    edited = {name for name in {**base, **ours} if base.get(name) != ours.get(name)}
+    moves = "status" in edited
+    if kept := edited - EDITABLE - (SAID | {"status"} if moves else set()):
+        raise Refused("INVALID", f"{', '.join(sorted(kept))} of a task is for the queue to say", "")
+    verdicts = {
+        name: verdict(base.get(name), theirs.get(name), ours.get(name))
+        for name in sorted(edited & EDITABLE)
+    }
+    if moves:
+        verdicts["status"] = status_verdict(base.get("status"), theirs["status"], ours["status"])
+    if stale := [name for name, found in verdicts.items() if found == "conflict"]:
+        said = f"{theirs['id']} has changed meanwhile: {', '.join(stale)}"
+        raise Refused("STALE_REV", said, "read it again, then repeat the edit")
+    wanted = [name for name, found in verdicts.items() if found == "ours"]
+    fields = {name: ours.get(name) for name in wanted if name != "status"}
+    calls: list[Call] = [("update", fields_as_arguments(fields))] if fields else []
+    if "status" in wanted:
+        said_of_it = {name: ours[name] for name in edited & SAID if name in ours}
+        move = transition(theirs["status"], ours["status"], reason, said_of_it)
+        # The fields of a completed task can change only when it is open again.
+        calls.insert(0 if theirs["status"] == "completed" else len(calls), move)
+    return calls
+
+
+async def call_once(queue: Queue, name: str, op: str | None, **given: Any) -> Any:
+    """Call an operation.  With the `op` of an edit it acts once, however often the edit is carried
+    out; the answer is {} when it has acted at another time, with another delay."""
+    if op is None:
+        return await getattr(queue, name)(**given)
+    try:
+        return await getattr(queue, name)(**given, op=f"{op}-{name}")
+    except Refused as refusal:
+        if refusal.code != "OP_REUSED":
+            raise
+    return {}
+
+
+async def apply_edit(
+    queue: Queue,
+    project: str,
+    task: str,
+    base: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    reason: str,
+    op: str | None = None,
+) -> None:
+    """Carry out an edit of a task, anew when the task changes meanwhile.
+
+    With an `op` it may be carried out again after a crash, and each of its calls acts once.
+    Refuses what `calls_of` and the queue refuse; when the status is refused, the fields may have
+    been changed before.
+    """
+    where = {"project": project, "task": task}
+    for left in reversed(range(EDIT_TRIES)):
+        theirs: Any = await queue.get(**where)
+        try:
+            calls = calls_of(base, theirs, ours, reason)
+        except Refused as conflict:
+            if conflict.code != "STALE_REV" or not op:
+                raise
+            fields = {name: ours.get(name) for name in {**base, **ours} if name in EDITABLE}
+            await require_updated(queue, op, conflict, where, fields)
+            base = {name: value for name, value in base.items() if name not in EDITABLE}
+            ours = {name: value for name, value in ours.items() if name not in EDITABLE}
+            continue
+        rev = theirs["rev"]
+        try:
+            for name, given in calls:
+                unchanged = {"if_rev": rev} if name == "update" else {}
+                done = await call_once(queue, name, op, **where, **given, **unchanged)
+                rev = done.get("rev", rev)
+            return
+        except Refused as refusal:
+            if refusal.code != "STALE_REV" or not left:
+                raise
+
+
+async def require_updated(
+    queue: Queue, op: str, conflict: Refused, where: Mapping[str, str], fields: Mapping[str, Any]
+) -> None:
+    """Refuse a conflict, unless the update of the edit was made before, and what followed it was
+    cut off.  No task has rev 0: only a call that is repeated is taken."""
+    try:
+        given = {**where, **fields_as_arguments(fields), "if_rev": 0}
+        await call_once(queue, "update", op, **given)
+    except Refused as refusal:
+        raise refusal if refusal.passes else conflict from None
+
+
 # ==== SCHEMA =================================================================================
 #
 # The record's tables in SQL, and what writes them.  A migration that was shipped is never changed:
@@ -4115,21 +4271,11 @@ def as_ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
-# ==== EDITS ==================================================================================
+# ==== REQUESTS ===============================================================================
 #
 # What other programs change in the rows of tasks is a request: a trigger notes it, and it is
-# carried out like any call, or refused with a code.  Either way the row is then written as the
-# queue has the task.
-
-EDITABLE = {
-    *("title", "description", "priority", "lane", "mission", "dependencies", "metadata"),
-    "notBefore",
-}
-SAID = {  # what may come with an edit of the status
-    *("claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason"),
-    *("summary", "status"),
-}
-PASSING = ("UNREACHABLE", "UNFIT", "SCHEMA")  # refusals that are no answer to an edit
+# carried out as an edit, or refused with a code.  Either way the row is then written as the queue
+# has the task.
 
 
 async def record(queue: Queue, config: Config) -> None:
@@ -4228,9 +4374,9 @@ async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -
         if epoch is None:
             hint = "create its first task with mosaic-queue create"
             raise Refused("NOT_FOUND", f"there is no project {edit['project']} in the queue", hint)
-        await Edit(queue, edit).carry_out()
+        await carry_out_request(queue, edit)
     except Refused as refusal:
-        if refusal.code in PASSING:
+        if refusal.passes:
             raise
         code = refusal.code
         message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; "))
@@ -4263,107 +4409,45 @@ async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any], epoch: str |
             await db.execute(gone + " where project = $1 and task_id = $2", project, name)
 
 
-class Edit:
-    """A change that a person made to a row of tasks, as a request to the queue."""
+async def carry_out_request(queue: Queue, edit: Mapping[str, Any]) -> None:
+    """Do what a person asked for by a change of a row; refuses what the queue refuses, and what is
+    stale."""
+    queue = queue.acting_as("sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100])
+    place, reason = (edit["project"], edit["task_id"]), f"edited in Postgres by {edit['by']}"
+    base, ours = (fields_in(edit[row]) for row in ("old", "new"))
+    if edit["kind"] == "delete":
+        given = {"project": edit["project"], "task": edit["task_id"], "reason": reason}
+        await call_once(queue, "delete", edit["op"], **given)
+    elif edit["kind"] == "insert":
+        await create_from_row(queue, *place, ours, reason, edit["op"])
+    else:
+        await apply_edit(queue, *place, base, ours, reason, edit["op"])
 
-    def __init__(self, queue: Queue, edit: Mapping[str, Any]) -> None:
-        self.edit, old, new = edit, edit["old"] or {}, edit["new"] or {}
-        self.old, self.new = (record_in(row) if row else {} for row in (old, new))
-        changed = {name for name in {**old, **new} if old.get(name) != new.get(name)}
-        self.changed = {TASK_COLUMNS.get(name, name): name for name in changed - {"updated_at"}}
-        self.queue = queue.acting_as("sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100])
-        self.task = {"task": edit["task_id"], "project": edit["project"]}
-        self.why = f"edited in Postgres by {edit['by']}"
 
-    async def call(self, name: str, **given: Any) -> None:
-        """Call an operation; sent again after a crash, it is carried out once."""
-        try:
-            await getattr(self.queue, name)(**self.task, **given, op=f"{self.edit['op']}-{name}")
-        except Refused as refusal:
-            if refusal.code != "OP_REUSED":  # then it was, at another time with another delay
-                raise
+async def create_from_row(
+    queue: Queue, project: str, task: str, row: Mapping[str, Any], reason: str, op: str
+) -> None:
+    """Create the task of a new row, and bring it to the status that the row has."""
+    where, wanted = {"project": project, "task": task}, row["status"]
+    fields = fields_as_arguments({name: row[name] for name in EDITABLE if name in row})
+    if wanted in ("blocked", *ENDED):  # it may not be claimed before its status is entered
+        fields.setdefault("delay", 60)
+    await call_once(queue, "create", op, **where, **fields, max_runtime=row.get("maxRuntime"))
+    now = (await queue.get(**where))["status"]
+    if wanted not in (now, "pending") or (wanted == "blocked" and "blockedReason" in row):
+        name, given = transition(now, wanted, reason, row)
+        await call_once(queue, name, op, **where, **given)
 
-    async def carry_out(self) -> None:
-        """Do what is asked for; refuses what the queue refuses, and what is stale."""
-        kind, tries = self.edit["kind"], 5
-        if kind == "delete":
-            await self.call("delete", reason=self.why)
-        elif kind == "insert":
-            await self.create()
-        while kind == "update":
-            try:
-                await self.update()
-                break
-            except Refused as refusal:
-                tries -= 1
-                if refusal.code != "STALE_REV" or not tries:
-                    raise
 
-    async def create(self) -> None:
-        """Create the task of a new row, and bring it to the status that the row has."""
-        await self.call("create", **self.fields(EDITABLE), max_runtime=self.new.get("maxRuntime"))
-        if self.new["status"] not in ("pending", "blocked") or "blockedReason" in self.new:
-            await self.move()
-
-    async def update(self) -> None:
-        """Change fields that still have their old value, then the status."""
-        moves = "status" in self.changed
-        kept = self.changed.keys() - (EDITABLE | SAID if moves else EDITABLE)
-        if kept:
-            shown = ", ".join(sorted(self.changed[name] for name in kept))
-            raise Refused("INVALID", f"{shown} of a task is for the queue to say", "")
-        current: Any = await self.queue.get(**self.task)
-        now, before, wanted = current["status"], self.old["status"], self.new["status"]
-        fields = sorted(self.changed.keys() & EDITABLE)
-        stale = [f for f in fields if current.get(f) not in (self.old.get(f), self.new.get(f))]
-        # Whoever says how the work ended need not have seen where it stood.
-        same = now in (before, wanted) or {now, before} <= {*HELD} or wanted in ENDED
-        stale += ["status"] if moves and not same else []
-        conflict = Refused(
-            "STALE_REV",
-            f"{current['id']} has changed meanwhile: {', '.join(stale)}",
-            "read the row again, then repeat the edit",
-        )
-        reopens = moves and now == "completed" and not stale
-        if reopens:
-            await self.move()
-        # No task has rev 0: only a call that was carried out before is not refused.
-        rev = 0 if stale else None if reopens else current["rev"]
-        clear = [
-            "delay" if name == "notBefore" else name for name in fields if name not in self.new
-        ]
-        try:
-            if fields:
-                await self.call("update", **self.fields(fields), clear=clear, if_rev=rev)
-        except Refused as refusal:
-            raise conflict if stale and refusal.code not in PASSING else refusal from None
-        if "status" in stale:
-            raise conflict
-        if moves and not reopens:
-            await self.move()
-
-    def fields(self, names: Iterable[str]) -> dict[str, Any]:
-        """Fields as arguments of `create` and `update`."""
-        given = {name: self.new[name] for name in names if name in self.new}
-        if "notBefore" in given:
-            given["delay"] = max(0, round(given.pop("notBefore") / 1000 - time.time()))
-        return given
-
-    def said(self, name: str) -> Any:
-        """The value that the edit gives a field; None where it does not."""
-        return self.new.get(name) if name in self.changed else None
-
-    async def move(self) -> None:
-        """Bring the task to the status that the edit says."""
-        now, wanted = (await self.queue.get(**self.task))["status"], self.new["status"]
-        steps = steps_to(now, self.why, self.said)
-        if wanted not in steps:
-            invalid("status", wanted, ", ".join(steps))
-        if wanted == "claimed" and not self.said("claimedBy"):
-            raise Refused("INVALID", "claimed_by does not say for whom", "set claimed_by too")
-        if wanted != now:
-            name, given = steps[wanted]
-            await self.call(name, **given)
+def fields_in(row: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a row of tasks shows, by the names of fields; a column that is none keeps its own."""
+    if row is None:
+        return {}
+    others = {name: value for name, value in row.items() if value is not None}
+    others = {name: value for name, value in others.items() if name not in TASK_COLUMNS}
+    known = others | record_in(row)
+    del known["updatedAt"]
+    return known
 
 
 # ==== RESTORING ==============================================================================
@@ -4734,7 +4818,6 @@ STAYS = {  # words of a file that the queue takes from nobody, and why
     "in-progress": "a claim is never taken from a file",
     DELETED: "a file deletes no task; mosaic-queue delete {}/{}",
 }
-DOWN = ("UNREACHABLE", "UNFIT", "SCHEMA")  # refusals that are no answer to one edit
 
 
 class Difference(TypedDict, total=False):
@@ -5041,7 +5124,7 @@ class Sync:
                 await self.queue.keep_base(self.project, self.mark, self.file, bases)
                 made = await self.queue.create_all([*new.values()], project=self.project)
         except Refused as problem:
-            if problem.code in DOWN:
+            if problem.passes:
                 raise
             for task in batch:
                 if len(batch) > 1:
@@ -5141,7 +5224,7 @@ class Sync:
                     await self.act(task, name, mine)
                 self.tell("changed", task, field=name, file=mine, queue=theirs)
             except Refused as problem:
-                if problem.code in ("STALE_REV", *DOWN):
+                if problem.passes or problem.code == "STALE_REV":
                     raise
                 if problem.code == "CYCLE" and not last:
                     again = True
@@ -5174,7 +5257,7 @@ class Sync:
         """The operation that a status word stands for."""
         reason = f"{word} in {self.file.name}"
         wanted = {"not-started": "pending", "done": "completed"}.get(word, word)
-        operation, how = steps_to(now["status"], reason)[wanted]
+        operation, how = transition(now["status"], wanted, reason)
         done = await getattr(self.queue, operation)(now["taskId"], project=self.project, **how)
         done = done["tasks"][0] if operation == "redrive" else done
         blocked = {"blockedReason": reason} if word == "blocked" else {}

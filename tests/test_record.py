@@ -522,7 +522,7 @@ async def test_stale_edits_are_conflicts(
     assert (tasks["T0"]["priority"], tasks["T2"]["priority"]) == ("high", "medium")
     assert (tasks["T3"]["status"], tasks["T4"]["status"]) == ("claimed", "completed")
     (said,) = {edit["message"] for edit in edits if edit["task_id"] == "T1"}
-    assert said == "p/T1 has changed meanwhile: title; read the row again, then repeat the edit"
+    assert said == "p/T1 has changed meanwhile: title; read it again, then repeat the edit"
 
 
 async def test_an_edit_of_what_is_gone_meanwhile(
@@ -799,7 +799,7 @@ async def test_an_edit_whose_mark_was_lost_is_no_conflict(
     await follow(queue, postgres)
     await person.execute("update tasks set title = 'mine', not_before = now() + '1 hour'")
     edits = await person.fetch("select row_to_json(edits) from edits order by id")
-    await mq.Edit(queue, json.loads(edits[0][0])).carry_out()
+    await mq.carry_out_request(queue, json.loads(edits[0][0]))
     for name in ("T1", "T2"):
         await queue.update(name, title="theirs")
     async with postgres.session() as db:
