@@ -117,7 +117,6 @@ if TYPE_CHECKING:
     import tempfile
     import termios
     import threading
-    import traceback
     import tty
     import unicodedata
 
@@ -141,8 +140,8 @@ else:
 
     for _name in (
         *("argparse", "asyncio", "datetime", "difflib", "fcntl", "getpass", "graphlib", "shutil"),
-        *("signal", "subprocess", "tempfile", "termios", "threading", "traceback", "tty"),
-        *("unicodedata", "anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
+        *("signal", "subprocess", "tempfile", "termios", "threading", "tty", "unicodedata"),
+        *("anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -175,57 +174,266 @@ REGISTERED = 60.0  # s for which a name in the registry is believed to be there
 
 
 # ==== REFUSALS ===============================================================================
+#
+# The queue says no in one form: a code of a closed list, a sentence, a next step.  The next step
+# follows from what was refused and from who reads it, since a shell, an agent with tools and a
+# client of HTTP make their calls differently, and not each of them may make every call.
 
 
 class Outcome(NamedTuple):
-    """What a code means outside: exit status of the command, HTTP status, what to do next."""
+    """What a code means outside: exit status of the command, status of HTTP."""
 
     exit: int
     http: int
-    hint: str
 
 
 CODES = {
-    "EXISTS": Outcome(4, 409, "choose another taskId, or look at it: mosaic-queue show {task}"),
-    "NOT_FOUND": Outcome(3, 404, "look for it: mosaic-queue list"),
-    "CYCLE": Outcome(4, 409, "take one of these dependencies out"),
-    "INVALID": Outcome(2, 400, ""),
-    "TOO_LARGE": Outcome(2, 413, "put the text in a file and name its path"),
-    "WRONG_STATUS": Outcome(4, 409, "look at it: mosaic-queue show {task}"),
-    "HELD": Outcome(4, 409, "take another: mosaic-queue list --status pending"),
-    "BLOCKED": Outcome(4, 409, "complete what it waits for first: mosaic-queue show {task}"),
-    "LANE_FULL": Outcome(4, 409, "wait until one of them ends, or take a task of another lane"),
-    "PAUSED": Outcome(4, 409, "wait, or let claims through again: mosaic-queue unpause"),
-    "NOT_DUE": Outcome(4, 409, "take another: mosaic-queue list --status pending"),
-    "NOT_OWNER": Outcome(4, 403, "stop work on it; claim another task"),
-    "STALE_SESSION": Outcome(4, 409, "stop work on it, or claim it again"),
-    "STALE_FENCE": Outcome(4, 409, "stop work on it; who has it now: mosaic-queue show {task}"),
-    "STALE_REV": Outcome(4, 409, "read it again, then repeat the change: mosaic-queue show {task}"),
-    "HAS_DEPENDENTS": Outcome(4, 409, "take out the dependents first, or repeat it with --force"),
-    "OP_REUSED": Outcome(4, 422, "use a new op id for every new call"),
-    "SCHEMA": Outcome(6, 503, "update mosaic-queue on this host"),
-    "UNREACHABLE": Outcome(6, 503, "is Valkey running there?"),
-    "UNFIT": Outcome(6, 503, "change the server's settings, or override with --unsafe"),
+    "EXISTS": Outcome(4, 409),
+    "NOT_FOUND": Outcome(3, 404),
+    "CYCLE": Outcome(4, 409),
+    "INVALID": Outcome(2, 400),
+    "TOO_LARGE": Outcome(2, 413),
+    "WRONG_STATUS": Outcome(4, 409),
+    "HELD": Outcome(4, 409),
+    "BLOCKED": Outcome(4, 409),
+    "LANE_FULL": Outcome(4, 409),
+    "PAUSED": Outcome(4, 409),
+    "NOT_DUE": Outcome(4, 409),
+    "NOT_OWNER": Outcome(4, 403),
+    "STALE_SESSION": Outcome(4, 409),
+    "STALE_FENCE": Outcome(4, 409),
+    "STALE_REV": Outcome(4, 409),
+    "HAS_DEPENDENTS": Outcome(4, 409),
+    "OP_REUSED": Outcome(4, 422),
+    "SCHEMA": Outcome(6, 503),
+    "UNREACHABLE": Outcome(6, 503),
+    "UNFIT": Outcome(6, 503),
 }
+
+
+class Step(NamedTuple):
+    """One thing to do next: a sentence, and the call that does it, if any.
+
+    A call is the name of an operation and of its arguments, with values from the call that was
+    refused: `force=true` is a constant, `agent?` may be missing.  `at_shell` says that only a
+    person at a shell can do it.
+    """
+
+    text: str
+    call: str = ""
+    at_shell: bool = False
+
+
+ANOTHER = Step("take another", "next project? agent?")
+STOP = Step("stop work on it; take another", "next project? agent?")
+SHOW = Step("look at it", "get task")
+OPERATOR = Step("tell whoever runs this queue")
+# The first step that the reader can take is told.  A key is the code; or the code with the
+# operation that was refused, or with its case, or with both.
+STEPS: dict[str, tuple[Step, ...]] = {
+    "EXISTS": (
+        Step("choose another taskId, or look at the task that has it", "get task"),
+        Step("choose another name"),
+    ),
+    "NOT_FOUND": (Step("look for it", "list project?"),),
+    "NOT_FOUND project": (Step("which projects there are", "status"),),
+    "NOT_FOUND restoring": (
+        Step("wait; one that was cut off begins anew: mosaic-queue restore", at_shell=True),
+        Step("wait until it is restored"),
+    ),
+    "NOT_FOUND dependency": (Step("create it first, or leave it out"),),
+    "CYCLE": (Step("take one of these dependencies out"),),
+    "INVALID": (),
+    "INVALID no project": (
+        Step("name one: --project P, $MOSAIC_PROJECT, or project: in a file", at_shell=True),
+        Step("name one with the argument project"),
+    ),
+    "INVALID several": (Step("name it in full, as project/taskId"),),
+    "TOO_LARGE": (Step("take less at once"),),
+    "TOO_LARGE text": (Step("put the text in a file and name its path"),),
+    "WRONG_STATUS": (SHOW,),
+    "WRONG_STATUS pending": (Step("nobody holds it: claim it first", "claim task agent?"),),
+    "WRONG_STATUS blocked": (Step("see what it waits for", "explain task"),),
+    "WRONG_STATUS completed": (Step("it is done: take another", "next project? agent?"),),
+    "WRONG_STATUS failed": (
+        Step("it is a dead letter: give it another life", "redrive task"),
+        Step("it is a dead letter: take another", "next project? agent?"),
+    ),
+    "WRONG_STATUS assign": (Step("assign another", "assign agent project?"),),
+    "WRONG_STATUS block": (SHOW,),
+    "WRONG_STATUS unblock": (Step("see why it stands as it does", "explain task"),),
+    "WRONG_STATUS redrive": (Step("see the dead letters", "list project? status=failed"),),
+    "WRONG_STATUS reopen": (Step("see what is done", "list project? status=completed"),),
+    "WRONG_STATUS update": (Step("wait until nobody holds it", "explain task"),),
+    "WRONG_STATUS update completed": (
+        Step("it is done; to change it take the completion back: reopen", at_shell=True),
+        Step("it is done: create another task"),
+    ),
+    "HELD": (ANOTHER,),
+    "HELD yours": (Step("you hold it already: go on with it"),),
+    "HELD session": (
+        Step(
+            "another session of yours holds it; if that one is gone, take it over",
+            "claim task agent? resume=true",
+        ),
+    ),
+    "HELD assign": (Step("assign another", "assign agent project?"),),
+    "HELD delete": (
+        Step("wait until nobody holds it, or delete it all the same", "delete task force=true"),
+        Step("delete it when nobody holds it; see who does", "explain task"),
+    ),
+    "BLOCKED": (Step("take another, or see what this one waits for", "explain task"),),
+    "BLOCKED by hand": (Step("let it be claimed again", "unblock task"), ANOTHER),
+    "LANE_FULL": (
+        Step("wait until one of them ends, or take a task of another lane", "next project? agent?"),
+    ),
+    "LANE_FULL assign": (Step("wait until one of them ends, or raise the cap of the lane"),),
+    "PAUSED": (
+        Step("wait, or let claims through again", "unpause project?"),
+        Step("wait until somebody lets claims through again"),
+    ),
+    "NOT_DUE": (ANOTHER,),
+    "NOT_DUE assign": (Step("assign another", "assign agent project?"),),
+    "NOT_OWNER": (STOP,),
+    "NOT_OWNER block": (Step("let its holder block it, or wait until the claim ends"),),
+    "STALE_SESSION": (
+        Step(
+            "if that session is gone, take over what it left, then repeat this",
+            "claim task agent? resume=true",
+        ),
+    ),
+    "STALE_SESSION left": (
+        Step("take over what that session left, then repeat this", "claim task agent?"),
+    ),
+    "STALE_FENCE": (Step("stop work on it; see who has it now", "get task"),),
+    "STALE_REV": (Step("read it again, then repeat the change", "get task"),),
+    "HAS_DEPENDENTS": (
+        Step("delete those first, or take it out of them", "delete task force=true"),
+        Step("delete those first, or take it out of what they depend on"),
+    ),
+    "OP_REUSED": (Step("use a new op id for every new call"),),
+    "SCHEMA": (Step("update mosaic-queue on this host", at_shell=True), OPERATOR),
+    "UNREACHABLE": (
+        Step("is Valkey running there?", at_shell=True),
+        Step("try again in a minute; if it stays so, tell whoever runs this queue"),
+    ),
+    "UNFIT": (
+        Step("change the server's settings, or override with --unsafe", at_shell=True),
+        OPERATOR,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Who reads an answer: how that one spells a call, and which calls are offered to it, by
+    operation with the arguments of each (None: all).  `prog` is what a shell calls this program,
+    and "" for a reader that has none."""
+
+    spell: Callable[[str, Mapping[str, Any]], str]
+    offers: Mapping[str, Collection[str]] | None = None
+    prog: str = ""
+
+    def call(self, call: str, facts: Mapping[str, Any]) -> str | None:
+        """A call of a Step, written out whole; None where this reader cannot make it."""
+        operation, *names = call.split()
+        arguments: dict[str, Any] = {}
+        for name in names:
+            name, constant, value = name.partition("=")
+            needed = not name.endswith("?")
+            name = name.rstrip("?")
+            if constant:
+                arguments[name] = True if value == "true" else value
+            elif facts.get(name) is not None:
+                arguments[name] = facts[name]
+            elif needed:
+                return None
+        offers = self.offers
+        if offers is not None and not arguments.keys() <= set(offers.get(operation, ())):
+            return None
+        return self.spell(operation, arguments) if offers is None or operation in offers else None
+
+    def step(self, steps: Iterable[Step], facts: Mapping[str, Any]) -> str | None:
+        """The first of some steps that this reader can take, as a sentence."""
+        for step in steps:
+            call = self.call(step.call, facts) if step.call else ""
+            if call is None or (step.at_shell and not self.prog):
+                continue
+            text = step.text.replace("mosaic-queue", self.prog)
+            return f"{text}: {call}" if call else text
+        return None
+
+
+COMMANDS = {"get": "show"}  # where the command is not called as the operation
+
+
+def flag(name: str) -> str:
+    """An argument as a flag: retry_delay -> --retry-delay, dependencies -> --dependency."""
+    return "--" + ("dependency" if name == "dependencies" else name.replace("_", "-"))
+
+
+def command_line(prog: str, operation: str, arguments: Mapping[str, Any]) -> str:
+    """A call as a command; a task stands by place, everything else is a flag."""
+    import shlex
+
+    words = [prog, COMMANDS.get(operation, operation)]
+    for name, value in arguments.items():
+        told = [] if value is True else [shlex.quote(str(value))]
+        words += told if name == "task" else [flag(name), *told]
+    return " ".join(words)
+
+
+def shell_reader(prog: str = "mosaic-queue") -> Reader:
+    """A person or a script at a shell, which may call everything."""
+    return Reader(functools.partial(command_line, prog), prog=prog)
+
+
+SHELL = shell_reader()
 
 
 class Refused(Exception):
     """The queue said no, and changed nothing.
 
-    `code` is one of CODES, `message` a sentence that names the value or who is in the way,
-    `hint` the next step.  `due` counts the tasks that `reap` would move on.
+    `code` is one of CODES, `message` a sentence that names the value or who is in the way, `hint`
+    the next step for `reader`.  `case` tells cases of one code apart, `due` counts the tasks that
+    `reap` would move on; `operation` and `facts`, its arguments, say what was refused.
     """
 
-    def __init__(self, code: str, message: str, hint: str | None = None, due: int = 0) -> None:
+    def __init__(
+        self, code: str, message: str, hint: str | None = None, due: int = 0, case: str = ""
+    ) -> None:
         super().__init__(f"{code}: {message}")
-        self.code, self.message, self.due = code, message, due
-        self.hint = CODES[code].hint if hint is None else hint
+        self.code, self.message, self.due, self.case = code, message, due, case
+        self.for_shell = hint  # where only the place that refuses knows the next step
+        self.reader, self.operation = SHELL, ""
+        self.facts: Mapping[str, Any] = {}
+
+    @property
+    def hint(self) -> str:
+        """What the reader can do next, as a sentence with a whole call; "" for nothing."""
+        if self.for_shell is not None and self.reader.prog:
+            return self.for_shell.replace("mosaic-queue", self.reader.prog)
+        of, case = self.operation, self.case
+        keys = (f"{self.code} {of} {case}", f"{self.code} {of}", f"{self.code} {case}", self.code)
+        steps = itertools.chain.from_iterable(STEPS.get(key, ()) for key in keys)
+        return self.reader.step(steps, self.facts) or ""
+
+    @hint.setter
+    def hint(self, hint: str) -> None:
+        self.for_shell = hint
+
+    def about(self, operation: str, arguments: Mapping[str, Any], reader: Reader) -> Refused:
+        """This refusal, with what was refused and who reads it; a task is named in full."""
+        facts = {key: value for key, value in arguments.items() if value is not None}
+        facts |= {key: self.facts[key] for key in ("project", "task") if key in self.facts}
+        if "project" in facts and "/" not in facts.get("task", "/"):
+            facts["task"] = f"{facts['project']}/{facts['task']}"
+        self.operation, self.facts, self.reader = operation, facts, reader
+        return self
 
     @property
     def passes(self) -> bool:
-        """Whether the fault lies outside of the call: a server, a service or a file that cannot be
-        used now, or data of a newer program.  A command ends with it; a process that lives on
-        tells its log (`log_fault`) and tries again."""
+        """Whether the same call may be taken later: it is the server that is away or unfit."""
         return CODES[self.code].exit == 6
 
 
@@ -247,21 +455,30 @@ def printable(text: str) -> str:
     )
 
 
+def lasting(seconds: float) -> str:
+    """A length of time in its largest unit: 90 s -> 1 min."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def moment(ms: int) -> str:
+    """A time that a person and a program can read: 2026-01-31T12:00:00Z (3 min ago)."""
+    at, now = ms / 1000, time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    return f"{stamp} ({lasting(round(abs(now - at)))} {'ago' if at <= now else 'from now'})"
+
+
+def with_moments(sentence: str) -> str:
+    """A script's sentence with its times (ms, between NUL bytes: no text can have one) as above."""
+    return re.sub("\0([0-9]{1,15})\0", lambda found: moment(int(found[1])), sentence)
+
+
 def log(event: str, **facts: Any) -> None:
     """One JSON line for whoever keeps the logs."""
     line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
     print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
-
-
-def log_fault(problem: Exception, **facts: Any) -> None:
-    """Tell the log what a part of a process that lives on met: a refusal, or else a bug with the
-    place where it was raised."""
-    if isinstance(problem, Refused):
-        log("error", code=problem.code, message=problem.message, hint=problem.hint, **facts)
-        return
-    *_, last = traceback.extract_tb(problem.__traceback__) or [None]
-    place = f"{last.name}:{last.lineno}" if last else "?"
-    log("bug", message=f"{type(problem).__name__}: {problem}", place=place, **facts)
 
 
 def clipped(text: str, size: int, tail: bool = False) -> str:
@@ -1207,9 +1424,6 @@ def private_folder(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-ROOM = 64 * KIB  # bytes on its disk without which the private server is not started
-
-
 class PrivateServer:
     """The user's own valkey-server, in `folder` (default $XDG_DATA_HOME/mosaic-queue)."""
 
@@ -1248,18 +1462,18 @@ class PrivateServer:
             return "an unknown host", "?"
         return host, pid
 
-    def ensure(self) -> bool:
-        """Return when the server answers; start it if nobody has, and say whether this call did.
+    def ensure(self) -> None:
+        """Return when the server answers; start it if nobody has.
 
         Any number of processes may call this at once: one starts, the others wait for it.
         Refuses UNREACHABLE when the lock is held and nobody answers here.
         """
         give_up = time.monotonic() + 2 * DEADLINE
-        told = started = False
+        told = False
         while True:
             said = self.answers()
             if said.startswith("PONG"):
-                return started
+                return
             if said.startswith("LOADING"):
                 if not told:
                     print("mosaic-queue: the server reads its data", file=sys.stderr)
@@ -1269,9 +1483,7 @@ class PrivateServer:
                 lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self._require_room()
                     self._start(lock)
-                    started = True
                 except BlockingIOError:
                     host, pid = self.owner()
                     elsewhere = pid != "?" and host != socket.gethostname()
@@ -1291,15 +1503,6 @@ class PrivateServer:
                     f"read {self.folder / 'valkey.log'}",
                 )
             time.sleep(0.02)
-
-    def _require_room(self) -> None:
-        """Refuse a start on a disk that is full: the server would end at the first write."""
-        found = os.statvfs(self.folder)
-        free = found.f_frsize * (found.f_bavail if os.getuid() else found.f_bfree)
-        if free < ROOM:
-            said = f"the disk of {self.folder} is full: the private server cannot write there"
-            hint = "make room; nothing that was acknowledged is lost"
-            raise Refused("UNFIT", said, hint)
 
     def _log(self) -> str:
         with contextlib.suppress(OSError, IndexError):
@@ -1441,97 +1644,6 @@ def patient(cluster: Any) -> Any:
     return Patient
 
 
-class Fault(NamedTuple):
-    """What an error line of a server means here: the code of the refusal, whether it passes by
-    itself, so that the command is sent again until the deadline, and the next step."""
-
-    code: str
-    passes: bool
-    hint: str
-
-
-LOST = Fault("UNREACHABLE", True, CODES["UNREACHABLE"].hint)  # no line came at all
-FAULTS = {  # by how a line begins after its ERR, the first that fits
-    "LOADING ": Fault("UNREACHABLE", True, "wait: it reads its data from disk"),
-    "BUSY |UNKILLABLE ": Fault(
-        "UNREACHABLE", True, "wait, or end the script that runs there: valkey-cli SCRIPT KILL"
-    ),
-    "READONLY |MASTERDOWN |REDIRECT |UNBLOCKED |NOMASTERLINK |INPROG ": Fault(
-        "UNREACHABLE", True, "wait for the end of a failover, or name the primary: --url"
-    ),
-    "(CLUSTERDOWN|TRYAGAIN|MOVED|ASK)\\b|.* non local key ": Fault(
-        "UNREACHABLE", True, "wait until its slots are served; name a cluster as redis+cluster://"
-    ),
-    "max number of clients": Fault(
-        "UNREACHABLE", True, "end some of its clients, or raise its maxclients"
-    ),
-    "NOREPLICAS ": Fault("UNFIT", True, "bring its replicas back, or lower min-replicas-to-write"),
-    "NOAUTH |WRONGPASS |AUTH |HELLO must|.*(invalid|any) (username-)?password": Fault(
-        "UNREACHABLE", False, "check user and password of the URL"
-    ),
-    "NOPERM ": Fault("UNFIT", False, "extend the user's ACL"),
-    "DENIED ": Fault("UNFIT", False, "give it a password, or set protected-mode no there"),
-    "OOM ": Fault("UNFIT", False, "make room: mosaic-queue purge, or raise its maxmemory"),
-    "MISCONF ": Fault("UNFIT", False, "look at the server's log and at its disk"),
-    "WRONGTYPE ": Fault(
-        "UNFIT", False, "another program has written there: rename that key, or delete it"
-    ),
-    "(unknown|Unknown Redis|This Redis) command|.*not allowed from script": Fault(
-        "UNFIT", False, "allow it this command, or name another server: --url"
-    ),
-    ".*DB index": Fault("UNFIT", False, "name a database that it has: redis://HOST:PORT/0"),
-    ".*@user_script": Fault("UNFIT", False, "its data are not whole: mosaic-queue doctor"),
-}
-WRONG_TYPE = re.compile("(ERR )?WRONGTYPE ")
-UNKNOWN = Fault("UNFIT", False, "report it: a bug of mosaic-queue, or a server that is not known")
-
-
-def client_errors() -> tuple[type[Exception], ...]:
-    """What a command over redis-py may end in.  ValueError: a redirection that cannot be read."""
-    from redis.exceptions import RedisClusterException, RedisError
-
-    return (RedisError, RedisClusterException, OSError, ValueError)
-
-
-def error_line(problem: Exception) -> str:
-    """The line with which a server refused a command, or "" where no such line came.  redis-py
-    takes the first word away where it has a class of its own for it."""
-    from redis.exceptions import ResponseError
-
-    word = getattr(problem, "status_code", None)
-    if word:
-        return f"{word} {problem}"
-    if isinstance(problem, ValueError):
-        return "MOVED or ASK, to a place that cannot be read"
-    if isinstance(problem, ResponseError) or fault_of(str(problem)) is not UNKNOWN:
-        return str(problem) or "ERR"
-    return ""
-
-
-def fault_of(line: str) -> Fault:
-    """What a line means.  A script hands the error of a command on behind an ERR of its own."""
-    line = line.removeprefix("ERR ")
-    return next((FAULTS[begin] for begin in FAULTS if re.match(begin, line)), UNKNOWN)
-
-
-NAMES_KEYS = """
-local server = redis
-local redis = {pcall = server.pcall, call = function(...)
-  local reply, _, key = server.pcall(...), ...
-  if type(reply) == 'table' and reply.err then
-    error({err = reply.err .. ' at ' .. tostring(key)}, 0)
-  end
-  return reply
-end}
-"""
-
-
-def naming_keys(lua: str) -> str:
-    """The same script, but the error of a command in it ends with the key."""
-    shebang, _, rest = lua.partition("\n")
-    return shebang + NAMES_KEYS + rest
-
-
 class Link:
     """The way to one Valkey: connects, sends again, starts the private server when it is down.
 
@@ -1568,11 +1680,27 @@ class Link:
         """Where Valkey is, without a password."""
         return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
 
-    async def send(self, *command: Any, lua: str = "") -> Any:
-        """One command to Valkey, sent again until an answer or the deadline comes.  `lua` is the
-        text of the script that the command names.  Refuses UNREACHABLE and UNFIT."""
+    async def send(self, *command: Any) -> Any:
+        """One command to Valkey, sent again until an answer or the deadline comes; refuses
+        UNREACHABLE and UNFIT."""
+        import redis.exceptions as errors
+
+        fleeting = (
+            errors.ConnectionError,
+            errors.TimeoutError,
+            errors.BusyLoadingError,
+            errors.ReadOnlyError,
+            errors.TryAgainError,
+            errors.ClusterDownError,
+            errors.MasterDownError,
+            errors.SlotNotCoveredError,
+            errors.MovedError,
+            errors.AskError,
+            TimeoutError,
+            OSError,
+        )
         give_up = time.monotonic() + self.deadline
-        pause, starts = 0.01, 0
+        pause = 0.01
         while True:
             left = give_up - time.monotonic()
             try:
@@ -1580,54 +1708,47 @@ class Link:
                     self._client = self._open()
                 async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
                     return await self._client.execute_command(*command)
-            except client_errors() as problem:
-                line = error_line(problem)
-                fault, refusal = self._refusal(problem, command)
-            if command[0] == "EVALSHA" and line.startswith("NOSCRIPT"):
-                command = ("EVAL", lua, *command[2:])
-                continue
-            if lua and WRONG_TYPE.match(line):
-                command, lua = ("EVAL", naming_keys(lua), *command[2:]), ""
-                continue
-            if not fault.passes or left <= 0 or starts == 2:
-                raise refusal from None
-            if self.server:
-                # It starts if need be; what it takes to read its data is not counted.
-                began = time.monotonic()
-                starts += await asyncio.to_thread(self.server.ensure)
-                give_up += time.monotonic() - began
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.5)
-
-    def _refusal(self, problem: Exception, command: Sequence[Any] = ()) -> tuple[Fault, Refused]:
-        """What an error means, and how it is told."""
-        line = error_line(problem)
-        fault = fault_of(line) if line else LOST
-        if WRONG_TYPE.match(line):
-            within = re.search(r" at (mosaic:\S+)", line)
-            direct = command and not command[0].startswith("EVAL")
-            key = within[1] if within else command[1] if direct else "a key of ours"
-            line = f"{key} holds another kind of value: {line}"
-        # An unknown command is answered with its arguments, which may be a password.
-        said = (line or str(problem) or "no answer in time").partition(", with args")[0]
-        said = said if len(said) <= 300 else said[:297] + "..."
-        return fault, Refused(fault.code, f"{self.address}: {printable(said)}", fault.hint)
+            except errors.NoPermissionError as problem:
+                said = f"{self.address}: {problem}"
+                raise Refused("UNFIT", said, "extend the user's ACL") from None
+            except (*fleeting, errors.ResponseError) as problem:
+                # A script stops where its slot is half moved; sent again, it heals what it began.
+                if not isinstance(problem, fleeting) and "non local key" not in str(problem):
+                    raise
+                # Over a Unix socket redis-py has no class of its own for a refused login.
+                refused = ("username-password", "HELLO must be called", "AUTH", "invalid password")
+                if any(words in str(problem) for words in refused):
+                    said = f"{self.address} refused the login: {problem}"
+                    hint = "check user and password of the URL"
+                    raise Refused("UNREACHABLE", said, hint) from None
+                if left <= 0:
+                    said = str(problem) or "no answer in time"
+                    raise Refused("UNREACHABLE", f"{self.address}: {said}") from None
+                if self.server:
+                    # It starts if need be; what it takes to read its data is not counted.
+                    began = time.monotonic()
+                    await asyncio.to_thread(self.server.ensure)
+                    give_up += time.monotonic() - began
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.5)
 
     async def check(self) -> dict[str, str]:
         """Version and eviction policy of the server, read once; refuses UNFIT."""
+        from redis.exceptions import ResponseError
+
         if self.fit:
             return self.fit
         try:
             info = await self.send("INFO", "server", "memory")
-        except Refused as problem:
-            if problem.code != "UNFIT":
+        except (Refused, ResponseError) as problem:
+            if isinstance(problem, Refused) and problem.code != "UNFIT":
                 raise
             info = {}
         if isinstance(info, str):
             lines = (line.partition(":") for line in info.splitlines())
             info = {name: value for name, _, value in lines}
-        elif info and "maxmemory_policy" not in info:  # of a cluster: the first node's
-            info = next((node for node in info.values() if isinstance(node, dict)), info)
+        elif info and "redis_version" not in info:
+            info = next(iter(info.values()))  # of a cluster: the first node's
         valkey = info.get("valkey_version")
         version = str(valkey or info.get("redis_version") or "unknown")
         policy = str(info.get("maxmemory_policy") or "unknown")
@@ -1652,17 +1773,21 @@ class Link:
 
     async def listen(self, bells: Sequence[str], seconds: float) -> None:
         """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
+        from redis.exceptions import RedisError
+
         try:
             async with asyncio.timeout(seconds + 2):
                 await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
-        except client_errors():
+        except (RedisError, OSError):
             await asyncio.sleep(min(0.2, seconds))
 
     async def told(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
         anew: what was published meanwhile is never told."""
+        from redis.exceptions import RedisError
+
         while True:
-            with contextlib.suppress(*client_errors(), Refused):
+            with contextlib.suppress(RedisError, OSError, Refused):
                 await self.send("PING")  # opens the client
                 async with self._client.pubsub() as channel:
                     await channel.psubscribe(pattern)
@@ -1670,23 +1795,13 @@ class Link:
                         yield str(message["data"]) if message["type"] == "pmessage" else ""
             await asyncio.sleep(1)
 
-    async def scan(self, pattern: str) -> AsyncIterator[str]:
+    def scan(self, pattern: str) -> AsyncIterator[str]:
         """All keys that match a pattern, some perhaps twice."""
-        try:
-            async for key in self._client.scan_iter(match=pattern, count=1000):
-                yield key
-        except client_errors() as problem:
-            raise self._refusal(problem)[1] from None
+        return cast(AsyncIterator[str], self._client.scan_iter(match=pattern, count=1000))
 
-    async def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
+    def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
         """All members of a sorted set with their scores, some perhaps twice."""
-        cursor = 0
-        while True:
-            cursor, members = await self.send("ZSCAN", key, cursor, "COUNT", 1000)
-            for member, score in members:
-                yield member, float(score)
-            if not cursor:
-                return
+        return cast(AsyncIterator[tuple[str, float]], self._client.zscan_iter(key, count=1000))
 
 
 # ==== QUEUE ==================================================================================
@@ -1724,17 +1839,23 @@ def operation(
     group: Literal["agents", "operators"] = "agents",
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
     """Enter a function into OPERATIONS, and check its arguments by VOCABULARY at every call."""
-
     def enter(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         signature = inspect.signature(method)
 
         @functools.wraps(method)
         async def checked(*args: P.args, **kwargs: P.kwargs) -> R:
             bound = signature.bind(*args, **kwargs)
-            for name, value in bound.arguments.items():
-                if name in ARGUMENTS and value is not None:
-                    bound.arguments[name] = ARGUMENTS[name].check(camel(name), value)
-            return await method(*bound.args, **bound.kwargs)
+            queue, *named = bound.arguments
+            try:
+                for name in named:
+                    value = bound.arguments[name]
+                    if name in ARGUMENTS and value is not None:
+                        bound.arguments[name] = ARGUMENTS[name].check(camel(name), value)
+                return await method(*bound.args, **bound.kwargs)
+            except Refused as refused:
+                given = {name: bound.arguments[name] for name in named}
+                refused.about(method.__name__, given, bound.arguments[queue].reader)
+                raise
 
         name = method.__name__
         doc = inspect.getdoc(method) or ""
@@ -1758,27 +1879,6 @@ def user_at_host() -> str:
         user = f"uid{os.getuid()}"
     name = re.sub(r"[^A-Za-z0-9._@-]", "-", f"{user}@{socket.gethostname()}")
     return name.lstrip("._@-")[:128] or "somebody"
-
-
-def lasting(seconds: float) -> str:
-    """A length of time in its largest unit: 90 s -> 1 min."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def spelled_out(sentence: str) -> str:
-    """A script's sentence with its @<ms>@ as times that a person and a program can read."""
-
-    def spell(found: re.Match[str]) -> str:
-        at = int(float(found[1])) / 1000
-        apart = round(abs(time.time() - at))
-        past = "ago" if at <= time.time() else "from now"
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-        return f"{stamp} ({lasting(apart)} {past})"
-
-    return re.sub(r"@(\d+(?:\.\d+)?)@", spell, sentence)
 
 
 @dataclass
@@ -1823,6 +1923,7 @@ class Queue:
         self.agent: str | None = self.config["agent"]
         self.session = session
         self.actor = user_at_host()
+        self.reader = SHELL  # of the answers
         self.link = Link(self.config, deadline, unsafe)
         self.ttl: int | None = None  # of claims that name none; else the project's claimTTL
         self.leases: dict[str, Lease] = {}
@@ -1849,6 +1950,8 @@ class Queue:
         root: str = "",
     ) -> list[Any]:
         """Run a script on a project's root and return its reply; raises the refusal it gives."""
+        from redis.exceptions import NoScriptError, ResponseError
+
         await self.link.check()
         lua = script(name)
         values = {camel(key): value for key, value in arguments.items() if value is not None}
@@ -1871,14 +1974,25 @@ class Queue:
             used_for = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("op")] = f"{mark} {used_for.hexdigest()}"
         root = root or f"mosaic:queue:project:{{{project}}}"
-        reply = await self.link.send("EVALSHA", lua.sha, 1, root, *argv, lua=lua.text)
+        try:
+            try:
+                reply = await self.link.send("EVALSHA", lua.sha, 1, root, *argv)
+            except NoScriptError:
+                reply = await self.link.send("EVAL", lua.text, 1, root, *argv)
+        except ResponseError as problem:
+            if str(problem).startswith(("OOM", "MISCONF", "NOREPLICAS")):
+                said = f"{self.link.address}: {problem}"
+                raise Refused("UNFIT", said, "free or add memory") from None
+            raise
         if reply[0] in CODES:
-            code, sentence, due = reply
-            found = re.search(r"task ([^\s/]+/[^\s;,]+)", sentence)
-            hint = hint_for(code, sentence, str(values["agent"] or ""))
-            hint = hint.format(task=found[1] if found else "")
-            raise Refused(code, spelled_out(sentence), hint, due)
+            code, sentence, due, case = reply
+            refused = Refused(code, with_moments(sentence), due=due, case=case)
+            raise refused.about(name, {**arguments, "project": project}, self.reader)
         return cast(list[Any], reply)
+
+    def steps(self, todo: Iterable[tuple[Step, ...]], **facts: Any) -> list[str]:
+        """What the reader can do, a sentence for each of the choices that it has."""
+        return [said for steps in todo if (said := self.reader.step(steps, facts))]
 
     async def locate(self, task: str, project: str | None) -> tuple[str, str]:
         """Project and taskId of a task that is named in either form."""
@@ -1900,7 +2014,8 @@ class Queue:
             raise Refused("NOT_FOUND", f"there is no task {name} in any project")
         if len(found) > 1:
             places = ", ".join(f"{one}/{name}" for one in found)
-            raise Refused("INVALID", f"{name} is in several projects: {places}", "name it in full")
+            said = f"{name} is in several projects: {places}"
+            raise Refused("INVALID", said, case="several")
         return found[0], name
 
     async def _change(self, name: str, arguments: dict[str, Any]) -> Task:
@@ -1972,8 +2087,7 @@ class Queue:
         """The project that is meant; refused when none is."""
         project = project or self.config["project"]
         if not project:
-            hint = "name one: --project P, $MOSAIC_PROJECT, or project: in the configuration"
-            raise Refused("INVALID", "no project is named", hint)
+            raise Refused("INVALID", "no project is named", case="no project")
         return project
 
     async def projects(self) -> list[str]:
@@ -2058,11 +2172,15 @@ class Queue:
     async def register(self, project: str) -> None:
         """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
         Again each minute, since Valkey may have been emptied."""
+        from redis.exceptions import ResponseError
+
         if time.monotonic() < self._registered.get(project, -REGISTERED) + REGISTERED:
             return
         await self.link.check()
         try:
             await self.link.send("SADD", REGISTRY, project)
+        except ResponseError:
+            pass
         except Refused as problem:
             if problem.code != "UNFIT":
                 raise
@@ -2219,7 +2337,7 @@ class Queue:
             _, why, _, due, lanes, assign, _blocked = reply
             left = give_up - time.monotonic()
             if left <= 0:
-                return {"tasks": [], "why": spelled_out(why)}
+                return {"tasks": [], "why": with_moments(why)}
             given["op"] = None
             if mission:
                 await asyncio.sleep(min(left, 1))
@@ -2258,7 +2376,7 @@ class Queue:
         # The claim is the agent's, and no session's.
         reply = await self._claimed("assign", project, given)
         if reply[0] == "NOTHING":
-            return {"tasks": [], "why": spelled_out(reply[1])}
+            return {"tasks": [], "why": with_moments(reply[1])}
         return {"tasks": [task_from(project, reply)]}
 
     @operation()
@@ -2720,7 +2838,7 @@ class Queue:
                     lease.due, lease.ends = now + lease.ttl / 3, now + lease.ttl
                 except Refused as problem:
                     lease.due = now + min(1, lease.ttl / 10)
-                    unknown = problem.passes and now < lease.ends
+                    unknown = problem.code in ("UNREACHABLE", "UNFIT") and now < lease.ends
                     if not unknown and self.leases.get(name) is lease:
                         del self.leases[name]
                         self.lost.append(f"you lost {name}: {problem.message}")
@@ -2738,7 +2856,6 @@ class Queue:
     async def leave(self) -> None:
         """Say of every claim of this process that nobody renews it any more, so that a later
         session of the same agent may take it over at once."""
-
         async def one(lease: Lease) -> None:
             given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
             with contextlib.suppress(Refused):
@@ -2776,23 +2893,6 @@ class Queue:
 def compact(value: Any) -> str:
     """JSON without white space."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def hint_for(code: str, sentence: str, agent: str) -> str:
-    """The next step after a refusal, where the sentence tells more than the code."""
-    if code == "HELD" and agent and f"is held by {agent} since" in sentence:
-        return "you hold it already: go on with it, or take it again with --resume"
-    if code == "BLOCKED" and " waits for " not in sentence:
-        return "blocked by hand: mosaic-queue unblock {task}"
-    if code == "WRONG_STATUS" and " is pending;" in sentence:
-        return "nobody holds it: mosaic-queue claim {task}"
-    if code == "NOT_FOUND" and "being restored" in sentence:
-        return "wait for it; a restore that was cut off begins anew: mosaic-queue restore"
-    if code == "EXISTS" and sentence.startswith("project "):
-        return "leave it, or give the record another name: mosaic-queue import FILE --project P"
-    if code == "NOT_FOUND" and "no project" in sentence:
-        return "which projects there are: mosaic-queue status"
-    return CODES[code].hint
 
 
 def as_text(value: Any) -> str:
@@ -2841,13 +2941,14 @@ def explained(
     dependents: Sequence[str],
     holders: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
-) -> tuple[list[str], list[str]]:
-    """What stands between a task and its completion, and what to do about it, as sentences."""
+) -> tuple[list[str], list[tuple[Step, ...]]]:
+    """What stands between a task and its completion, as sentences, and what to do about it."""
     name, status = task["id"], task["status"]
-    why, todo = [f"{name} is {status}, priority {task['priority']}, lane {task['lane']}"], []
+    why = [f"{name} is {status}, priority {task['priority']}, lane {task['lane']}"]
+    todo: list[tuple[Step, ...]] = []
     if status == "pending":
         if "notBefore" in task and task["notBefore"] > facts["now"]:
-            why.append(f"it is not due before @{task['notBefore']}@")
+            why.append(f"it is not due before {moment(task['notBefore'])}")
         elif "place" in facts:
             why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
         else:
@@ -2855,40 +2956,49 @@ def explained(
         if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
             who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
             why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
-            todo.append(f"wait for one of them, or raise the cap of lane {task['lane']}")
+            todo.append(STEPS["LANE_FULL assign"])
         if "pausedAt" in facts:
-            why.append(f"the project is paused since @{facts['pausedAt']}@")
-            todo.append(f"mosaic-queue unpause --project {task['project']}")
+            why.append(f"the project is paused since {moment(facts['pausedAt'])}")
+            todo.append(STEPS["PAUSED"])
         if task.get("notBefore", 0) <= facts["now"] and not todo:
-            todo.append(f"mosaic-queue claim {name}")
+            todo.append((Step("take it", "claim task"),))
     if status == "blocked":
         if "blockedReason" in task:
             why.append(f"blocked by hand: {task['blockedReason']}")
-            todo.append(f"mosaic-queue unblock {name}")
+            todo.append(STEPS["BLOCKED by hand"])
         for one in waits:
             holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
             why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
-            step = "redrive" if one["status"] == "failed" else "explain"
-            todo.append(f"mosaic-queue {step} {task['project']}/{one['taskId']}")
+            other = f"task={task['project']}/{one['taskId']}"
+            redrive = (Step("give it another life", f"redrive {other}"),)
+            see = Step("see why that one does not move", f"explain {other}")
+            todo.append((*redrive * (one["status"] == "failed"), see))
     if status in ("claimed", "in-progress"):
         ended = task["leaseExpiresAt"] <= facts["now"]
         why.append(
-            f"{task['claimedBy']} holds it since @{task['claimedAt']}@, fence {task['fence']}; "
-            f"the lease {'ended' if ended else 'ends'} at @{task['leaseExpiresAt']}@"
+            f"{task['claimedBy']} holds it since {moment(task['claimedAt'])}, fence "
+            f"{task['fence']}; the lease {'ended' if ended else 'ends'} at "
+            f"{moment(task['leaseExpiresAt'])}"
         )
-        todo += [f"mosaic-queue reap --project {task['project']}"] if ended else []
+        todo += [LEASE_ENDED] if ended else []
     if status == "failed":
         why.append(
-            f"a dead letter since @{task['failedAt']}@ after {task['retryCount']} retries and "
+            f"a dead letter since {moment(task['failedAt'])}, after {task['retryCount']} retries, "
             f"{task.get('expiryCount', 0)} lost leases: {task.get('failureReason', 'no reason')}"
         )
-        todo.append(f"mosaic-queue redrive {name}")
+        todo.append(STEPS["WRONG_STATUS failed"])
     elif task["retryCount"]:
         left = facts["maxRetries"] - task["retryCount"]
         why.append(f"it failed {task['retryCount']} times; {left} retries are left")
     if dependents:
         why.append(f"waiting for it: {', '.join(dependents)}")
-    return [spelled_out(sentence) for sentence in why], todo
+    return why, todo
+
+
+LEASE_ENDED = (
+    Step("end it", "reap project"),
+    Step("ask for it: a claim ends the lease first", "claim task"),
+)
 
 
 async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
@@ -2899,7 +3009,8 @@ async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
     holders = [paired(one) for one in reply[4]]
     why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
     events = await queue.events(project=project, task=name, limit=5)
-    return {"task": shown, "why": why, "todo": todo, "events": events["events"]}
+    steps = queue.steps(todo, task=shown["id"], project=project)
+    return {"task": shown, "why": why, "todo": steps, "events": events["events"]}
 
 
 async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanation:
@@ -2908,13 +3019,14 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
     lanes = [one for one in found["lanes"] if lane in (None, one["lane"])]
     if not lanes:
         invalid("lane", lane, ", ".join(one["lane"] for one in found["lanes"]))
-    why, todo = [], []
+    why: list[str] = []
+    todo: list[tuple[Step, ...]] = []
     if "pausedAt" in found:
-        why.append(spelled_out(f"the project is paused since @{found['pausedAt']}@"))
-        todo.append(f"mosaic-queue unpause --project {project}")
+        why.append(f"the project is paused since {moment(found['pausedAt'])}")
+        todo.append(STEPS["PAUSED"])
     if found["due"]:
         why.append(f"{found['due']} leases have ended or transitions were cut off")
-        todo.append(f"mosaic-queue reap --project {project}, or run a monitor")
+        todo.append((Step("end them, or run a monitor", "reap project"),))
     for one in lanes:
         name, most = one["lane"], one.get("maxConcurrent")
         held = await held_in(queue, project, name) if one["held"] else []
@@ -2925,17 +3037,20 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
             + (f" ({holders})" if holders else "")
         )
         if most and one["held"] >= most and one["ready"]:
-            todo.append(f"lane {name} is full: wait for one of {holders}, or raise its cap")
+            todo.append(
+                (Step(f"lane {name} is full: wait for one of {holders}, or raise its cap"),)
+            )
     if found["delayed"]:
         why.append(f"{found['delayed']} tasks are not due yet")
     if found["tasks"]["blocked"]:
         why.append(f"{found['tasks']['blocked']} tasks are blocked")
-        todo.append(f"mosaic-queue list --project {project} --status blocked")
+        todo.append((Step("see them", "list project status=blocked"),))
     if found["tasks"]["failed"]:
         why.append(f"{found['tasks']['failed']} tasks are dead letters; what waits for them stays")
-        todo.append(f"mosaic-queue list --project {project} --status failed")
+        todo.append((Step("see them", "list project status=failed"),))
     events = await queue.events(project=project, limit=5)
-    return {"lane": lane or "all", "why": why, "todo": todo, "events": events["events"]}
+    steps = queue.steps(todo, project=project)
+    return {"lane": lane or "all", "why": why, "todo": steps, "events": events["events"]}
 
 
 async def held_in(queue: Queue, project: str, lane: str | None = None) -> Sequence[Task]:
@@ -5848,7 +5963,6 @@ def workspace_files(config: Config) -> Iterator[dict[str, Any]]:
 
 async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:
     """Keep a TASKS.md in step until cancelled; what cannot be synced yet is tried again."""
-
     def tell(report: SyncReport) -> None:
         log("sync", file=str(path), project=project, rows=report["rows"])
 
@@ -6831,11 +6945,24 @@ def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
     return arguments
 
 
-def for_tools(text: str) -> str:
-    """A hint that names commands, as one that names tools."""
-    text = text.replace("mosaic-queue show", "queue_get").replace("mosaic-queue ", "queue_")
-    text = text.replace("--project P, $MOSAIC_PROJECT, or project: in the configuration", "project")
-    return text.replace(" --", " ")
+def tool_call(operation: str, arguments: Mapping[str, Any]) -> str:
+    """A call as that of a tool, with its arguments."""
+    return f"queue_{operation} {compact(arguments)}"
+
+
+def offered_operations(tool_set: str) -> list[Operation]:
+    """The operations whose tools a set has: `default`, or `orchestrator` with more."""
+    sets = ("default", "orchestrator") if tool_set == "orchestrator" else ("default",)
+    return [of for of in OPERATIONS.values() if of.tool in sets]
+
+
+def tool_reader(tool_set: str) -> Reader:
+    """An agent that has the tools of a set."""
+    offers = {
+        of.name: [name for name in parameters(of) if ARGUMENTS[name].tool]
+        for of in offered_operations(tool_set)
+    }
+    return Reader(tool_call, offers)
 
 
 def as_tool_text(of: Operation, result: Any) -> str:
@@ -6881,8 +7008,8 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
     from mcp.server.lowlevel import Server as McpServer
     from mcp.shared.exceptions import MCPError
 
-    sets = ("default", "orchestrator") if tool_set == "orchestrator" else ("default",)
-    offered = {"queue_" + of.name: of for of in OPERATIONS.values() if of.tool in sets}
+    offered = {"queue_" + of.name: of for of in offered_operations(tool_set)}
+    queue.reader = tool_reader(tool_set)
     tools = [
         types.Tool(
             name=name,
@@ -6916,9 +7043,10 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
             work = of.function(queue, **arguments)
             text = as_tool_text(of, await told_of(context, arguments.get("wait", 0), work))
         except Refused as refusal:
+            refusal.reader = queue.reader
             refused, text = True, f"{refusal.code}: {refusal.message}"
             if refusal.hint:
-                text += f"\nnext: {for_tools(refusal.hint)}"
+                text += f"\nnext: {refusal.hint}"
         while queue.lost:
             text = f"{queue.lost.pop()}\n{text}"
         return types.CallToolResult(content=[types.TextContent(text=text)], is_error=refused)
@@ -6972,7 +7100,6 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
 async def told_of(context: Any, wait: int, work: Awaitable[R]) -> R:
     """What the work of a tool returns; a client that asked for progress hears every PROGRESS_EVERY
     seconds of a wait that it goes on."""
-
     async def tell() -> None:
         for told in range(1, 1 + wait // PROGRESS_EVERY):
             await asyncio.sleep(PROGRESS_EVERY)
@@ -7328,7 +7455,6 @@ def completion(shell: str) -> str:
 
 def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence[str]:
     """The ids that begin with a prefix, of a Valkey that runs already and answers at once."""
-
     async def ask() -> Sequence[str]:
         async with Queue(config, deadline=0.5) as queue:
             if name == "project":
@@ -7353,7 +7479,6 @@ def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence
 # or, where the method takes it by name alone, as a flag that is needed.  stdout is data, stderr
 # is for people.
 
-COMMANDS = {"get": "show"}  # where the command is not called as the method
 ALSO = {
     "run": "Run a command for the next task, under a lease that is renewed",
     "sync": "Bring a TASKS.md and a project in step, both ways",
@@ -7380,14 +7505,8 @@ def command_name(of: Operation) -> str:
     return COMMANDS.get(of.name, of.name)
 
 
-def flag(name: str) -> str:
-    """A parameter as a flag: retry_delay -> --retry-delay, dependencies -> --dependency."""
-    return "--" + ("dependency" if name == "dependencies" else name.replace("_", "-"))
-
-
 def make_parser(prog: str) -> Any:
     """The argparse parser of all commands."""
-
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise Refused("INVALID", message, f"{self.prog} --help")
@@ -7741,7 +7860,7 @@ def human(name: str, result: Any) -> str:
         if value in ([], {}) and key in places:
             continue
         if key.endswith("At") or key == "notBefore":
-            value = spelled_out(f"@{value}@")
+            value = moment(value)
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "nothing"
         elif isinstance(value, dict):
@@ -7762,7 +7881,7 @@ def human_status(result: QueueStatus, now: float) -> str:
         counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
         lines += ["", f"project {one['project']}: {counts or 'no tasks'}"]
         if "pausedAt" in one:
-            lines.append("  paused since " + spelled_out(f"@{one['pausedAt']}@"))
+            lines.append("  paused since " + moment(one["pausedAt"]))
         for lane in one["lanes"]:
             if lane["ready"] or lane["held"] or "maxConcurrent" in lane:
                 most = f" of {lane['maxConcurrent']}" if "maxConcurrent" in lane else ""
@@ -7773,7 +7892,7 @@ def human_status(result: QueueStatus, now: float) -> str:
             waits = lasting((one["now"] - one["oldestReadySince"]) / 1000)
             lines.append(f"  oldest ready: {one['oldestReady']}, {waits}")
         for task in one["expiring"]:
-            ends = spelled_out(f"@{task['leaseExpiresAt']}@")
+            ends = moment(task["leaseExpiresAt"])
             lines.append(f"  lease about to end: {task['taskId']} of {task['claimedBy']}, {ends}")
         if one["tasks"]["failed"]:
             lines.append(f"  dead letters: {one['tasks']['failed']} (list --status failed)")
@@ -7863,9 +7982,8 @@ def run(arguments: dict[str, Any], prog: str) -> int:
             try:
                 result = asyncio.run(run_operation(of, dict(given), config, unsafe))
             except Refused as problem:
-                if not (follow and "since" in given and problem.passes):
+                if not (follow and "since" in given and problem.code == "UNREACHABLE"):
                     raise
-                log_fault(problem)
                 time.sleep(1)  # whoever follows goes on where it was
                 continue
             shown = as_json(of.name, result) if in_json else human(of.name, result)
@@ -8143,7 +8261,8 @@ def obeyed(words: list[str], prog: str) -> int:
         del arguments["help"]
         return run(arguments, prog)
     except Refused as refusal:
-        hint = refusal.hint.replace("mosaic-queue", prog)
+        refusal.reader = shell_reader(prog)
+        hint = refusal.hint
         if "--json" in words:
             error = {"code": refusal.code, "message": refusal.message, "hint": hint}
             text = json.dumps({"v": 1, "error": error})

@@ -196,7 +196,7 @@ def test_refusals_say_the_next_step(tell: Tell) -> None:
         r"lease until \S+Z \((59 min|1 h) from now\)",
         sentence,
     )
-    assert hint == "hint: take another: mosaic-queue list --status pending"
+    assert hint == "hint: take another: mosaic-queue next --project web --agent bob"
 
 
 # ---- for programs ----
@@ -662,7 +662,8 @@ def test_hints_and_help_say_mosaic_queue_where_that_was_typed(run: Run) -> None:
     assert "example: mosaic queue claim T1" in done.stdout
     run([*MOSAIC, "queue", "create", "web", "m", "T1", "--title", "t"])
     done = run([*MOSAIC, "queue", "create", "web", "m", "T1", "--title", "t"])
-    assert "hint: choose another taskId, or look at it: mosaic queue show web/T1" in done.stderr
+    assert "hint: choose another taskId" in done.stderr
+    assert done.stderr.endswith(": mosaic queue show web/T1\n")
 
 
 # ---- processes ----

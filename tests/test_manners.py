@@ -160,8 +160,8 @@ def commands_table() -> str:
 def refusals_table() -> str:
     rows = ["| code | exit | HTTP | what to do |", "|---|---|---|---|"]
     for code, outcome in mq.CODES.items():
-        hint = outcome.hint.replace("{task}", "TASK")
-        rows.append(f"| {code} | {outcome.exit} | {outcome.http} | {hint} |")
+        refused = mq.Refused(code, "").about("", {"task": "TASK"}, mq.SHELL)
+        rows.append(f"| {code} | {outcome.exit} | {outcome.http} | {refused.hint} |")
     return "\n".join(rows)
 
 

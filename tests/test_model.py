@@ -405,7 +405,7 @@ class History(RuleBasedStateMachine):
             one = self.tasks[task]
             self.pick_up(task, ttl or TTL)
             one.ttl = ttl or one.ttl
-            one.lease = self.now + one.ttl
+            one.lease = max(one.lease, self.now + one.ttl)
             changed = self.db.hget("mosaic:queue:project:{p}", "rev") != rev
             assert changed == (progress is not None)
 

@@ -2,13 +2,13 @@
 --
 -- State    claimed | in-progress -> (unchanged)
 -- Args     op actor task agent session fence force ttl progress checkpoint orphaned
--- Returns  status, rev, leaseExpiresAt
+-- Returns  status, rev, fence, claimTTL, leaseExpiresAt
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
 -- Emits    progress, when progress or checkpoint came with it
--- Flags    allow-oom
 --
 -- With orphaned the session says that it ends: another of the same agent may take the task over.
+-- A heartbeat never shortens the lease: whoever renews it does so at the rhythm of its length.
 
 meta = project()
 local ttl = arg.ttl ~= '' and require_integer(arg.ttl, 'ttl', 1, WEEK)
@@ -37,10 +37,11 @@ else
   if task.assigned == '1' then pick_up(task, ttl or limit('claimTTL')) end
   if ttl and tostring(ttl) ~= task.claimTTL then
     write('HSET', task.key, 'claimTTL', ttl)
+    task.claimTTL = ttl
   end
-  lease(task, ttl or task.claimTTL)
+  lease(task, task.claimTTL, read('ZSCORE', key('running', task.lane), task.id))
 end
 if tells then change(task) end
 return {'OK', row('taskId', task.id, 'status', task.status,
                   'leaseExpiresAt', rawget(task, 'leaseExpiresAt') or '',
-                  'rev', task.rev)}
+                  'claimTTL', task.claimTTL, 'fence', task.fence, 'rev', task.rev)}

@@ -100,6 +100,7 @@ local function line(task, ends)
                     'order', task.order, 'rev', task.rev, 'updatedAt', task.updatedAt,
                     'retryCount', task.retryCount, 'notBefore', task.notBefore,
                     'leaseExpiresAt', ends, 'claimTTL', task.claimTTL,
+                    'orphaned', task.orphaned,
                     'dependencies', text.dependencies or '')
   return {'OK', brief, '', cjson.encode({title = text.title or ''})}
 end
@@ -115,7 +116,7 @@ while at <= #indexes and cursor == '' do
       break
     end
     local task = fields(found[i], 'mission', 'priority', 'claimedBy', 'claimedAt', 'order',
-                        'rev', 'updatedAt', 'retryCount', 'notBefore', 'claimTTL')
+                        'rev', 'updatedAt', 'retryCount', 'notBefore', 'claimTTL', 'orphaned')
     if matches(task) then
       if #rows == limit then
         cursor = last

@@ -128,7 +128,7 @@ end
 local why = 'nothing is ready'
 local soonest = read('ZRANGE', root .. ':delayed', 0, 0, 'WITHSCORES')
 if limit('paused') then
-  why = 'the project is paused since @' .. limit('paused') .. '@'
+  why = 'the project is paused since ' .. moment(limit('paused'))
 elseif #full > 0 then
   why = full_lane(full[1])
 elseif limited then
@@ -137,7 +137,7 @@ elseif served then
   why = 'nothing was assigned'
 end
 if soonest[1] and not limit('paused') then
-  why = why .. '; the next task is due at @' .. soonest[2] .. '@'
+  why = why .. '; the next task is due at ' .. moment(soonest[2])
 end
 local bells = {}
 for lane in each_lane() do

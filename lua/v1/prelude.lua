@@ -72,10 +72,16 @@ local function decimal(number)
   return string.format('%.0f', number)
 end
 
--- The refusal of a call: CODE, a sentence, and how many tasks `reap` would move on first.
--- @<ms>@ in the sentence is a time, for the client to print.
-local function reject(code, sentence, due)
-  error({refusal = {code, sentence, due or 0}}, 0)
+-- The refusal of a call: CODE, a sentence, how many tasks `reap` would move on first, and which of
+-- the code's cases it is, where the next step depends on that.
+local function reject(code, sentence, due, case)
+  error({refusal = {code, sentence, due or 0, case or ''}}, 0)
+end
+
+-- A time (ms) in a sentence, for the client to print.  It stands between NUL bytes, since no id and
+-- no text can have one: what a user wrote is never taken for a time.
+local function moment(ms)
+  return '\0' .. ms .. '\0'
 end
 
 -- Project meta.  Few fields, since each costs: the rest stands in `limits`.  A project with a rev
@@ -91,7 +97,8 @@ local function project(may_be_new)
            '; this program knows schema ' .. SCHEMA .. ' and older')
   elseif not schema and (not may_be_new or values[1] and SCRIPT ~= 'restore') then
     reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}') ..
-           (values[1] and ' yet: it is being restored' or ''))
+           (values[1] and ' yet: it is being restored' or ''), 0,
+           values[1] and 'restoring' or 'project')
   end
   return {rev = tonumber(values[1] or 0), fence = values[2] or '0', limits = values[3],
           lanes = values[4] or LANES, all = (values[3] or '') .. POLICY}
@@ -203,7 +210,7 @@ end
 
 local function require_text(value, what, limit)
   if #value > limit then
-    reject('TOO_LARGE', what .. ' is ' .. #value .. ' bytes long; accepted: up to ' .. limit)
+    reject('TOO_LARGE', what .. ' is ' .. #value .. ' bytes long; accepted: up to ' .. limit, 0, 'text')
   elseif value:find('\0', 1, true) then
     reject('INVALID', what .. ' contains a NUL byte')
   end
@@ -230,8 +237,8 @@ local function name_of(task, holder)
   local name = 'task ' .. root:match('{(.*)}') .. '/' .. task.id
   if not holder then return name end
   local ends = read('ZSCORE', key('running', task.lane), task.id)
-  return name .. ' is held by ' .. task.claimedBy .. ' since @' .. task.claimedAt ..
-         '@, lease until @' .. (ends or task.claimedAt) .. '@'
+  return name .. ' is held by ' .. task.claimedBy .. ' since ' .. moment(task.claimedAt) ..
+         ', lease until ' .. moment(ends or task.claimedAt)
 end
 
 local function load(id, ...)
@@ -250,7 +257,18 @@ local function require_status(task, one, or_other, ...)
     if task.status == status then return end
   end
   reject('WRONG_STATUS', name_of(task) .. ' is ' .. task.status .. '; ' .. SCRIPT .. ' takes: ' ..
-         table.concat(accepted, ', '))
+         table.concat(accepted, ', '), 0, task.status)
+end
+
+-- A held task that its own agent may take again: assigned and not picked up; left behind by an
+-- earlier session, which said so or let two thirds of the lease pass; or by asking.
+local function resumable(task)
+  if task.claimedBy ~= arg.agent or not held(task) then return false end
+  if task.assigned == '1' or arg.resume == '1' then return true end
+  if task.session == arg.session or task.session == '' then return false end
+  local ends = read('ZSCORE', key('running', task.lane), task.id)
+  return task.orphaned == '1' or
+         not ends or tonumber(ends) - now < (tonumber(task.claimTTL) or 0) * 1000 / 3
 end
 
 -- Each of agent, session and fence that the call names must be the holder's.
@@ -260,7 +278,7 @@ local function require_owner(task)
     reject('NOT_OWNER', name_of(task, true) .. ', not by ' .. arg.agent)
   elseif arg.session ~= '' and arg.session ~= task.session and task.assigned ~= '1' then
     reject('STALE_SESSION', name_of(task) .. ' was claimed by another session of ' ..
-           task.claimedBy .. ' at @' .. task.claimedAt .. '@')
+           task.claimedBy .. ' at ' .. moment(task.claimedAt), 0, resumable(task) and 'left' or '')
   elseif arg.fence ~= '' and arg.fence ~= task.fence then
     reject('STALE_FENCE', name_of(task) .. ' has fence ' .. task.fence .. ', not ' ..
            arg.fence:sub(1, 40):gsub('[^ -~]', '?') .. ': it was claimed again')
@@ -309,33 +327,24 @@ local function recall(task, alone)
   return {task = id, fence = fence, rev = rev}
 end
 
--- A held task that its own agent may take again: assigned and not picked up; left behind by an
--- earlier session, which said so or let two thirds of the lease pass; or by asking.
-local function resumable(task)
-  if task.claimedBy ~= arg.agent or not held(task) then return false end
-  if task.assigned == '1' or arg.resume == '1' then return true end
-  if task.session == arg.session or task.session == '' then return false end
-  local ends = read('ZSCORE', key('running', task.lane), task.id)
-  return task.orphaned == '1' or
-         not ends or tonumber(ends) - now < (tonumber(task.claimTTL) or 0) * 1000 / 3
-end
-
 local function require_claimable(task)
   if limit('paused') then
-    reject('PAUSED', 'project ' .. root:match('{(.*)}') .. ' is paused since @' ..
-           limit('paused') .. '@')
+    reject('PAUSED', 'project ' .. root:match('{(.*)}') .. ' is paused since ' ..
+           moment(limit('paused')))
   elseif held(task) then
     if resumable(task) then return end
-    reject('HELD', name_of(task, true), due(task.lane))
+    local own = task.claimedBy == arg.agent and (task.session == arg.session and 'yours' or 'session')
+    reject('HELD', name_of(task, true), due(task.lane), own or '')
   elseif task.status == 'blocked' then
     local waits = read('SRANDMEMBER', key('waits', task.id), 10)
     local reason = cjson.decode(read('GET', key('work', task.id)) or '{}').blockedReason
     reject('BLOCKED', name_of(task) .. (#waits > 0 and ' waits for ' .. table.concat(waits, ', ')
-           or ' is blocked') .. (reason and ': ' .. reason or ''), due(task.lane))
+           or ' is blocked') .. (reason and ': ' .. reason or ''), due(task.lane),
+           reason and 'by hand' or '')
   elseif task.status ~= 'pending' then
     require_status(task, 'pending')
   elseif task.notBefore ~= '' and tonumber(task.notBefore) > now then
-    reject('NOT_DUE', name_of(task) .. ' is not due before @' .. task.notBefore .. '@')
+    reject('NOT_DUE', name_of(task) .. ' is not due before ' .. moment(task.notBefore))
   end
 end
 
@@ -349,7 +358,7 @@ local function require_dependencies(id, dependencies, batch)
     local known = batch[other] or seen[other] or fields(other)
     if not known then
       reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. other ..
-             ', which ' .. id .. ' depends on')
+             ', which ' .. id .. ' depends on', 0, 'dependency')
     end
     if known.status ~= 'completed' then needs[other] = true end
     if not seen[other] then edges[#edges + 1] = other end
@@ -539,9 +548,9 @@ local function finish(task, more, ...)
   end
 end
 
--- Grants or extends the lease; never past claimedAt + maxRuntime.
-local function lease(task, ttl)
-  local ends = now + ttl * 1000
+-- Grants the lease, or extends it to not before `ends`; never past claimedAt + maxRuntime.
+local function lease(task, ttl, ends)
+  ends = math.max(now + ttl * 1000, tonumber(ends) or 0)
   if task.maxRuntime ~= '' then
     ends = math.min(ends, task.claimedAt + task.maxRuntime * 1000)
   end
