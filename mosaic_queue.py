@@ -117,6 +117,7 @@ if TYPE_CHECKING:
     import tempfile
     import termios
     import threading
+    import traceback
     import tty
     import unicodedata
 
@@ -140,8 +141,8 @@ else:
 
     for _name in (
         *("argparse", "asyncio", "datetime", "difflib", "fcntl", "getpass", "graphlib", "shutil"),
-        *("signal", "subprocess", "tempfile", "termios", "threading", "tty", "unicodedata"),
-        *("anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
+        *("signal", "subprocess", "tempfile", "termios", "threading", "traceback", "tty"),
+        *("unicodedata", "anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -433,7 +434,9 @@ class Refused(Exception):
 
     @property
     def passes(self) -> bool:
-        """Whether the same call may be taken later: it is the server that is away or unfit."""
+        """Whether the fault lies outside of the call: a server, a service or a file that cannot be
+        used now, or data of a newer program.  A command ends with it; a process that lives on
+        tells its log (`log_fault`) and tries again."""
         return CODES[self.code].exit == 6
 
 
@@ -479,6 +482,17 @@ def log(event: str, **facts: Any) -> None:
     """One JSON line for whoever keeps the logs."""
     line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
     print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
+
+
+def log_fault(problem: Exception, **facts: Any) -> None:
+    """Tell the log what a part of a process that lives on met: a refusal, or else a bug with the
+    place where it was raised."""
+    if isinstance(problem, Refused):
+        log("error", code=problem.code, message=problem.message, hint=problem.hint, **facts)
+        return
+    *_, last = traceback.extract_tb(problem.__traceback__) or [None]
+    place = f"{last.name}:{last.lineno}" if last else "?"
+    log("bug", message=f"{type(problem).__name__}: {problem}", place=place, **facts)
 
 
 def clipped(text: str, size: int, tail: bool = False) -> str:
@@ -1424,6 +1438,9 @@ def private_folder(folder: Path) -> None:
         folder.chmod(0o700)
 
 
+ROOM = 64 * KIB  # bytes on its disk without which the private server is not started
+
+
 class PrivateServer:
     """The user's own valkey-server, in `folder` (default $XDG_DATA_HOME/mosaic-queue)."""
 
@@ -1462,18 +1479,18 @@ class PrivateServer:
             return "an unknown host", "?"
         return host, pid
 
-    def ensure(self) -> None:
-        """Return when the server answers; start it if nobody has.
+    def ensure(self) -> bool:
+        """Return when the server answers; start it if nobody has, and say whether this call did.
 
         Any number of processes may call this at once: one starts, the others wait for it.
         Refuses UNREACHABLE when the lock is held and nobody answers here.
         """
         give_up = time.monotonic() + 2 * DEADLINE
-        told = False
+        told = started = False
         while True:
             said = self.answers()
             if said.startswith("PONG"):
-                return
+                return started
             if said.startswith("LOADING"):
                 if not told:
                     print("mosaic-queue: the server reads its data", file=sys.stderr)
@@ -1483,7 +1500,9 @@ class PrivateServer:
                 lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._require_room()
                     self._start(lock)
+                    started = True
                 except BlockingIOError:
                     host, pid = self.owner()
                     elsewhere = pid != "?" and host != socket.gethostname()
@@ -1503,6 +1522,15 @@ class PrivateServer:
                     f"read {self.folder / 'valkey.log'}",
                 )
             time.sleep(0.02)
+
+    def _require_room(self) -> None:
+        """Refuse a start on a disk that is full: the server would end at the first write."""
+        found = os.statvfs(self.folder)
+        free = found.f_frsize * (found.f_bavail if os.getuid() else found.f_bfree)
+        if free < ROOM:
+            said = f"the disk of {self.folder} is full: the private server cannot write there"
+            hint = "make room; nothing that was acknowledged is lost"
+            raise Refused("UNFIT", said, hint)
 
     def _log(self) -> str:
         with contextlib.suppress(OSError, IndexError):
@@ -1644,6 +1672,97 @@ def patient(cluster: Any) -> Any:
     return Patient
 
 
+class Fault(NamedTuple):
+    """What an error line of a server means here: the code of the refusal, whether it passes by
+    itself, so that the command is sent again until the deadline, and the next step."""
+
+    code: str
+    passes: bool
+    hint: str
+
+
+LOST = Fault("UNREACHABLE", True, "is Valkey running there?")  # no line came at all
+FAULTS = {  # by how a line begins after its ERR, the first that fits
+    "LOADING ": Fault("UNREACHABLE", True, "wait: it reads its data from disk"),
+    "BUSY |UNKILLABLE ": Fault(
+        "UNREACHABLE", True, "wait, or end the script that runs there: valkey-cli SCRIPT KILL"
+    ),
+    "READONLY |MASTERDOWN |REDIRECT |UNBLOCKED |NOMASTERLINK |INPROG ": Fault(
+        "UNREACHABLE", True, "wait for the end of a failover, or name the primary: --url"
+    ),
+    "(CLUSTERDOWN|TRYAGAIN|MOVED|ASK)\\b|.* non local key ": Fault(
+        "UNREACHABLE", True, "wait until its slots are served; name a cluster as redis+cluster://"
+    ),
+    "max number of clients": Fault(
+        "UNREACHABLE", True, "end some of its clients, or raise its maxclients"
+    ),
+    "NOREPLICAS ": Fault("UNFIT", True, "bring its replicas back, or lower min-replicas-to-write"),
+    "NOAUTH |WRONGPASS |AUTH |HELLO must|.*(invalid|any) (username-)?password": Fault(
+        "UNREACHABLE", False, "check user and password of the URL"
+    ),
+    "NOPERM ": Fault("UNFIT", False, "extend the user's ACL"),
+    "DENIED ": Fault("UNFIT", False, "give it a password, or set protected-mode no there"),
+    "OOM ": Fault("UNFIT", False, "make room: mosaic-queue purge, or raise its maxmemory"),
+    "MISCONF ": Fault("UNFIT", False, "look at the server's log and at its disk"),
+    "WRONGTYPE ": Fault(
+        "UNFIT", False, "another program has written there: rename that key, or delete it"
+    ),
+    "(unknown|Unknown Redis|This Redis) command|.*not allowed from script": Fault(
+        "UNFIT", False, "allow it this command, or name another server: --url"
+    ),
+    ".*DB index": Fault("UNFIT", False, "name a database that it has: redis://HOST:PORT/0"),
+    ".*@user_script": Fault("UNFIT", False, "its data are not whole: mosaic-queue doctor"),
+}
+WRONG_TYPE = re.compile("(ERR )?WRONGTYPE ")
+UNKNOWN = Fault("UNFIT", False, "report it: a bug of mosaic-queue, or a server that is not known")
+
+
+def client_errors() -> tuple[type[Exception], ...]:
+    """What a command over redis-py may end in.  ValueError: a redirection that cannot be read."""
+    from redis.exceptions import RedisClusterException, RedisError
+
+    return (RedisError, RedisClusterException, OSError, ValueError)
+
+
+def error_line(problem: Exception) -> str:
+    """The line with which a server refused a command, or "" where no such line came.  redis-py
+    takes the first word away where it has a class of its own for it."""
+    from redis.exceptions import ResponseError
+
+    word = getattr(problem, "status_code", None)
+    if word:
+        return f"{word} {problem}"
+    if isinstance(problem, ValueError):
+        return "MOVED or ASK, to a place that cannot be read"
+    if isinstance(problem, ResponseError) or fault_of(str(problem)) is not UNKNOWN:
+        return str(problem) or "ERR"
+    return ""
+
+
+def fault_of(line: str) -> Fault:
+    """What a line means.  A script hands the error of a command on behind an ERR of its own."""
+    line = line.removeprefix("ERR ")
+    return next((FAULTS[begin] for begin in FAULTS if re.match(begin, line)), UNKNOWN)
+
+
+NAMES_KEYS = """
+local server = redis
+local redis = {pcall = server.pcall, call = function(...)
+  local reply, _, key = server.pcall(...), ...
+  if type(reply) == 'table' and reply.err then
+    error({err = reply.err .. ' at ' .. tostring(key)}, 0)
+  end
+  return reply
+end}
+"""
+
+
+def naming_keys(lua: str) -> str:
+    """The same script, but the error of a command in it ends with the key."""
+    shebang, _, rest = lua.partition("\n")
+    return shebang + NAMES_KEYS + rest
+
+
 class Link:
     """The way to one Valkey: connects, sends again, starts the private server when it is down.
 
@@ -1680,27 +1799,11 @@ class Link:
         """Where Valkey is, without a password."""
         return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
 
-    async def send(self, *command: Any) -> Any:
-        """One command to Valkey, sent again until an answer or the deadline comes; refuses
-        UNREACHABLE and UNFIT."""
-        import redis.exceptions as errors
-
-        fleeting = (
-            errors.ConnectionError,
-            errors.TimeoutError,
-            errors.BusyLoadingError,
-            errors.ReadOnlyError,
-            errors.TryAgainError,
-            errors.ClusterDownError,
-            errors.MasterDownError,
-            errors.SlotNotCoveredError,
-            errors.MovedError,
-            errors.AskError,
-            TimeoutError,
-            OSError,
-        )
+    async def send(self, *command: Any, lua: str = "") -> Any:
+        """One command to Valkey, sent again until an answer or the deadline comes.  `lua` is the
+        text of the script that the command names.  Refuses UNREACHABLE and UNFIT."""
         give_up = time.monotonic() + self.deadline
-        pause = 0.01
+        pause, starts = 0.01, 0
         while True:
             left = give_up - time.monotonic()
             try:
@@ -1708,47 +1811,54 @@ class Link:
                     self._client = self._open()
                 async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
                     return await self._client.execute_command(*command)
-            except errors.NoPermissionError as problem:
-                said = f"{self.address}: {problem}"
-                raise Refused("UNFIT", said, "extend the user's ACL") from None
-            except (*fleeting, errors.ResponseError) as problem:
-                # A script stops where its slot is half moved; sent again, it heals what it began.
-                if not isinstance(problem, fleeting) and "non local key" not in str(problem):
-                    raise
-                # Over a Unix socket redis-py has no class of its own for a refused login.
-                refused = ("username-password", "HELLO must be called", "AUTH", "invalid password")
-                if any(words in str(problem) for words in refused):
-                    said = f"{self.address} refused the login: {problem}"
-                    hint = "check user and password of the URL"
-                    raise Refused("UNREACHABLE", said, hint) from None
-                if left <= 0:
-                    said = str(problem) or "no answer in time"
-                    raise Refused("UNREACHABLE", f"{self.address}: {said}") from None
-                if self.server:
-                    # It starts if need be; what it takes to read its data is not counted.
-                    began = time.monotonic()
-                    await asyncio.to_thread(self.server.ensure)
-                    give_up += time.monotonic() - began
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 0.5)
+            except client_errors() as problem:
+                line = error_line(problem)
+                fault, refusal = self._refusal(problem, command)
+            if command[0] == "EVALSHA" and line.startswith("NOSCRIPT"):
+                command = ("EVAL", lua, *command[2:])
+                continue
+            if lua and WRONG_TYPE.match(line):
+                command, lua = ("EVAL", naming_keys(lua), *command[2:]), ""
+                continue
+            if not fault.passes or left <= 0 or starts == 2:
+                raise refusal from None
+            if self.server:
+                # It starts if need be; what it takes to read its data is not counted.
+                began = time.monotonic()
+                starts += await asyncio.to_thread(self.server.ensure)
+                give_up += time.monotonic() - began
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, 0.5)
+
+    def _refusal(self, problem: Exception, command: Sequence[Any] = ()) -> tuple[Fault, Refused]:
+        """What an error means, and how it is told."""
+        line = error_line(problem)
+        fault = fault_of(line) if line else LOST
+        if WRONG_TYPE.match(line):
+            within = re.search(r" at (mosaic:\S+)", line)
+            direct = command and not command[0].startswith("EVAL")
+            key = within[1] if within else command[1] if direct else "a key of ours"
+            line = f"{key} holds another kind of value: {line}"
+        # An unknown command is answered with its arguments, which may be a password.
+        said = (line or str(problem) or "no answer in time").partition(", with args")[0]
+        said = said if len(said) <= 300 else said[:297] + "..."
+        return fault, Refused(fault.code, f"{self.address}: {printable(said)}", fault.hint)
 
     async def check(self) -> dict[str, str]:
         """Version and eviction policy of the server, read once; refuses UNFIT."""
-        from redis.exceptions import ResponseError
-
         if self.fit:
             return self.fit
         try:
             info = await self.send("INFO", "server", "memory")
-        except (Refused, ResponseError) as problem:
-            if isinstance(problem, Refused) and problem.code != "UNFIT":
+        except Refused as problem:
+            if problem.code != "UNFIT":
                 raise
             info = {}
         if isinstance(info, str):
             lines = (line.partition(":") for line in info.splitlines())
             info = {name: value for name, _, value in lines}
-        elif info and "redis_version" not in info:
-            info = next(iter(info.values()))  # of a cluster: the first node's
+        elif info and "maxmemory_policy" not in info:  # of a cluster: the first node's
+            info = next((node for node in info.values() if isinstance(node, dict)), info)
         valkey = info.get("valkey_version")
         version = str(valkey or info.get("redis_version") or "unknown")
         policy = str(info.get("maxmemory_policy") or "unknown")
@@ -1773,21 +1883,17 @@ class Link:
 
     async def listen(self, bells: Sequence[str], seconds: float) -> None:
         """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
-        from redis.exceptions import RedisError
-
         try:
             async with asyncio.timeout(seconds + 2):
                 await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
-        except (RedisError, OSError):
+        except client_errors():
             await asyncio.sleep(min(0.2, seconds))
 
     async def told(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
         anew: what was published meanwhile is never told."""
-        from redis.exceptions import RedisError
-
         while True:
-            with contextlib.suppress(RedisError, OSError, Refused):
+            with contextlib.suppress(*client_errors(), Refused):
                 await self.send("PING")  # opens the client
                 async with self._client.pubsub() as channel:
                     await channel.psubscribe(pattern)
@@ -1795,13 +1901,23 @@ class Link:
                         yield str(message["data"]) if message["type"] == "pmessage" else ""
             await asyncio.sleep(1)
 
-    def scan(self, pattern: str) -> AsyncIterator[str]:
+    async def scan(self, pattern: str) -> AsyncIterator[str]:
         """All keys that match a pattern, some perhaps twice."""
-        return cast(AsyncIterator[str], self._client.scan_iter(match=pattern, count=1000))
+        try:
+            async for key in self._client.scan_iter(match=pattern, count=1000):
+                yield key
+        except client_errors() as problem:
+            raise self._refusal(problem)[1] from None
 
-    def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
+    async def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
         """All members of a sorted set with their scores, some perhaps twice."""
-        return cast(AsyncIterator[tuple[str, float]], self._client.zscan_iter(key, count=1000))
+        cursor = 0
+        while True:
+            cursor, members = await self.send("ZSCAN", key, cursor, "COUNT", 1000)
+            for member, score in members:
+                yield member, float(score)
+            if not cursor:
+                return
 
 
 # ==== QUEUE ==================================================================================
@@ -1839,6 +1955,7 @@ def operation(
     group: Literal["agents", "operators"] = "agents",
 ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
     """Enter a function into OPERATIONS, and check its arguments by VOCABULARY at every call."""
+
     def enter(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
         signature = inspect.signature(method)
 
@@ -1950,8 +2067,6 @@ class Queue:
         root: str = "",
     ) -> list[Any]:
         """Run a script on a project's root and return its reply; raises the refusal it gives."""
-        from redis.exceptions import NoScriptError, ResponseError
-
         await self.link.check()
         lua = script(name)
         values = {camel(key): value for key, value in arguments.items() if value is not None}
@@ -1974,16 +2089,7 @@ class Queue:
             used_for = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("op")] = f"{mark} {used_for.hexdigest()}"
         root = root or f"mosaic:queue:project:{{{project}}}"
-        try:
-            try:
-                reply = await self.link.send("EVALSHA", lua.sha, 1, root, *argv)
-            except NoScriptError:
-                reply = await self.link.send("EVAL", lua.text, 1, root, *argv)
-        except ResponseError as problem:
-            if str(problem).startswith(("OOM", "MISCONF", "NOREPLICAS")):
-                said = f"{self.link.address}: {problem}"
-                raise Refused("UNFIT", said, "free or add memory") from None
-            raise
+        reply = await self.link.send("EVALSHA", lua.sha, 1, root, *argv, lua=lua.text)
         if reply[0] in CODES:
             code, sentence, due, case = reply
             refused = Refused(code, with_moments(sentence), due=due, case=case)
@@ -2172,15 +2278,11 @@ class Queue:
     async def register(self, project: str) -> None:
         """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
         Again each minute, since Valkey may have been emptied."""
-        from redis.exceptions import ResponseError
-
         if time.monotonic() < self._registered.get(project, -REGISTERED) + REGISTERED:
             return
         await self.link.check()
         try:
             await self.link.send("SADD", REGISTRY, project)
-        except ResponseError:
-            pass
         except Refused as problem:
             if problem.code != "UNFIT":
                 raise
@@ -2838,7 +2940,7 @@ class Queue:
                     lease.due, lease.ends = now + lease.ttl / 3, now + lease.ttl
                 except Refused as problem:
                     lease.due = now + min(1, lease.ttl / 10)
-                    unknown = problem.code in ("UNREACHABLE", "UNFIT") and now < lease.ends
+                    unknown = problem.passes and now < lease.ends
                     if not unknown and self.leases.get(name) is lease:
                         del self.leases[name]
                         self.lost.append(f"you lost {name}: {problem.message}")
@@ -2856,6 +2958,7 @@ class Queue:
     async def leave(self) -> None:
         """Say of every claim of this process that nobody renews it any more, so that a later
         session of the same agent may take it over at once."""
+
         async def one(lease: Lease) -> None:
             given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
             with contextlib.suppress(Refused):
@@ -5963,6 +6066,7 @@ def workspace_files(config: Config) -> Iterator[dict[str, Any]]:
 
 async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:
     """Keep a TASKS.md in step until cancelled; what cannot be synced yet is tried again."""
+
     def tell(report: SyncReport) -> None:
         log("sync", file=str(path), project=project, rows=report["rows"])
 
@@ -7100,6 +7204,7 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
 async def told_of(context: Any, wait: int, work: Awaitable[R]) -> R:
     """What the work of a tool returns; a client that asked for progress hears every PROGRESS_EVERY
     seconds of a wait that it goes on."""
+
     async def tell() -> None:
         for told in range(1, 1 + wait // PROGRESS_EVERY):
             await asyncio.sleep(PROGRESS_EVERY)
@@ -7455,6 +7560,7 @@ def completion(shell: str) -> str:
 
 def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence[str]:
     """The ids that begin with a prefix, of a Valkey that runs already and answers at once."""
+
     async def ask() -> Sequence[str]:
         async with Queue(config, deadline=0.5) as queue:
             if name == "project":
@@ -7507,6 +7613,7 @@ def command_name(of: Operation) -> str:
 
 def make_parser(prog: str) -> Any:
     """The argparse parser of all commands."""
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise Refused("INVALID", message, f"{self.prog} --help")
@@ -7982,8 +8089,9 @@ def run(arguments: dict[str, Any], prog: str) -> int:
             try:
                 result = asyncio.run(run_operation(of, dict(given), config, unsafe))
             except Refused as problem:
-                if not (follow and "since" in given and problem.code == "UNREACHABLE"):
+                if not (follow and "since" in given and problem.passes):
                     raise
+                log_fault(problem)
                 time.sleep(1)  # whoever follows goes on where it was
                 continue
             shown = as_json(of.name, result) if in_json else human(of.name, result)

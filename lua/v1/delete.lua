@@ -5,6 +5,7 @@
 -- Returns  taskId, rev
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND HELD HAS_DEPENDENTS
 -- Emits    delete, and update for each task that depended on it
+-- Flags    allow-oom
 --
 -- With force also a held task, and one that others depend on: the edge is taken out of each.
 

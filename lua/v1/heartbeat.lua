@@ -6,6 +6,7 @@
 -- Rejects  SCHEMA INVALID TOO_LARGE OP_REUSED NOT_FOUND WRONG_STATUS NOT_OWNER STALE_SESSION
 --          STALE_FENCE
 -- Emits    progress, when progress or checkpoint came with it
+-- Flags    allow-oom
 --
 -- With orphaned the session says that it ends: another of the same agent may take the task over.
 -- A heartbeat never shortens the lease: whoever renews it does so at the rhythm of its length.

@@ -5,6 +5,7 @@
 -- Returns  the token of whoever leads now
 -- Rejects  INVALID
 -- Emits    nothing
+-- Flags    allow-oom
 --
 -- The leader renews with its own token; with ttl 0 it steps down.
 

@@ -5,6 +5,7 @@
 -- Returns  how many it purged, and how many it passed over because unfinished tasks need them
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    purge for each
+-- Flags    allow-oom
 --
 -- At most BATCH tasks per call, of the first LOOK that are old enough.
 
