@@ -172,6 +172,7 @@ REGISTRY = "mosaic:queue:projects"
 LEADER = "mosaic:queue:leader"
 CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
 REGISTERED = 60.0  # s for which a name in the registry is believed to be there
+LOOK_BACK = 5.0  # s after which `next` looks again for what an earlier session left behind
 
 
 # ==== REFUSALS ===============================================================================
@@ -523,7 +524,7 @@ KEYS: dict[str, tuple[type, Any]] = {
     "defaults.mcpTTL": (int, 300),
     "defaults.maxRetries": (int, 3),
     "defaults.deadLetterAfter": (int, 3),
-    "defaults.retryDelay": (int, 0),
+    "defaults.retryDelay": (int, 30),
     "defaults.assign": (bool, False),
     "lanes.*.maxConcurrent": (int, None),
     "watchdog.interval": (int, 60),
@@ -2045,7 +2046,7 @@ class Queue:
         self.ttl: int | None = None  # of claims that name none; else the project's claimTTL
         self.leases: dict[str, Lease] = {}
         self.lost: list[str] = []
-        self._came_back: set[tuple[str, str]] = set()
+        self._looked_back: dict[tuple[str, str], float] = {}
         self._registered: dict[str, float] = {}  # when, by our own clock (s)
 
     async def __aenter__(self) -> Queue:
@@ -2209,6 +2210,16 @@ class Queue:
             names = []
         own = self.config["project"]
         return sorted({*names, *([own] if own else [])})
+
+    async def _like(self, project: str) -> str:
+        """The question whether another project was meant; '' where none has a name like it."""
+        import difflib
+
+        with contextlib.suppress(Refused):
+            names = [name for name in await self.projects() if name != project]
+            close = difflib.get_close_matches(project, names, 1)
+            return f"; did you mean {close[0]}?" if close else ""
+        return ""
 
     async def everywhere(
         self, project: str | None, ask: Callable[[str], Awaitable[R]]
@@ -2427,19 +2438,23 @@ class Queue:
         given |= {"mission": mission, "op": op, "waiter": waiter}
         while True:
             left = give_up - time.monotonic()
-            # Once in a session: later on whatever the agent holds is its own.
-            orphans = "" if (project, agent) in self._came_back else "orphans"
+            # A look at all that is held, for what an earlier session left behind, is not cheap.
+            now = time.monotonic()
+            looks = now >= self._looked_back.get((project, agent), -LOOK_BACK) + LOOK_BACK
+            orphans = "orphans" if looks else ""
             # In ms, and never 0 for who waits: the last look waits too, as the policy may say.
             waits = max(1, round(left * 1000)) if wait else 0
             given |= {"resume": "1" if resume else orphans, "wait": waits}
             reply = await self._claimed("next", project, given)
-            self._came_back.add((project, agent))
+            if looks:
+                self._looked_back[project, agent] = now
             if reply[0] != "NOTHING":
                 return {"tasks": [self._hold(task_from(project, reply), agent)]}
-            _, why, _, due, lanes, assign, _blocked = reply
+            _, why, _, due, lanes, assign, missing = reply
             left = give_up - time.monotonic()
             if left <= 0:
-                return {"tasks": [], "why": with_moments(why)}
+                like = await self._like(project) if missing else ""
+                return {"tasks": [], "why": with_moments(why) + like}
             given["op"] = None
             if mission:
                 await asyncio.sleep(min(left, 1))
@@ -3081,9 +3096,9 @@ def explained(
         why.append(
             f"{task['claimedBy']} holds it since {moment(task['claimedAt'])}, fence "
             f"{task['fence']}; the lease {'ended' if ended else 'ends'} at "
-            f"{moment(task['leaseExpiresAt'])}"
+            f"{moment(task['leaseExpiresAt'])}{with_moments(facts.get('spared', ''))}"
         )
-        todo += [LEASE_ENDED] if ended else []
+        todo += [LEASE_ENDED] if ended and "spared" not in facts else []
     if status == "failed":
         why.append(
             f"a dead letter since {moment(task['failedAt'])}, after {task['retryCount']} retries, "

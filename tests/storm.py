@@ -75,7 +75,7 @@ async def work(
         await queue.heartbeat(task["id"], progress="on it" if rng.random() < 0.5 else None, **of)
     end = rng.random()
     if end < 0.05:
-        await queue.fail(task["id"], reason="bad luck", **of)
+        await queue.fail(task["id"], reason="bad luck", retry_delay=0, **of)
     elif end < 0.1:
         await queue.release(task["id"], **of)
     elif end > 0.99:

@@ -162,7 +162,9 @@ CASES: dict[str, Case] = {
     "complete by force": (
         create, "complete", lambda q, p, **o: q.complete("T", project=p, force=True, **o), 1,
     ),
-    "fail": (claimed, "fail", lambda q, p, **o: q.fail("T", project=p, reason="no", **o), 1),
+    "fail": (
+        claimed, "fail", lambda q, p, **o: q.fail("T", project=p, reason="no", delay=0, **o), 1,
+    ),
     "fail for good": (
         claimed, "fail",
         lambda q, p, **o: q.fail("T", project=p, reason="no", retry=False, **ALICE, **o), 1,
@@ -250,7 +252,7 @@ OTHERS: dict[str, Callable[..., Awaitable[Any]]] = {
     "heartbeat": lambda q, p, **o: q.heartbeat("T", project=p, progress="most", **o),
     "release": lambda q, p, **o: q.release("T", project=p, delay=1, **o),
     "complete": lambda q, p, **o: q.complete("T", project=p, summary="other", **o),
-    "fail": lambda q, p, **o: q.fail("T", project=p, reason="other", **o),
+    "fail": lambda q, p, **o: q.fail("T", project=p, reason="other", retry_delay=0, **o),
     "delete": lambda q, p, **o: q.delete("T", project=p, **o),
 }
 
@@ -348,7 +350,7 @@ async def test_named_end_lost_and_taken_over(
         await queue.claim("T", "bob")
 
     proxy.lose(end, "closed", taken_over)
-    more = {"reason": "no"} if end == "fail" else {}
+    more = {"reason": "no", "delay": 0} if end == "fail" else {}
     with contextlib.suppress(mq.Refused):
         await getattr(far, end)("T", **ALICE, **more)
     task = await queue.get("T")
@@ -369,7 +371,7 @@ async def test_end_lost_and_claimed_again_by_the_same(
         await queue.claim("T", **ALICE)
 
     proxy.lose(end, "closed", taken_over)
-    more = {"reason": "no"} if end == "fail" else {}
+    more = {"reason": "no", "delay": 0} if end == "fail" else {}
     with contextlib.suppress(mq.Refused):
         await getattr(far, end)("T", **ALICE, **more)
     assert (await queue.get("T"))["status"] == "claimed"

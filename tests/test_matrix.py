@@ -467,9 +467,28 @@ async def test_no_lease_is_reaped_in_the_first_minute_of_a_server(
     answer = await queue.reap()
     assert (answer["reaped"], answer["settled"], answer["grace"]) == ([], 0, 60 - uptime)
     assert key_space(server) == before
-    assert await refused(server, queue.claim("T", "bob")) == "HELD"
+    until = time.strftime("%Y-%m-%dT%H:%M", time.gmtime(time.time() + LATER + 60 - uptime))
+    said = (await refusal_of(queue.claim("T", "bob"))).message
+    why = (await queue.next("bob", lane="coding"))["why"]
+    explained = await mq.explain(queue, "T")
+    for sentence in (said, why, explained["why"][1]):
+        assert "the server was started at" in sentence
+        assert f"are ended from {until}" in sentence
+    assert explained["todo"] == []
+    assert key_space(server) == before
     shim.uptime = 60
     assert (await queue.reap())["reaped"] == ["p/T"]
+    assert sound(db, shim) == []
+
+
+async def test_a_server_that_was_just_made_has_no_grace(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    """Its leases are younger than it is: their holders could renew them all the time."""
+    await create(queue, "T")
+    await queue.claim("T", "alice", ttl=2)
+    shim.seconds, shim.uptime = 5, 6
+    assert (await queue.claim("T", "bob"))["claimedBy"] == "bob"
     assert sound(db, shim) == []
 
 
@@ -504,6 +523,7 @@ async def test_so_many_failures_make_a_dead_letter(
             assert task["retryCount"] == min(failures, limit)
             assert task["status"] == ("failed" if failures > limit else "pending")
             assert sound(db, shim) == []
+            shim.seconds += 30 * 2**failures
 
 
 async def test_the_wait_before_a_retry_doubles(
@@ -517,6 +537,34 @@ async def test_the_wait_before_a_retry_doubles(
         assert await refused(server, queue.claim("T", "alice")) == "NOT_DUE"
         assert sound(db, shim) == []
         shim.seconds += wait
+
+
+async def test_a_retry_waits_30_s_and_goes_to_another_agent_first(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    """Whoever failed a task last waits twice as long: a broken worker leaves it to others."""
+    await create(queue, "T", lane="coding")
+    await queue.claim("T", "alice")
+    failed = await queue.fail("T", agent="alice", reason="broken")
+    assert failed["notBefore"] == failed["failedAt"] + 30_000
+    shim.seconds = 31
+    nothing = await queue.next("alice", lane="coding")
+    assert nothing["tasks"] == []
+    assert "others get T first" in nothing["why"]
+    (task,) = (await queue.next("bob", lane="coding"))["tasks"]
+    assert task["taskId"] == "T"
+    await queue.release("T", agent="bob")
+    assert (await queue.next("alice", lane="coding"))["tasks"], "its last claim did not fail"
+    assert sound(db, shim) == []
+
+
+async def test_an_agent_alone_gets_back_what_it_failed(queue: mq.Queue, shim: Shim) -> None:
+    await create(queue, "T", lane="coding")
+    await queue.claim("T", "alice")
+    await queue.fail("T", agent="alice", reason="broken")
+    shim.seconds = 61
+    (task,) = (await queue.next("alice", lane="coding"))["tasks"]
+    assert task["retryCount"] == 1
 
 
 # ---- lanes ----
@@ -577,7 +625,7 @@ async def test_priority_goes_before_age_and_a_task_that_comes_back_keeps_its_pla
         await create(queue, task, priority=priority, lane="coding")
     assert [await given(queue, lane="coding") for _ in "ab"] == ["C", "M1"]
     await queue.release("M1")
-    await queue.fail("C", reason="broken")
+    await queue.fail("C", reason="broken", delay=0)
     order = [await given(queue, lane="coding") for _ in range(5)]
     assert order == ["C", "M1", "M2", "L", ""]
     assert sound(db, shim) == []
@@ -896,7 +944,7 @@ async def test_redrive_starts_the_counters_again(
     await lapse(queue, shim)
     for _ in range(4):
         await queue.claim("T", "alice")
-        await queue.fail("T", agent="alice", reason="broken")
+        await queue.fail("T", agent="alice", reason="broken", delay=0)
     assert await fate(db) == "failed"
     page = await queue.redrive(mission="m")
     assert [task["taskId"] for task in page["tasks"]] == ["T"]

@@ -32,6 +32,7 @@ import mosaic_queue as mq
 
 IDS = [f"T{i}" for i in range(5)]
 CAP, RETRIES, EXPIRIES = 2, 2, 2  # of lane coding; maxRetries; deadLetterAfter
+RETRY_DELAY = 25  # s; doubled
 TTL, PICK_UP = 375, 60  # s: of claims that name none; for an assignment
 RECENT = 8  # calls that may be repeated
 
@@ -63,6 +64,8 @@ class Model:
     ttl: int = 0
     lease: int = 0  # when it ends
     due: int = 0  # notBefore
+    failed: int = -1  # when its last claim ended by failing
+    failer: str = ""  # and whose that was
     retries: int = 0
     expiries: int = 0
     reaped: str = ""  # whose lease was the last to end, by reap
@@ -278,7 +281,7 @@ class History(RuleBasedStateMachine):
 
     def hold(self, task: str, agent: str, ttl: int, assigned: bool = False) -> None:
         one = self.tasks[task]
-        one.status, one.holder, one.reaped, one.due = "claimed", agent, "", 0
+        one.status, one.holder, one.reaped, one.due, one.failer = "claimed", agent, "", 0, ""
         one.ttl, one.lease, one.assigned = ttl, self.now + ttl, assigned
 
     @rule(agent=agents, lane=st.sampled_from([None, "coding"]), ttl=spans)
@@ -305,9 +308,14 @@ class History(RuleBasedStateMachine):
             task
             for task, one in self.tasks.items()
             if one.status == "pending" and one.due <= self.now and not self.full(one.lane)
-            and lane in (None, one.lane, "coding")
+            and lane in (None, one.lane, "coding") and not self.others_first(one, agent)
         ]
         return mine or sorted(ready, key=lambda task: self.tasks[task].age)[:1]
+
+    def others_first(self, one: Model, agent: str) -> bool:
+        """Whoever failed a task last waits twice the delay."""
+        mine = one.failer == agent and one.due > 0
+        return mine and 2 * one.due - one.failed > self.now
 
     @rule(paused=st.sampled_from([True, False, False]))
     def pause(self, paused: bool) -> None:
@@ -449,9 +457,10 @@ class History(RuleBasedStateMachine):
         if self.call(code, task, "fail", task, agent=agent, **options):
             assert one is not None
             one.due = 0
+            one.failed, one.failer = self.now, one.holder or one.failer
             if retry and one.retries < RETRIES:
+                one.due = self.now + (delay or RETRY_DELAY * 2**one.retries)
                 one.retries += 1
-                one.due = self.now + delay if delay else 0
                 self.settle(one)
             else:
                 one.status, one.assigned = "failed", False
@@ -532,6 +541,7 @@ def test_histories(server: Server, shim: Shim, config: mq.Config) -> None:
     config.set("lanes.coding.maxConcurrent", CAP, "test")
     config.set("defaults.claimTTL", TTL, "test")
     config.set("defaults.maxRetries", RETRIES, "test")
+    config.set("defaults.retryDelay", RETRY_DELAY, "test")
     config.set("defaults.deadLetterAfter", EXPIRIES, "test")
     bound = type("Bound", (History,), {"server": server, "shim": shim, "config": config})
     run_state_machine_as_test(

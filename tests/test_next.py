@@ -169,6 +169,32 @@ async def test_150_waiters_of_one_process(queue: mq.Queue, db: redis.Redis) -> N
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
+# ---- a project that is not there yet ----
+
+
+async def test_a_worker_may_start_before_the_first_task(config: mq.Config) -> None:
+    """Its project is not there: nothing is ready, and it waits until somebody creates one."""
+    async with mq.Queue(config, session="s") as worker, mq.Queue(config) as boss:
+        nothing = await worker.next("alice")
+        assert nothing == {"tasks": [], "why": "there is no project p yet"}
+        waiting = asyncio.create_task(worker.next("alice", wait=60))
+        await asyncio.sleep(0.2)
+        await boss.create("p", "m", "T1", title="a task")
+        (task,) = (await asyncio.wait_for(waiting, AT_ONCE))["tasks"]
+        assert task["taskId"] == "T1"
+
+
+async def test_asking_for_work_makes_no_project(queue: mq.Queue, db: redis.Redis) -> None:
+    await queue.next("alice", lane="coding", mission="m")
+    assert db.keys("*") == []
+
+
+async def test_a_project_that_was_mistyped_is_told(queue: mq.Queue) -> None:
+    await queue.create("fleet", "m", "T1", title="a task")
+    nothing = await queue.next("alice", project="flet")
+    assert nothing["why"] == "there is no project flet yet; did you mean fleet?"
+
+
 # ---- what wakes a waiter ----
 
 
@@ -447,6 +473,24 @@ async def test_what_was_left_behind_is_of_the_lane_and_mission_asked_for(
     async with mq.Queue(config, session="s4") as new:
         offer = await new.next("alice", lane="planning", mission="m")
         assert [task["taskId"] for task in offer["tasks"]] == ["P1"]
+
+
+async def test_a_restarted_agent_gets_its_task_whenever_that_is_due_to_it(
+    config: mq.Config, shim: Shim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks before two thirds of the lease are over, and again afterwards."""
+    monkeypatch.setattr(mq, "LOOK_BACK", 0)
+    async with mq.Queue(config, session="s1") as old:
+        await old.create("p", "m", "T1", title="a task")
+        await old.claim("T1", "alice", ttl=30)
+    async with mq.Queue(config, session="s2") as new:
+        shim.seconds = 1
+        assert not (await new.next("alice"))["tasks"]
+        shim.seconds = 21
+        (task,) = (await new.next("alice"))["tasks"]
+        assert (task["taskId"], task["session"]) == ("T1", "s2")
+        shim.seconds = 50
+        assert not (await new.next("alice"))["tasks"], "what it holds is its own"
 
 
 # ---- cancelled ----

@@ -436,6 +436,7 @@ def test_without_loop_one_task_is_done(run: Tell, server: Server) -> None:
 
 def test_a_loop_tries_again_and_ends_with_7(run: Tell, server: Server) -> None:
     create(server, "T1", "T2")
+    server.client().hset("mosaic:queue:project:{p}", "limits", "schema=1 retryDelay=0")
     code = "import os, sys; sys.exit(os.environ['MOSAIC_TASK_ID'] == 'T1')"
     status, _, err = run(code, "--loop")
     assert status == 7

@@ -25,7 +25,7 @@ local function best()
     if wanted and not (most and read('ZCARD', key('running', lane)) >= most) then
       for _, id in ipairs(read('ZRANGE', key('ready', lane), 0, BATCH - 1)) do
         local task = fields(id, '*')
-        if task and task.status == 'pending' then
+        if task and task.status == 'pending' and not turn_of(task) then
           local its = RANK[task.priority]
           if rank and its > rank then break end
           local count = read('ZCOUNT', key('dependents', id), 0, 0)

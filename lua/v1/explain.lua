@@ -10,6 +10,8 @@
 
 meta = project()
 local task = load(arg.task, 'claimedBy', 'claimedAt')
+local ends = held(task) and read('ZSCORE', key('running', task.lane), task.id)
+local late = ends and tonumber(ends) <= now
 local waits, holders = {}, {}
 for i, id in ipairs(read('SMEMBERS', key('waits', task.id))) do
   if i > BATCH then break end
@@ -26,4 +28,4 @@ return {'OK', whole(task), waits, read('ZRANGEBYSCORE', key('dependents', task.i
         row('place', read('ZRANK', key('ready', task.lane), task.id) or '',
          'held', read('ZCARD', key('running', task.lane)), 'maxConcurrent', cap(task.lane) or '',
          'pausedAt', limit('paused') or '', 'now', now, 'maxRetries', limit('maxRetries'),
-         'deadLetterAfter', limit('deadLetterAfter'))}
+         'deadLetterAfter', limit('deadLetterAfter'), 'spared', late and grace() or '')}

@@ -9,11 +9,15 @@
 -- A claimer with a lane gets tasks of that lane and of `any`, one without gets all; full lanes are
 -- passed over.  `wait` is in ms.  First comes what was assigned to the agent, then what an earlier session of it
 -- left behind (resume: `orphans`) or all that it holds (`1`), of the lane and mission asked for.
--- With a mission at most LOOK tasks are looked at.
+-- With a mission at most LOOK tasks are looked at.  A project that is not there yet has no work.
 
-meta = project()
+meta = project(false, true)
 require_id(arg.agent, 'agent')
 local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
+if not meta.limits then
+  local bells = arg.lane == '' and LANES or arg.lane .. ' any'
+  return {'NOTHING', 'there is no project ' .. root:match('{(.*)}') .. ' yet', 0, '', bells, 0, 1}
+end
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end
 local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600000)
@@ -30,7 +34,7 @@ end
 
 promote()
 
-local lanes, heads, full, stale = {}, {}, {}, {}
+local lanes, heads, full, stale, turn, passed = {}, {}, {}, {}, nil, nil
 for lane in each_lane() do
   if arg.lane == '' or lane == arg.lane or lane == 'any' then
     local most = cap(lane)
@@ -69,7 +73,9 @@ local function best_ready()
     if not task or task.status ~= 'pending' or task.lane ~= lane then
       stale[#stale + 1] = {lane, id}
     elseif arg.mission == '' or task.mission == arg.mission then
-      return task
+      local mine = turn_of(task)
+      if not mine then return task end
+      if not turn or mine < turn then turn, passed = mine, id end
     end
   end
   return nil, true
@@ -88,9 +94,10 @@ local function left_behind()
   for lane in each_lane() do
     local wanted = arg.lane == '' or lane == arg.lane or lane == 'any'
     for _, id in ipairs(wanted and read('ZRANGE', key('running', lane), 0, LOOK - looked) or {}) do
-      local task = fields(id, '*')
-      if task and (arg.mission == '' or task.mission == arg.mission) and resumable(task) then
-        return task
+      local task = fields(id, 'claimedBy')
+      if task and task.claimedBy == arg.agent and resumable(task) and
+         (arg.mission == '' or task.mission == arg.mission) then
+        return fields(id, '*')
       end
       looked = looked + 1
     end
@@ -126,7 +133,7 @@ end
 
 -- Why there is nothing.
 local why = 'nothing is ready'
-local soonest = read('ZRANGE', root .. ':delayed', 0, 0, 'WITHSCORES')
+local due_at = tonumber(read('ZRANGE', root .. ':delayed', 0, 0, 'WITHSCORES')[2])
 if limit('paused') then
   why = 'the project is paused since ' .. moment(limit('paused'))
 elseif #full > 0 then
@@ -136,12 +143,19 @@ elseif limited then
 elseif served then
   why = 'nothing was assigned'
 end
-if soonest[1] and not limit('paused') then
-  why = why .. '; the next task is due at ' .. moment(soonest[2])
+if turn then
+  why = why .. '; others get ' .. passed .. ' first, which ' .. arg.agent ..
+        ' failed last, until ' .. moment(decimal(turn))
 end
+if due_at and not limit('paused') then
+  why = why .. '; the next task is due at ' .. moment(decimal(due_at))
+end
+local wake = turn and math.min(turn, due_at or turn) or due_at
+local count = due()
+if count > 0 then why = why .. grace() end
 local bells = {}
 for lane in each_lane() do
   if arg.lane == '' or lane == arg.lane or lane == 'any' then bells[#bells + 1] = lane end
 end
-return {'NOTHING', why, due(), soonest[2] and soonest[2] - now or '', table.concat(bells, ' '),
-        limit('assign'), read('ZCARD', root .. ':blocked')}
+return {'NOTHING', why, count, wake and wake - now or '', table.concat(bells, ' '),
+        limit('assign'), 0}

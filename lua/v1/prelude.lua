@@ -47,14 +47,14 @@
 local SCHEMA = 1
 local BATCH = 100              -- the most tasks that one call reaps or frees
 local LOOK = 1000              -- the most tasks that one call looks at
-local GRACE = 60               -- s after a start of the server in which no lease is reaped
+local GRACE = 60               -- s after a start of the server in which no earlier lease is reaped
 local RECEIPT = '900000'       -- ms
 local EVENTS = 10000
 local WEEK = 604800
 local RANK = {critical = 0, high = 2251799813685248, medium = 4503599627370496,
               low = 6755399441055744}    -- 0..3 * 2^51; below it the age in microseconds
 local PICK_UP = 60             -- s in which an assigned task has to be picked up
-local POLICY = ' claimTTL=3600 maxRetries=3 deadLetterAfter=3 retryDelay=0 assign=0'
+local POLICY = ' claimTTL=3600 maxRetries=3 deadLetterAfter=3 retryDelay=30 assign=0'
 local LANES = 'any coding planning'
 
 local read, write = redis.call, redis.call
@@ -72,21 +72,39 @@ local function decimal(number)
   return string.format('%.0f', number)
 end
 
--- The refusal of a call: CODE, a sentence, how many tasks `reap` would move on first, and which of
--- the code's cases it is, where the next step depends on that.
-local function reject(code, sentence, due, case)
-  error({refusal = {code, sentence, due or 0, case or ''}}, 0)
-end
-
 -- A time (ms) in a sentence, for the client to print.  It stands between NUL bytes, since no id and
 -- no text can have one: what a user wrote is never taken for a time.
 local function moment(ms)
   return '\0' .. ms .. '\0'
 end
 
+-- When the server was started (ms), while that is less than GRACE ago.  Nobody could renew a lease
+-- while it was down, so leases of before have until the end of GRACE.  INFO may be denied.
+local function restarted()
+  local info = redis.pcall('INFO', 'server')
+  local uptime = type(info) == 'string' and tonumber(info:match('uptime_in_seconds:(%d+)'))
+  return uptime and uptime < GRACE and now - uptime * 1000
+end
+
+-- What whoever has to wait for the end of a lease is told in that time; '' afterwards.
+local function grace()
+  local start = restarted()
+  return start and '; the server was started at ' .. moment(decimal(start)) ..
+         ': earlier leases that ran out are ended from ' .. moment(decimal(start + GRACE * 1000)) ..
+         ' on' or ''
+end
+
+-- The refusal of a call: CODE, a sentence, how many tasks `reap` would move on first, and which of
+-- the code's cases it is, where the next step depends on that.
+local function reject(code, sentence, due, case)
+  if due and due > 0 then sentence = sentence .. grace() end
+  error({refusal = {code, sentence, due or 0, case or ''}}, 0)
+end
+
 -- Project meta.  Few fields, since each costs: the rest stands in `limits`.  A project with a rev
--- and without limits is being restored, and nobody else sees it.
-local function project(may_be_new)
+-- and without limits is being restored, and nobody else sees it.  One that is not there yet may be
+-- made by this call, or may be missing for whoever waits for work in it.
+local function project(may_be_new, may_be_missing)
   local values = read('HMGET', root, 'rev', 'fence', 'limits', 'lanes')
   local schema = values[3] and values[3]:match('^schema=(%d+)')
   if (arg.actor .. arg.session):find('%s') then
@@ -95,7 +113,8 @@ local function project(may_be_new)
   if schema and tonumber(schema) > SCHEMA then
     reject('SCHEMA', 'the project has data of schema ' .. schema ..
            '; this program knows schema ' .. SCHEMA .. ' and older')
-  elseif not schema and (not may_be_new or values[1] and SCRIPT ~= 'restore') then
+  elseif not schema and not may_be_missing and
+         (not may_be_new or values[1] and SCRIPT ~= 'restore') then
     reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}') ..
            (values[1] and ' yet: it is being restored' or ''), 0,
            values[1] and 'restoring' or 'project')
@@ -138,7 +157,8 @@ local function fields(id, first, ...)
     local before = read('HGETALL', task_key)
     if not before[1] then return nil end
     task = {id = id, key = task_key, before = before, claimedBy = '', notBefore = '',
-            maxRuntime = '', reaped = '', orphaned = '', assigned = '', session = '', fence = ''}
+            maxRuntime = '', reaped = '', orphaned = '', assigned = '', session = '', fence = '',
+            failedAt = ''}
     for i = 1, #before, 2 do task[before[i]] = before[i + 1] end
   else
     first = first or 'rev'
@@ -325,6 +345,17 @@ local function recall(task, alone)
     reject('OP_REUSED', 'op id was used before with other arguments, on task ' .. id)
   end
   return {task = id, fence = fence, rev = rev}
+end
+
+-- A task that failed goes to others first: the agent that failed it last waits twice the delay.
+-- When its turn comes (ms), while that is in the future.
+local function turn_of(task)
+  if task.failedAt == '' or task.notBefore == '' or task.claimedBy ~= arg.agent or
+     tonumber(task.failedAt) < tonumber(task.claimedAt) then
+    return nil
+  end
+  local turn = 2 * task.notBefore - task.failedAt
+  return turn > now and turn
 end
 
 local function require_claimable(task)

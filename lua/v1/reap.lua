@@ -9,8 +9,8 @@
 --          transitions that were cut off had left to emit
 -- Flags    allow-oom
 --
--- At most BATCH tasks of each kind per call.  After a start of the server holders get GRACE
--- seconds to renew: while it was down they could not.
+-- At most BATCH tasks of each kind per call.  After a start of the server the holders of earlier
+-- leases get GRACE seconds to renew them.
 
 meta = project()
 local ended = {}
@@ -23,15 +23,13 @@ for lane in each_lane() do
 end
 table.sort(ended, function(a, b) return a.ends < b.ends end)
 local unsettled = read('ZRANGE', root .. ':unsettled', 0, BATCH - 1)
-local info = #ended > 0 and redis.pcall('INFO', 'server')
-local uptime = type(info) == 'string' and tonumber(info:match('uptime_in_seconds:(%d+)'))
-local grace = uptime and uptime < GRACE and GRACE - uptime or 0
+local start = #ended > 0 and restarted()
 
-local reaped, settled_count = {}, 0
+local reaped, settled_count, grace = {}, 0, 0
 for i = 1, math.min(#ended, BATCH) do
   local lost = ended[i]
   local task = fields(lost.id, 'fence', 'claimedBy', 'session', 'priority', 'order', 'blocked',
-                      'edges', 'expiryCount', 'assigned')
+                      'edges', 'expiryCount', 'assigned', 'claimTTL')
   if not task or not held(task) or task.lane ~= lost.lane then
     if task and heal(task) then write('ZADD', root .. ':unsettled', at, task.id) end
     write('ZREM', key('running', lost.lane), lost.id)
@@ -42,7 +40,9 @@ for i = 1, math.min(#ended, BATCH) do
     write('SREM', key('assigned', task.claimedBy), task.id)
     move(task, status, '', 'assigned', '')
     finish(task)
-  elseif grace == 0 then
+  elseif start and lost.ends - (tonumber(task.claimTTL) or 0) * 1000 < start then
+    grace = GRACE - (now - start) / 1000
+  else
     local expiries = (tonumber(task.expiryCount) or 0) + 1
     local dead = expiries >= limit('deadLetterAfter')
     local status = dead and 'failed' or settled(task)
