@@ -19,10 +19,12 @@ that stands in a later one.
 
   ONE, the queue
     LIMITS           numbers and words that everything below shares
+    TEXT             what people read, so that it cannot steer a terminal
     REFUSALS         the closed list of codes, each with its exit and HTTP status
     CONFIGURATION    YAML files, environment and flags, and where each value came from
     FILES            written whole, by one process at a time
     VOCABULARY       what an argument may be, by its name; the results
+    OPERATIONS       the one table of what can be done, from which all surfaces are made
     SCRIPTS          the Lua files composed and pinned by their hash
     SERVER           the private valkey-server
     CONNECTION       the way to one Valkey: URLs, sending again, what it has to be
@@ -89,6 +91,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -101,6 +104,9 @@ from typing import (
     TypedDict,
     TypeVar,
     cast,
+    get_args,
+    get_origin,
+    get_type_hints,
 )
 
 if TYPE_CHECKING:
@@ -116,6 +122,7 @@ if TYPE_CHECKING:
     import subprocess
     import tempfile
     import termios
+    import textwrap
     import threading
     import traceback
     import tty
@@ -141,8 +148,8 @@ else:
 
     for _name in (
         *("argparse", "asyncio", "datetime", "difflib", "fcntl", "getpass", "graphlib", "shutil"),
-        *("signal", "subprocess", "tempfile", "termios", "threading", "traceback", "tty"),
-        *("unicodedata", "anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
+        *("signal", "subprocess", "tempfile", "termios", "textwrap", "threading", "traceback"),
+        *("tty", "unicodedata", "anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -173,6 +180,89 @@ LEADER = "mosaic:queue:leader"
 CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
 REGISTERED = 60.0  # s for which a name in the registry is believed to be there
 LOOK_BACK = 5.0  # s after which `next` looks again for what an earlier session left behind
+
+
+# ==== TEXT ===================================================================================
+#
+# Whatever people read goes through here: a terminal obeys no text of a task.
+
+
+def printable(text: str) -> str:
+    """Text with control and bidi characters escaped, so that it cannot steer a terminal."""
+    return "".join(
+        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def lines_of(lines: Iterable[str]) -> str:
+    """Lines, each of them printable."""
+    return "\n".join(map(printable, lines))
+
+
+def width(text: str) -> int:
+    """How many columns a terminal gives a text."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def fitted(line: str, room: int) -> str:
+    """A line cut to the columns there are."""
+    while width(line) > room:
+        line = line[: room - width(line) - 1] + "…" if len(line) > 1 else ""
+    return line
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns for a person; the last one is cut to the terminal's width."""
+    cells = [head, *([printable(cell) for cell in row] for row in rows)]
+    widths = [max(width(row[i]) for row in cells) for i in range(len(head))]
+    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    lines = []
+    for row in cells:
+        line = "  ".join(
+            c + " " * (w - width(c)) for c, w in zip(row, widths, strict=True)
+        ).rstrip()
+        lines.append(fitted(line, room))
+    return "\n".join(lines)
+
+
+def lasting(seconds: float) -> str:
+    """A length of time in its largest unit: 90 s -> 1 min."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def moment(ms: int) -> str:
+    """A time that a person and a program can read: 2026-01-31T12:00:00Z (3 min ago)."""
+    at, now = ms / 1000, time.time()
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+    return f"{stamp} ({lasting(round(abs(now - at)))} {'ago' if at <= now else 'from now'})"
+
+
+def with_moments(sentence: str) -> str:
+    """A script's sentence with its times (ms, between NUL bytes: no text can have one) as above."""
+    return re.sub("\0([0-9]{1,15})\0", lambda found: moment(int(found[1])), sentence)
+
+
+def clipped(text: str, size: int, tail: bool = False) -> str:
+    """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
+    data = text.replace("\0", "").encode(errors="replace")
+    return (data[-size:] if tail else data[:size]).decode(errors="ignore")
+
+
+def say(text: str, stream: IO[str] | None = None) -> None:
+    """Print lines for people or for a program, at once."""
+    print(text, file=stream or sys.stdout, flush=True)
+
+
+def log(event: str, **facts: Any) -> None:
+    """One JSON line for whoever keeps the logs."""
+    line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
+    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
 
 
 # ==== REFUSALS ===============================================================================
@@ -367,11 +457,20 @@ class Reader:
 
 
 COMMANDS = {"get": "show"}  # where the command is not called as the operation
+FLAGS = {  # where the flag is not called as the argument
+    "dependencies": "dependency",
+    "lines": "from",
+    "source": "from",
+    "named": "as",
+    "mission_id": "id",
+    "client_file": "file",
+    "server_name": "name",
+}
 
 
 def flag(name: str) -> str:
     """An argument as a flag: retry_delay -> --retry-delay, dependencies -> --dependency."""
-    return "--" + ("dependency" if name == "dependencies" else name.replace("_", "-"))
+    return "--" + FLAGS.get(name, name.replace("_", "-"))
 
 
 def command_line(prog: str, operation: str, arguments: Mapping[str, Any]) -> str:
@@ -452,39 +551,6 @@ def invalid(what: str, value: object, accepted: str) -> NoReturn:
     raise Refused("INVALID", f"{what} is {printable(shown)!r}; accepted: {accepted}")
 
 
-def printable(text: str) -> str:
-    """Text with control and bidi characters escaped, so that it cannot steer a terminal."""
-    return "".join(
-        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
-    )
-
-
-def lasting(seconds: float) -> str:
-    """A length of time in its largest unit: 90 s -> 1 min."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def moment(ms: int) -> str:
-    """A time that a person and a program can read: 2026-01-31T12:00:00Z (3 min ago)."""
-    at, now = ms / 1000, time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-    return f"{stamp} ({lasting(round(abs(now - at)))} {'ago' if at <= now else 'from now'})"
-
-
-def with_moments(sentence: str) -> str:
-    """A script's sentence with its times (ms, between NUL bytes: no text can have one) as above."""
-    return re.sub("\0([0-9]{1,15})\0", lambda found: moment(int(found[1])), sentence)
-
-
-def log(event: str, **facts: Any) -> None:
-    """One JSON line for whoever keeps the logs."""
-    line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
-
-
 def log_fault(problem: Exception, **facts: Any) -> None:
     """Tell the log what a part of a process that lives on met: a refusal, or else a bug with the
     place where it was raised."""
@@ -494,17 +560,6 @@ def log_fault(problem: Exception, **facts: Any) -> None:
     *_, last = traceback.extract_tb(problem.__traceback__) or [None]
     place = f"{last.name}:{last.lineno}" if last else "?"
     log("bug", message=f"{type(problem).__name__}: {problem}", place=place, **facts)
-
-
-def clipped(text: str, size: int, tail: bool = False) -> str:
-    """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
-    data = text.replace("\0", "").encode(errors="replace")
-    return (data[-size:] if tail else data[:size]).decode(errors="ignore")
-
-
-def lines_of(lines: Iterable[str]) -> str:
-    """Lines, each of them printable."""
-    return "\n".join(map(printable, lines))
 
 
 # ==== CONFIGURATION ==========================================================================
@@ -570,6 +625,7 @@ class Config:
 
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    file: str | None = None  # that --config names
 
     def set(self, key: str, value: Any, source: str) -> Config:
         """Set one key; refuses unknown keys and values of the wrong type."""
@@ -691,7 +747,7 @@ def load_config(
     is there.  A `.mosaic/queue.yaml` found upward from `start` may set `project mission lane
     files` and no variables: a cloned repository must not choose servers, tokens or limits.
     """
-    config = Config(environ=environ)
+    config = Config(environ=environ, file=path)
     named = path or environ.get("MOSAIC_QUEUE_CONFIG")
     home = Path(environ.get("MOSAIC_HOME") or Path(environ.get("HOME", "~")) / ".config/mosaic")
     file = Path(named) if named else home.expanduser() / "queue.yaml"
@@ -820,11 +876,17 @@ def locked(path: Path) -> Iterator[None]:
 # line takes it and how a tool's schema shows it.
 
 
+Kind = Literal[
+    "id", "task", "text", "int", "duration", "bool", "word", "words", "ids", "json", "op",
+    "path", "names", "texts", "command",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Argument:
     """What an argument of this name may be.  Unit and range stand in `help`."""
 
-    kind: Literal["id", "task", "text", "int", "bool", "word", "words", "ids", "json", "op"]
+    kind: Kind
     help: str
     low: int = 0
     high: int = 0  # of an int: the largest value; of a text: its most bytes
@@ -868,6 +930,9 @@ class Argument:
             invalid(name, value, f"{self.low} to {self.high}")
         return value
 
+    def _duration(self, name: str, value: Any) -> int:
+        return self._int(name, value)
+
     def _bool(self, name: str, value: Any) -> bool:
         if not isinstance(value, bool):
             invalid(name, value, "true or false")
@@ -882,6 +947,22 @@ class Argument:
         if not isinstance(value, (list, tuple)):
             invalid(name, value, f"a list of {', '.join(self.words)}")
         return [self._word(name, one) for one in value]
+
+    def _names(self, name: str, value: Any) -> list[str]:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(one, str) for one in value):
+            invalid(name, value, "a list of names")
+        return [*value]
+
+    def _texts(self, name: str, value: Any) -> list[str]:
+        return [self._text(name, one) for one in self._names(name, value)]
+
+    def _command(self, name: str, value: Any) -> list[str]:
+        return self._names(name, value)
+
+    def _path(self, name: str, value: Any) -> str:
+        if not isinstance(value, str) or not value or "\0" in value:
+            invalid(name, value, "the path of a file or a folder")
+        return value
 
     def _ids(self, name: str, value: Any) -> list[str]:
         if not isinstance(value, (list, tuple)):
@@ -922,7 +1003,7 @@ class Argument:
 
 SHORT, LONG = 4 * KIB, 64 * KIB
 CLEARABLE = ("description", "dependencies", "metadata", "delay")
-ARGUMENTS = {
+ARGUMENTS: dict[str, Argument] = {  # of the queue; a later chapter enters what is its own
     "task": Argument("task", "taskId, or project/taskId"),
     "project": Argument("id", "project; default: --project, $MOSAIC_PROJECT, config"),
     "mission": Argument("id", "mission the task belongs to"),
@@ -936,13 +1017,15 @@ ARGUMENTS = {
     "lane": Argument("id", "kind of work: planning, coding, any or one of the policy"),
     "dependencies": Argument("ids", "taskIds that have to be completed first"),
     "metadata": Argument("json", "JSON object, up to 64 KiB, kept as it is", 0, LONG),
-    "delay": Argument("int", "seconds until it may be claimed", 0, WEEK),
-    "max_runtime": Argument("int", "seconds that one claim may last at most", 1, WEEK, tool=False),
+    "delay": Argument("duration", "seconds until it may be claimed", 0, WEEK),
+    "max_runtime": Argument(
+        "duration", "seconds that one claim may last at most", 1, WEEK, tool=False
+    ),
     "status": Argument("word", ", ".join(STATUSES), words=STATUSES),
     "limit": Argument("int", "the most tasks to show", 1, 1000),
     "cursor": Argument("text", "where the last answer stopped", 0, 600),
     "full": Argument("bool", "all fields of each task", tool=False),
-    "ttl": Argument("int", "seconds of the lease", 1, WEEK),
+    "ttl": Argument("duration", "seconds of the lease", 1, WEEK),
     "force": Argument("bool", "as an operator: whoever holds it", tool=False),
     "progress": Argument("text", "where the work stands, up to 4 KiB", 0, SHORT),
     "checkpoint": Argument("text", "what the next claimer would need, up to 64 KiB", 0, LONG),
@@ -950,15 +1033,15 @@ ARGUMENTS = {
     "summary": Argument("text", "what was done, up to 64 KiB", 0, LONG),
     "retry": Argument("bool", "false: straight to the dead letters"),
     "retry_delay": Argument(
-        "int", "seconds before a retry, doubled each time", 0, WEEK, tool=False
+        "duration", "seconds before a retry, doubled each time", 0, WEEK, tool=False
     ),
     "apply": Argument("bool", "store the policy of the configuration"),
     "resume": Argument("bool", "also take what you hold already"),
-    "wait": Argument("int", "seconds to wait for work", 0, 3600),
+    "wait": Argument("duration", "seconds to wait for work", 0, 3600),
     "text": Argument("text", "the finding, up to 4 KiB", 1, SHORT),
     "if_rev": Argument("int", "refuse if the task has another rev", 0, 10**15 - 1),
     "clear": Argument("words", "fields to take away", words=CLEARABLE),
-    "older": Argument("int", "seconds since it ended; default: 30 days", 0, 10 * 365 * 86400),
+    "older": Argument("duration", "seconds since it ended; default: 30 days", 0, 10 * 365 * 86400),
     "since": Argument("int", "rev after which to start", 0, 10**15 - 1),
 }
 
@@ -1051,6 +1134,12 @@ class TaskList(TypedDict, total=False):
     tasks: list[Task]
     cursor: str
     total: int
+
+
+class Batch(TypedDict):
+    """What became of several tasks."""
+
+    tasks: list[Task]
 
 
 class Offer(TypedDict, total=False):
@@ -1309,6 +1398,151 @@ def record_from(project: str, reply: Sequence[Any]) -> Record:
         pairs.pop(name, None)
     hidden = {name: value for name, value in pairs.items() if name not in record}
     return cast(Record, record | ({"hidden": hidden} if hidden else {}))
+
+
+# ==== OPERATIONS =============================================================================
+#
+# An operation is a typed function whose first argument is the queue.  Its signature, its
+# docstring and the vocabulary make the command, the tool and the row of the README's table; the
+# type of its result says how a person reads it.
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What the surfaces know of an operation."""
+
+    name: str
+    command: str  # on the command line: `show`, `mission status`, `events --follow`
+    call: Callable[..., Any]
+    parameters: Mapping[str, Any]  # inspect.Parameter by name, without the queue
+    doc: str
+    tool: Literal["default", "orchestrator", ""]
+    reads: bool
+    destroys: bool
+    group: Literal["agents", "operators"]
+    local: bool  # for the files, processes or the terminal of this host: no tool, no HTTP
+
+    @property
+    def summary(self) -> str:
+        """The first paragraph of the docstring, on one line."""
+        return " ".join(self.doc.split("\n\n")[0].split())
+
+    @functools.cached_property
+    def result(self) -> Any:
+        """The type of the result: of a stream that of each part, None aside."""
+        returned = get_type_hints(self.call)["return"]
+        if get_origin(returned) in (AsyncIterator, Awaitable, UnionType):
+            returned = get_args(returned)[0]
+        return returned
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(
+    command: str = "",
+    *,
+    tool: Literal["default", "orchestrator", ""] = "default",
+    reads: bool = False,
+    destroys: bool = False,
+    group: Literal["agents", "operators"] = "agents",
+    local: bool = False,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Enter a function into OPERATIONS, and check its arguments by VOCABULARY at every call."""
+    tool = "" if local else tool
+
+    def enter(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        name, parameters = function.__name__, dict(list(signature.parameters.items())[1:])
+
+        @contextlib.contextmanager
+        def checked(bound: inspect.BoundArguments) -> Iterator[None]:
+            queue, *given = bound.arguments
+            try:
+                for key in given:
+                    value = bound.arguments[key]
+                    if key in ARGUMENTS and value is not None:
+                        bound.arguments[key] = ARGUMENTS[key].check(camel(key), value)
+                yield
+            except Refused as refused:
+                facts = {key: bound.arguments[key] for key in given}
+                refused.about(name, facts, bound.arguments[queue].reader)
+                raise
+
+        @functools.wraps(function)
+        def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            with checked(bound):
+                return function(*bound.args, **bound.kwargs)
+
+        @functools.wraps(function)
+        async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            with checked(bound):
+                return await cast(Any, function)(*bound.args, **bound.kwargs)
+
+        call = cast(Callable[P, R], awaited if inspect.iscoroutinefunction(function) else direct)
+        doc = inspect.getdoc(function) or ""
+        word = command or COMMANDS.get(name) or name.strip("_").replace("_", "-")
+        OPERATIONS[name] = Operation(
+            name, word, call, parameters, doc, tool, reads, destroys, group, local
+        )
+        return call
+
+    return enter
+
+
+def camel(name: str) -> str:
+    """The JSON spelling of a Python name: retry_delay -> retryDelay."""
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)
+
+
+CONFIGURED = ("project", "mission", "agent")  # arguments that the configuration may give
+
+
+def fill_in(
+    of: Operation,
+    given: Mapping[str, Any],
+    config: Config,
+    shown: str,
+    spell: Callable[[str], str],
+) -> dict[str, Any]:
+    """The arguments of a call, with what the configuration gives; refuses where one is missing.
+    `shown` and `spell` are what a surface calls the operation and an argument."""
+    arguments = dict(given)
+    for name, parameter in of.parameters.items():
+        if parameter.default is parameter.empty and name not in arguments:
+            configured = config[name] if name in CONFIGURED else None
+            if configured is None:
+                raise Refused("INVALID", f"{shown} needs {spell(name)}")
+            arguments[name] = configured
+    return arguments
+
+
+class Rendering(NamedTuple):
+    """How a result is shown to people, and the exit status that it stands for."""
+
+    text: Callable[[Any], str]
+    status: Callable[[Any], int] = lambda _: 0
+
+
+RENDERINGS: dict[Any, Rendering] = {}
+
+
+def renders(
+    kind: Any, status: Callable[[Any], int] = lambda _: 0
+) -> Callable[[Callable[[Any], str]], Callable[[Any], str]]:
+    """Enter how the results of a type are shown."""
+
+    def enter(text: Callable[[Any], str]) -> Callable[[Any], str]:
+        RENDERINGS[kind] = Rendering(text, status)
+        return text
+
+    return enter
 
 
 # ==== SCRIPTS ================================================================================
@@ -1922,71 +2156,6 @@ class Link:
 
 
 # ==== QUEUE ==================================================================================
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What the surfaces know of an operation."""
-
-    name: str
-    function: Callable[..., Awaitable[Any]]  # its first argument is the queue
-    signature: Any  # inspect.Signature
-    doc: str
-    tool: Literal["default", "orchestrator", ""]
-    reads: bool
-    destroys: bool
-    group: Literal["agents", "operators"]
-
-    @property
-    def summary(self) -> str:
-        """The first paragraph of the docstring, on one line."""
-        return " ".join(self.doc.split("\n\n")[0].split())
-
-
-OPERATIONS: dict[str, Operation] = {}
-
-
-def operation(
-    tool: Literal["default", "orchestrator", ""] = "default",
-    reads: bool = False,
-    destroys: bool = False,
-    group: Literal["agents", "operators"] = "agents",
-) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
-    """Enter a function into OPERATIONS, and check its arguments by VOCABULARY at every call."""
-
-    def enter(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-        signature = inspect.signature(method)
-
-        @functools.wraps(method)
-        async def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = signature.bind(*args, **kwargs)
-            queue, *named = bound.arguments
-            try:
-                for name in named:
-                    value = bound.arguments[name]
-                    if name in ARGUMENTS and value is not None:
-                        bound.arguments[name] = ARGUMENTS[name].check(camel(name), value)
-                return await method(*bound.args, **bound.kwargs)
-            except Refused as refused:
-                given = {name: bound.arguments[name] for name in named}
-                refused.about(method.__name__, given, bound.arguments[queue].reader)
-                raise
-
-        name = method.__name__
-        doc = inspect.getdoc(method) or ""
-        OPERATIONS[name] = Operation(name, checked, signature, doc, tool, reads, destroys, group)
-        return checked
-
-    return enter
-
-
-def camel(name: str) -> str:
-    """The JSON spelling of a Python name: retry_delay -> retryDelay."""
-    head, *rest = name.split("_")
-    return head + "".join(word.capitalize() for word in rest)
 
 
 def user_at_host() -> str:
@@ -2688,7 +2857,7 @@ class Queue:
         delay: int | None = None,
         limit: int = 100,
         op: str | None = None,
-    ) -> TaskList:
+    ) -> Batch:
         """Give a dead letter another life, with its counters at zero; without a task, all of them.
 
         Example: mosaic-queue redrive --project web --mission launch
@@ -2697,7 +2866,7 @@ class Queue:
             given = {"self": self, "task": task, "project": project, "delay": delay, "op": op}
             return {"tasks": [await self._change("redrive", given)]}
         page = await self.list(project=project, mission=mission, status="failed", limit=limit)
-        answer: TaskList = {"tasks": []}
+        answer: Batch = {"tasks": []}
         for one in page["tasks"]:
             given = {"self": self, "task": one["id"], "project": None, "delay": delay}
             answer["tasks"].append(await self._change("redrive", given))
@@ -3511,6 +3680,11 @@ async def projects_of(queue: Queue) -> Sequence[str]:
 # A project written out as JSON lines, a header and its records, and made again from records,
 # wherever they were kept.  Nothing is written before all that comes from a file has been read.
 
+ARGUMENTS |= {
+    "output": Argument("path", "file to write; default: standard output"),
+    "source": Argument("path", "what export has written, or a folder of manifests"),
+    "named": Argument("id", "another name, for a project beside the one that lives"),
+}
 Records = AsyncIterator[Sequence[Record]]
 VERSION = 1  # of the files with records
 IN_HASH = (
@@ -3741,17 +3915,35 @@ def in_order(record: Record) -> dict[str, Any]:
     return {name: record[name] for name in Record.__annotations__ if name in record}  # type: ignore
 
 
-async def export_to(config: Config, unsafe: bool, output: str | None) -> dict[str, Any]:
-    """The command `export`: to a file, or to standard output."""
-    count = -1
-    async with Queue(config, unsafe=unsafe) as queue:
-        project = queue.own(None)
-        to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
-        with to_file as file:
-            async for line in exported(queue, project):
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-                count += 1
-    return {"project": project, "exported": count}
+class Exported(TypedDict):
+    """What `export` has written into a file."""
+
+    project: str
+    exported: int
+    file: str
+
+
+@operation(local=True, reads=True, group="operators")
+async def export(
+    queue: Queue, *, project: str | None = None, output: str | None = None
+) -> Exported | None:
+    """Write a project out as JSON lines.
+
+    Example: mosaic-queue export --project web > web.jsonl
+    """
+    project, count = queue.own(project), -1
+    to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
+    with to_file as file:
+        async for line in exported(queue, project):
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            count += 1
+    return {"project": project, "exported": count, "file": output} if output else None
+
+
+@renders(Exported)
+def exported_text(answer: Exported) -> str:
+    """What was written."""
+    return "{exported} tasks of project {project} are in {file}".format(**answer)
 
 
 # ==== MANIFESTS ==============================================================================
@@ -4014,23 +4206,41 @@ class OpenBrain:
                 await self.queue.follow(changes.project, *cursor)
 
 
-async def capture(config: Config, unsafe: bool, text: str, task: str | None) -> dict[str, str]:
-    """The command `capture`: hand a thought over and wait until it is taken."""
+ARGUMENTS["thought"] = Argument("text", "the finding, up to 64 KiB", 1, LONG)
+
+
+class Thought(TypedDict):
+    """What OpenBrain calls a thought that it has taken."""
+
+    id: str
+
+
+@operation(local=True, group="operators")
+async def capture(queue: Queue, thought: str, *, task: str | None = None) -> Thought:
+    """Tell OpenBrain a finding, and wait until it has it.
+
+    Example: mosaic-queue capture --task T1 "the API needs a key"
+    """
+    config = queue.config
     receiver(config)
-    ARGUMENTS["summary"].check("text", text)
-    if not text.strip():
-        invalid("text", text, "what is to be kept")
+    if not thought.strip():
+        invalid("thought", thought, "what is to be kept")
     facts: dict[str, Any] = {"project": config["project"]}
     if task is not None:
-        async with Queue(config, unsafe=unsafe) as queue:
-            facts = {**await queue.get(task)}
+        facts = {**await queue.get(task)}
         facts["task"] = facts["taskId"]
     names = ("project", "mission", "task", "fence", "rev")
     metadata = {name: facts[name] for name in names if facts.get(name)}
     metadata |= {"agent": config["agent"] or user_at_host(), "op": "capture"}
     metadata["idempotencyKey"] = os.urandom(12).hex()
     async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
-        return {"id": await post_thought(client, config, text, metadata)}
+        return {"id": await post_thought(client, config, thought, metadata)}
+
+
+@renders(Thought)
+def thought_text(answer: Thought) -> str:
+    """The id of a thought."""
+    return lines_of([answer["id"] or "captured"])
 
 
 # ==== EDITS ==================================================================================
@@ -4805,13 +5015,28 @@ async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
         await postgres.close()
 
 
+class Restored(TypedDict, total=False):
+    """What `restore` and `import` have entered; `already` where the project was there as it is."""
+
+    project: str
+    restored: int
+    rev: int
+    already: bool
+
+
+@operation(local=True, group="operators")
 async def restore(
-    config: Config, unsafe: bool, source: str | None, named: str | None = None
-) -> dict[str, Any]:
-    """The command `restore`: from the record, or from what is named: an exported file of the same
-    project, or a folder of manifests.  `named` is what the project is called afterwards, beside
-    one that lives under the old name."""
-    project = Queue(config).own(None)
+    queue: Queue,
+    *,
+    project: str | None = None,
+    source: str | None = None,
+    named: str | None = None,
+) -> Restored:
+    """Make a lost project again: from Postgres where it is configured, else from manifests.
+
+    Example: mosaic-queue restore --project web
+    """
+    project, config = queue.own(project), queue.config
     if source is None and config["postgres.url"]:
         meta, records = await recorded(config, project)
     elif source is None or Path(source).is_dir():
@@ -4823,10 +5048,9 @@ async def restore(
             hint = f"mosaic-queue import {source} --project {project}"
             raise Refused("INVALID", f"{source} is of project {of}, not of {project}", hint)
     if named not in (None, project):
-        ARGUMENTS["project"].check("--as", named)
         meta["epoch"] = os.urandom(12).hex()
     try:
-        return await made_again(config, unsafe, named or project, meta, records)
+        return await made_again(queue, named or project, meta, records)
     except Refused as problem:
         if problem.code == "EXISTS":
             place = f"--project {project} --as {project}-old"
@@ -4853,22 +5077,31 @@ async def require_not_lost(queue: Queue, project: str) -> None:
         raise Refused("UNFIT", said, f"mosaic-queue restore --project {project}")
 
 
-async def import_(config: Config, unsafe: bool, source: str, project: str | None) -> dict[str, Any]:
-    """The command `import`; under another name it becomes another project, of another epoch."""
+@operation(local=True, group="operators")
+async def import_(queue: Queue, source: str, *, project: str | None = None) -> Restored:
+    """Enter an exported project, which has to be new; under another name it becomes another one.
+
+    Example: mosaic-queue import web.jsonl --project web2
+    """
     named, meta, records = read_export(Path(source))
     if project not in (None, named):
         meta["epoch"] = os.urandom(12).hex()
-    return await made_again(config, unsafe, project or named, meta, records)
+    return await made_again(queue, project or named, meta, records)
 
 
-async def made_again(
-    config: Config, unsafe: bool, project: str, meta: Meta, records: Records
-) -> dict[str, Any]:
+async def made_again(queue: Queue, project: str, meta: Meta, records: Records) -> Restored:
     """What `restore` and `import` answer, once it is done."""
-    async with Queue(config, unsafe=unsafe) as queue:
-        count = await enter_records(queue, project, meta, records)
-    already = {"already": True} if count < 0 else {}
-    return {"project": project, "restored": max(count, 0), "rev": meta["rev"], **already}
+    count = await enter_records(queue, project, meta, records)
+    answer: Restored = {"project": project, "restored": max(count, 0), "rev": meta["rev"]}
+    return answer | {"already": True} if count < 0 else answer
+
+
+@renders(Restored)
+def restored_text(answer: Restored) -> str:
+    """What was entered."""
+    if "already" in answer:
+        return f"project {answer['project']} is there already, at rev {answer['rev']}"
+    return f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
 
 
 # ==== TASK TABLES ============================================================================
@@ -5122,14 +5355,6 @@ def read_rows(board: Board, table: TaskTable, end: int) -> None:
         board.apart[table.delimiter - 1] = f"no task table: its status words are {shown}"
     else:
         board.tables.append(table)
-
-
-def width(text: str) -> int:
-    """How many columns a terminal gives a text."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
 
 
 # ==== SYNC ===================================================================================
@@ -5822,6 +6047,13 @@ MISSION = re.compile(  # one word; a sentence is no name
 MARKER = re.compile(r"(<{7}|>{7})(\s|$)")
 
 Direction = Literal["both", "to-file", "to-queue"]
+ARGUMENTS |= {
+    "file": Argument("path", "a Markdown file with task tables"),
+    "milestones": Argument("bool", "a mission for each milestone"),
+    "direction": Argument("word", ", ".join(DIRECTIONS), words=DIRECTIONS),
+    "dry_run": Argument("bool", "say what it would do, and change nothing"),
+    "check": Argument("bool", "say what differs, and exit with 7 if anything does"),
+}
 
 
 async def sync_file(
@@ -5885,9 +6117,9 @@ async def sync_file(
 
 
 async def watch_file(
-    queue: Queue, path: str | Path, project: str, tell: Callable[[SyncReport], None], **how: Any
-) -> None:
-    """Keep a file in step until cancelled, and tell what is new.  An edit is noticed within a
+    queue: Queue, path: str | Path, project: str, **how: Any
+) -> AsyncIterator[SyncReport]:
+    """Keep a file in step, and say what is new.  An edit is noticed within a
     second; the file is written at most once a second."""
     before: Any = None
     said: list[Difference] = []
@@ -5907,7 +6139,7 @@ async def watch_file(
             state = state if problem.code == "INVALID" else ()
             report["rows"] = [{"kind": "invalid", "why": f"{problem.code}: {problem.message}"}]
         if report["rows"] and report["rows"] != said:
-            tell(report)
+            yield report
         before, said = state, report["rows"]
         await asyncio.sleep(WRITE_EVERY if report["wrote"] else LOOK_EVERY)
 
@@ -5985,9 +6217,64 @@ def writable(path: Path) -> bool:
     return False
 
 
-def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
+class Synced(SyncReport):
+    """What a sync did, and what it was asked for."""
+
+    asked: Literal["sync", "dry-run", "check"]
+
+
+@operation(local=True, group="operators")
+async def sync(
+    queue: Queue,
+    file: str,
+    *,
+    project: str | None = None,
+    mission: str | None = None,
+    milestones: bool = False,
+    direction: Direction = "both",
+    dry_run: bool = False,
+    check: bool = False,
+) -> Synced:
+    """Bring a TASKS.md and a project in step, both ways.
+
+    Example: mosaic-queue sync docs/TASKS.md --project web
+    """
+    given: dict[str, Any] = {"mission": mission, "milestones": milestones, "direction": direction}
+    given["dry_run"] = dry_run or check
+    report = await sync_file(queue, file, queue.own(project), **given)
+    return {**report, "asked": "check" if check else "dry-run" if dry_run else "sync"}
+
+
+@operation("sync --watch", local=True, group="operators")
+async def sync_on(
+    queue: Queue,
+    file: str,
+    *,
+    project: str | None = None,
+    mission: str | None = None,
+    milestones: bool = False,
+    direction: Direction = "both",
+) -> AsyncIterator[Synced]:
+    """Keep the file in step until it is stopped.
+
+    Example: mosaic-queue sync docs/TASKS.md --project web --watch
+    """
+    given: dict[str, Any] = {"mission": mission, "milestones": milestones, "direction": direction}
+    async for report in watch_file(queue, file, queue.own(project), **given):
+        yield {**report, "asked": "sync"}
+
+
+def needs_somebody(report: Synced) -> bool:
+    """Whether somebody has to look at it, or the check that was asked for has found anything."""
+    wrong = any(row["kind"] in WRONG for row in report["rows"])
+    return wrong or (report["asked"] == "check" and drifted(report))
+
+
+@renders(Synced, status=lambda report: 7 if needs_somebody(report) else 0)
+def sync_text(report: SyncReport) -> str:
     """What a sync found, a line for each thing, as compilers do."""
-    lines = []
+    lines, file = [], os.path.relpath(report["file"])
+    file = report["file"] if file.startswith("..") else file
     for row in report["rows"]:
         where = f"{file}:{row['line']}: " if "line" in row else f"{file}: "
         text = f"{where}{row['kind']} {row.get('task', '')} {row.get('field', '')}".rstrip()
@@ -5997,7 +6284,8 @@ def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
         lines.append(f"{text}: {facts}" if facts else text)
     kinds = [row["kind"] for row in report["rows"]]
     said = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS if kind in kinds)
-    lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' * bool(said and dry)}")
+    dry = said and report.get("asked", "sync") != "sync"
+    lines.append(f"{file}: {said or 'in step'}{' (nothing was changed)' if dry else ''}")
     if report["ready"]:
         lines.append(f"ready, though the board shows them waiting: {', '.join(report['ready'])}")
     return lines_of(lines)
@@ -6005,45 +6293,63 @@ def human_sync(report: SyncReport, file: str, dry: bool = False) -> str:
 
 # ==== MONITOR ================================================================================
 
+ARGUMENTS |= {
+    "assign": Argument("bool", "give tasks to the agents that wait"),
+    "only": Argument("names", "only these parts, between commas: watchdog, postgres, ..."),
+}
 LEADS = 15  # s of the leader's lease
 ASSIGN_EVERY = 0.25  # s
 
 
-async def monitor(
-    config: Config, assign: bool = False, unsafe: bool = False, only: Sequence[str] = ()
-) -> None:
-    """Watch all projects until cancelled: end leases that ran out, with `assign` serve the agents
-    that wait, and keep the followers of the configuration in step; `only` some of these parts.
+async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
+    """Do the work until SIGTERM or SIGINT ends it cleanly."""
+    task = asyncio.create_task(work)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
-    Any number may run; in each part one leads, by a lease in Valkey, and the others stand by.  Log
+
+@operation(local=True, group="operators")
+async def monitor(queue: Queue, *, assign: bool = False, only: Sequence[str] = ()) -> None:
+    """Watch all projects: end leases that ran out, assign tasks, keep the record.
+
+    Any number may run; in each part one leads, by a lease in Valkey, and the others stand by. Log
     lines are JSON, on stderr.
+
+    Example: mosaic-queue monitor --assign
     """
+    await until_stopped(watch_all(queue, assign, only))
+
+
+async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()) -> None:
+    """Do the monitor's work until cancelled: all its parts, or `only` some of them."""
+    config = queue.config
     token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
     interval = max(1, config["watchdog.interval"])
-    async with Queue(config, unsafe=unsafe) as queue:
-        parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
-            "watchdog": lambda: watchdog(queue, interval, assign)
-        }
-        for follower in followers_of(config, queue):
-            parts[follower.name] = functools.partial(follow, queue, follower)
-        if config["postgres.url"]:
-            Postgres(config)  # refuses what it cannot be at once
-            parts["postgres"] = functools.partial(record, queue, config)
-        for given in workspace_files(config):
-            # A file is one of this host, and another leader's monitor need not know of it.
-            place = f"{socket.gethostname()} {given['path']}"
-            mark = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
-            parts[f"files.{mark}"] = functools.partial(keep_file, queue, **given)
-        kinds = dict.fromkeys(name.partition(".")[0] for name in parts)
-        for name in only:
-            if name not in kinds:
-                invalid("--only", name, ", ".join(kinds))
-        chosen = [name for name in parts if not only or name.partition(".")[0] in only]
-        log("start", token=token, interval=interval, parts=chosen)
-        try:
-            await together(*(led(queue, token, name, parts[name]) for name in chosen))
-        finally:
-            log("stop")
+    parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        "watchdog": lambda: watchdog(queue, interval, assign)
+    }
+    for follower in followers_of(config, queue):
+        parts[follower.name] = functools.partial(follow, queue, follower)
+    if config["postgres.url"]:
+        Postgres(config)  # refuses what it cannot be at once
+        parts["postgres"] = functools.partial(record, queue, config)
+    for given in workspace_files(config):
+        # A file is one of this host, and another leader's monitor need not know of it.
+        place = f"{socket.gethostname()} {given['path']}"
+        mark = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
+        parts[f"files.{mark}"] = functools.partial(keep_file, queue, **given)
+    kinds = dict.fromkeys(name.partition(".")[0] for name in parts)
+    for name in only:
+        if name not in kinds:
+            invalid("--only", name, ", ".join(kinds))
+    chosen = [name for name in parts if not only or name.partition(".")[0] in only]
+    log("start", token=token, interval=interval, parts=chosen)
+    try:
+        await together(*(led(queue, token, name, parts[name]) for name in chosen))
+    finally:
+        log("stop")
 
 
 def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
@@ -6081,13 +6387,10 @@ def workspace_files(config: Config) -> Iterator[dict[str, Any]]:
 
 async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:
     """Keep a TASKS.md in step until cancelled; what cannot be synced yet is tried again."""
-
-    def tell(report: SyncReport) -> None:
-        log("sync", file=str(path), project=project, rows=report["rows"])
-
     while True:
         try:
-            await watch_file(queue, path, project, tell, **how)
+            async for report in watch_file(queue, path, project, **how):
+                log("sync", file=str(path), project=project, rows=report["rows"])
         except Refused as problem:
             log("error", file=str(path), code=problem.code, message=problem.message)
             await asyncio.sleep(5)
@@ -6181,6 +6484,10 @@ async def served(queue: Queue) -> None:
 # any command.
 
 
+ARGUMENTS |= {
+    "command": Argument("command", "the command, and its arguments"),
+    "loop": Argument("bool", "until nothing comes within --wait"),
+}
 Around = Callable[[Task], contextlib.AbstractAsyncContextManager[Sequence[str]]]
 
 
@@ -6285,16 +6592,36 @@ def runner_name(config: Config) -> str:
     return config["agent"] or f"{user_at_host()[:110]}-{os.getpid()}"
 
 
-async def run_commands(
-    config: Config,
+@operation(local=True)
+async def run(
+    queue: Queue,
     command: Sequence[str],
     *,
-    lane: str | None = None,
     mission: str | None = None,
+    lane: str | None = None,
     wait: int = 0,
     ttl: int | None = None,
     loop: bool = False,
-    unsafe: bool = False,
+) -> int:
+    """Run a command for the next task, under a lease that is renewed.
+
+    Exit 0 completes the task, anything else fails it.
+
+    Example: mosaic-queue run --lane coding --wait 60 --loop -- ./work.sh
+    """
+    if not command:
+        raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
+    return await run_commands(queue, command, mission, lane, wait, ttl, loop)
+
+
+async def run_commands(
+    operator: Queue,
+    command: Sequence[str],
+    mission: str | None = None,
+    lane: str | None = None,
+    wait: int = 0,
+    ttl: int | None = None,
+    loop: bool = False,
     around: Around | None = None,
 ) -> int:
     """Take the next task and run a command for it; with `loop`, until nothing comes in `wait` s.
@@ -6307,6 +6634,7 @@ async def run_commands(
     `around` gives the command of each task, and sees to what has to be done before and after it.
     """
     me = cast("asyncio.Task[Any]", asyncio.current_task())
+    config, unsafe = operator.config, operator.link.unsafe
     async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
         queue.agent = runner_name(config)
         runner = Runner(queue, command)
@@ -6622,6 +6950,16 @@ SAYS = {  # what a hand-over says of tasks, by their status
     "Blocked": ("blocked", "blockedReason dependencies"),
 }
 RUNTIMES = {"claude": ("claude", "-p"), "codex": ("codex", "exec")}
+ARGUMENTS |= {
+    "path": Argument("path", "the project's folder; default: found upward from here"),
+    "name": Argument("text", "what people call it; default: the folder's name", 1, 500),
+    "mission_id": Argument("id", "default: the name and the date"),
+    "milestone": Argument("texts", "a milestone, as 'ID: NAME'; may be repeated", 1, 700),
+    "runtime": Argument(
+        "word", "claude or codex; default: $MOSAIC_COORD_RUNTIME", words=tuple(RUNTIMES)
+    ),
+    "clean_lock": Argument("bool", "also of a session on another host"),
+}
 ENDS = {0: "completed", 5: "nothing-ready", 7: "failed"}
 
 
@@ -6795,7 +7133,7 @@ async def sync_board(queue: Queue, file: Path) -> None:
         called = called_in_queue(queue, mission)
         report = await sync_file(queue, board, queue.own(None), mission=called)
         wrong = [row for row in report["rows"] if row["kind"] in WRONG]
-        text = human_sync(report | {"rows": wrong, "ready": []}, str(board)) if wrong else ""
+        text = sync_text(report | {"rows": wrong, "ready": []}) if wrong else ""
     except Refused as problem:
         if problem.code in ("UNREACHABLE", "SCHEMA"):
             raise
@@ -6828,23 +7166,41 @@ async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> 
     return now
 
 
+class MissionFile(TypedDict):
+    """A mission that was made, and its file."""
+
+    id: str
+    name: str
+    file: str
+
+
+@operation("mission init", local=True)
 def mission_init(
-    folder: Path, name: str | None, mission: str | None, milestones: Sequence[str] | None
-) -> dict[str, Any]:
-    """Make the mission.json of a project's folder; refuses EXISTS where one is."""
+    queue: Queue,
+    *,
+    path: str | None = None,
+    name: str | None = None,
+    mission_id: str | None = None,
+    milestone: Sequence[str] = (),
+) -> MissionFile:
+    """Make .mosaic/orchestrator/mission.json here.
+
+    Example: mosaic-queue mission init --name Launch --milestone "phase-1: The page"
+    """
+    folder = Path(path or ".").resolve()
     name = ARGUMENTS["title"].check("name", name or folder.name)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:100] or "mission"
-    mission = mission or f"{slug}-{time.strftime('%Y%m%d', time.gmtime())}"
+    mission = mission_id or f"{slug}-{time.strftime('%Y%m%d', time.gmtime())}"
     data: dict[str, Any] = {"mission_id": ARGUMENTS["mission"].check("id", mission), "name": name}
     data |= {"status": "active", "project_path": str(folder), "tasks_file": "docs/TASKS.md"}
     data |= {"quality_gates": "", "created_at": stamp(), "milestones": [], "sessions": []}
-    for number, one in enumerate(milestones or (), 1):
+    for number, one in enumerate(milestone, 1):
         head, title = one.split(":", 1) if ":" in one else (f"phase-{number}", one)
-        milestone = ARGUMENTS["mission"].check("id of a milestone", head.strip())
-        if milestone in [known["id"] for known in data["milestones"]]:
-            invalid("--milestone", milestone, "every id once")
+        own = ARGUMENTS["mission"].check("id of a milestone", head.strip())
+        if own in [known["id"] for known in data["milestones"]]:
+            invalid("--milestone", own, "every id once")
         title = ARGUMENTS["title"].check("name of a milestone", title.strip())
-        data["milestones"].append({"id": milestone, "name": title, "status": "pending"})
+        data["milestones"].append({"id": own, "name": title, "status": "pending"})
     file = folder / ORCHESTRATOR / "mission.json"
     with registry(file.parent):
         if bytes_of(file) is not None:
@@ -6853,13 +7209,77 @@ def mission_init(
     return {"id": mission, "name": name, "file": str(file)}
 
 
-async def mission_continue(queue: Queue, file: Path, runtime: str) -> dict[str, Any]:
-    """The hand-over text; the mission's files are brought up to date as well."""
-    return {"text": await hand_over(queue, await written(queue, file, runtime))}
+@renders(MissionFile)
+def mission_file_text(answer: MissionFile) -> str:
+    """The mission and where it stands."""
+    return lines_of([f"mission {answer['id']}: {answer['file']}"])
 
 
-async def mission_status(queue: Queue, file: Path) -> dict[str, Any]:
-    """Milestones, tasks and sessions of a mission, and who works on it."""
+class Cleaned(TypedDict):
+    """A session that had died, and the tasks that were given back for it."""
+
+    sessionId: str
+    released: list[str]
+
+
+class HandOver(TypedDict, total=False):
+    """What a new session has to know; `resume` says what it has cleaned as well."""
+
+    text: str
+    lock: str
+    cleaned: list[Cleaned]
+
+
+@operation("mission continue", local=True)
+async def mission_continue(
+    queue: Queue, *, path: str | None = None, runtime: str | None = None
+) -> HandOver:
+    """Print what a new session has to know; writes next-task.json.
+
+    Example: mosaic-queue mission continue
+    """
+    now = await written(queue, mission_file(path), chosen_runtime(runtime))
+    return {"text": await hand_over(queue, now)}
+
+
+@renders(HandOver)
+def hand_over_text(answer: HandOver) -> str:
+    """What was cleaned, and the text."""
+    lines = [f"removed the lock of {answer['lock']}"] if "lock" in answer else []
+    lines += [cleaned_line(one) for one in answer.get("cleaned", ())]
+    return lines_of(lines + [""] * bool(lines) + answer["text"].splitlines())
+
+
+def chosen_runtime(named: str | None) -> str:
+    """The runtime of a mission's sessions: as named, else of the environment, else Claude."""
+    configured = named or os.environ.get("MOSAIC_COORD_RUNTIME", "")
+    return configured if configured in RUNTIMES else "claude"
+
+
+class MissionStatus(TypedDict, total=False):
+    """How a mission stands: counts of tasks, its milestones and sessions, who works on it."""
+
+    id: str
+    file: str
+    name: str
+    project: str
+    mission: str
+    total: int
+    completed: int
+    percent: int
+    tasks: dict[str, int]
+    milestones: list[dict[str, Any]]
+    sessions: list[dict[str, Any]]
+    lock: dict[str, Any]
+
+
+@operation("mission status", local=True, reads=True)
+async def mission_status(queue: Queue, *, path: str | None = None) -> MissionStatus:
+    """Show milestones, tasks and sessions, and who is at work.
+
+    Example: mosaic-queue mission status
+    """
+    file = mission_file(path)
     now = await standing(queue, file)
     mission, current = now.mission, now.current()
     answer: dict[str, Any] = {"id": mission.text("mission_id"), "file": str(file)}
@@ -6874,13 +7294,36 @@ async def mission_status(queue: Queue, file: Path) -> dict[str, Any]:
     if now.lock:
         state = {"state": state_of(now.lock), "who": named(now.lock)}
         answer["lock"] = now.lock.shown(SESSION) | state
-    return answer
+    return cast(MissionStatus, answer)
 
 
-async def cleaned(queue: Queue, file: Path, dead: Sequence[Entry]) -> list[dict[str, Any]]:
+@renders(MissionStatus)
+def mission_status_text(answer: MissionStatus) -> str:
+    """How a mission stands."""
+    lines = [f"mission {answer['id']}: {answer['name']}", f"file: {answer['file']}"]
+    lines += [f"tasks: {progress(answer)}", "nobody is at work"]
+    if lock := answer.get("lock"):
+        clean = f" ({lock['state']}): mosaic-queue mission resume"
+        lines[-1] = f"at work: {lock['who']}{clean if lock['state'] != 'alive' else ''}"
+    rows = []
+    for one in answer["milestones"]:
+        done = (f"{one['completed']} of {one['total']}", f"{one['percent']} %")
+        rows.append((one["id"] + " *" * one["current"], one["status"], *done, one["name"]))
+    keys = ("sessionId", "runtime", "startedAt", "duration", "endedReason", "lastTask")
+    past = [tuple(str(one.get(key, "-")) for key in keys) for one in answer["sessions"][-10:]]
+    text = lines_of(lines)
+    if rows:
+        text += "\n\n" + table(("MILESTONE", "STATUS", "TASKS", "DONE", "NAME"), rows)
+    if past:
+        head = ("SESSION", "RUNTIME", "STARTED", "SECONDS", "ENDED", "LAST TASK")
+        text += "\n\n" + table(head, past)
+    return text
+
+
+async def cleaned(queue: Queue, file: Path, dead: Sequence[Entry]) -> list[Cleaned]:
     """Give back what dead sessions hold, and then say that they crashed: in this order, since
     whoever is cut off in between is followed by another `resume`."""
-    now, answer = await standing(queue, file), cast(list[dict[str, Any]], [])
+    now, answer = await standing(queue, file), cast(list[Cleaned], [])
     for one in dead:
         agent, name, released = one.text("agent"), one.text("session_id"), []
         for task in [task for task in now.having(*HELD) if task["claimedBy"] == agent]:
@@ -6905,14 +7348,21 @@ def cleaned_line(one: Mapping[str, Any]) -> str:
     return f"{one['sessionId']} had crashed; released: {released}"
 
 
-async def mission_resume(queue: Queue, file: Path, runtime: str, forced: bool) -> dict[str, Any]:
-    """Clean up after a session that died, and say where to go on; refuses HELD while it lives."""
+@operation("mission resume", local=True)
+async def mission_resume(
+    queue: Queue, *, path: str | None = None, runtime: str | None = None, clean_lock: bool = False
+) -> HandOver:
+    """Clean up after a session that died, then like continue.
+
+    Example: mosaic-queue mission resume
+    """
+    file = mission_file(path)
     await standing(queue, file)  # what would stop us stops us before the lock is broken
     with registry(file.parent):
-        lock, dead = unlocked(read_mission(file), forced)
-    answer: dict[str, Any] = {"lock": named(lock)} if lock else {}
+        lock, dead = unlocked(read_mission(file), clean_lock)
+    answer: HandOver = {"lock": named(lock)} if lock else {}
     answer["cleaned"] = await cleaned(queue, file, dead)
-    return answer | await mission_continue(queue, file, runtime)
+    return answer | await mission_continue(queue, path=path, runtime=runtime)
 
 
 def launcher_of(runtime: str) -> Sequence[str]:
@@ -6926,50 +7376,62 @@ def launcher_of(runtime: str) -> Sequence[str]:
     return RUNTIMES[runtime]
 
 
+@operation("mission run", local=True)
 async def mission_run(
-    config: Config, file: Path, runtime: str, command: Sequence[str], unsafe: bool, **how: Any
+    queue: Queue,
+    command: Sequence[str] = (),
+    *,
+    path: str | None = None,
+    runtime: str | None = None,
+    lane: str | None = None,
+    wait: int = 0,
+    ttl: int | None = None,
+    loop: bool = False,
 ) -> int:
-    """`run` for the tasks of a mission, as a session of it: nobody else runs it meanwhile.
+    """Run a command for the next task of the mission, alone; default: mosaic claude.
 
-    Without a command the runtime gets the hand-over text.  The exit status is that of `run`.
+    Without a command the runtime gets the hand-over text.
+
+    Example: mosaic-queue mission run --loop -- ./work.sh
     """
-    config.set("agent", runner_name(config), config.source("agent"))
+    file, runtime = mission_file(path), chosen_runtime(runtime)
+    queue.agent = runner_name(queue.config)
+    queue.config.set("agent", queue.agent, queue.config.source("agent"))
     launcher = () if command else launcher_of(runtime)
-    async with Queue(config, unsafe=unsafe) as queue:
-        await sync_board(queue, file)
-        now, began, reason = await standing(queue, file), time.monotonic(), "error"
-        facts: dict[str, Any] = {"runtime": runtime, "agent": queue.agent, "started_at": stamp()}
-        facts |= {"pid": os.getpid(), "host": socket.gethostname()}
-        facts["process_began"] = process_began(os.getpid())
-        if current := now.current():
-            facts["milestone_id"] = current.text("id")
-        own, dead = begin(file, facts)
+    await sync_board(queue, file)
+    now, began, reason = await standing(queue, file), time.monotonic(), "error"
+    facts: dict[str, Any] = {"runtime": runtime, "agent": queue.agent, "started_at": stamp()}
+    facts |= {"pid": os.getpid(), "host": socket.gethostname()}
+    facts["process_began"] = process_began(os.getpid())
+    if current := now.current():
+        facts["milestone_id"] = current.text("id")
+    own, dead = begin(file, facts)
 
-        @contextlib.asynccontextmanager
-        async def around(task: Task) -> AsyncIterator[Sequence[str]]:
-            try:
-                now = await written(queue, file, runtime, task["taskId"])
-                text = "" if command else await hand_over(queue, now)
-            except Refused as problem:
-                await queue.release(task["id"], fence=task["fence"], reason=problem.message)
-                raise
-            yield command or (*launcher, text)
-
+    @contextlib.asynccontextmanager
+    async def around(task: Task) -> AsyncIterator[Sequence[str]]:
         try:
-            for one in await cleaned(queue, file, dead):
-                print(f"mosaic-queue: {cleaned_line(one)}", file=sys.stderr)
-            how |= {"mission": now.called, "around": around}
-            status = await run_commands(config, command, unsafe=unsafe, **how)
-            reason = ENDS.get(status, "interrupted")
-            await written(queue, file, runtime)
-            return status
-        finally:
-            end(file, own, ended_reason=reason, duration=round(time.monotonic() - began))
+            now = await written(queue, file, runtime, task["taskId"])
+            text = "" if command else await hand_over(queue, now)
+        except Refused as problem:
+            await queue.release(task["id"], fence=task["fence"], reason=problem.message)
+            raise
+        yield command or (*launcher, text)
+
+    try:
+        for one in await cleaned(queue, file, dead):
+            print(f"mosaic-queue: {cleaned_line(one)}", file=sys.stderr)
+        how = (now.called, lane, wait, ttl, loop, around)
+        status = await run_commands(queue, command, *how)
+        reason = ENDS.get(status, "interrupted")
+        await written(queue, file, runtime)
+        return status
+    finally:
+        end(file, own, ended_reason=reason, duration=round(time.monotonic() - began))
 
 
 # ==== SURFACES ===============================================================================
 #
-# What the surfaces share.
+# How the results of the queue read.  What other chapters answer, they render themselves.
 
 
 def event_line(event: Event) -> str:
@@ -6979,6 +7441,161 @@ def event_line(event: Event) -> str:
     text = event.get("text", "").replace("\n", " ")
     who = f"{event['project']}/{event['task']} {event['op']}"
     return f"{event['rev']:>6} {at} {who}: {moved} by {event['agent']} {text}".rstrip()
+
+
+def ago(at: float) -> str:
+    """How long ago a moment was (ms since the epoch)."""
+    return lasting(time.time() - at / 1000)
+
+
+def facts_text(result: Mapping[str, Any]) -> str:
+    """A line for each field that says something, those of a task in its order."""
+    places = {key: place for place, key in enumerate(Task.__annotations__)}
+    lines = []
+    for key in sorted(result, key=lambda key: places.get(key, len(places))):
+        value = result[key]
+        if key in ("project", "taskId") and "id" in result:
+            continue
+        if value in ([], {}) and key in places:
+            continue
+        if key.endswith("At") or key == "notBefore":
+            value = moment(value)
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value)) or "nothing"
+        elif isinstance(value, dict):
+            value = json.dumps(value, ensure_ascii=False)
+        text = "\n".join(printable(line) for line in str(value).split("\n"))
+        lines.append(f"{key + ':':<16} {text}")
+    return "\n".join(lines)
+
+
+@renders(TaskList)
+def task_table(page: TaskList) -> str:
+    """A page of tasks, and what it does not show."""
+    rows = [
+        (
+            task["id"],
+            task["status"],
+            task.get("priority", ""),
+            task.get("lane", ""),
+            task.get("claimedBy", ""),
+            ago(task["createdAt"]) if "createdAt" in task else "",
+            task.get("title", ""),
+        )
+        for task in page["tasks"]
+    ]
+    total = f" of {page['total']}" if "total" in page else ""
+    shown = f"{len(rows)}{total} tasks"
+    if "cursor" in page:
+        shown += f"; more: --cursor {page['cursor']}"
+    head = ("ID", "STATUS", "PRIORITY", "LANE", "HOLDER", "AGE", "TITLE")
+    return table(head, rows) + "\n" + shown if rows else shown
+
+
+@renders(Batch)
+def batch_text(answer: Batch) -> str:
+    """What became of several tasks, a line for each."""
+    return lines_of([f"{one['id']} {one['status']}" for one in answer["tasks"]] or ["0 tasks"])
+
+
+@renders(Offer, status=lambda offer: 0 if offer["tasks"] else 5)
+def offer_text(offer: Offer) -> str:
+    """The task that was found, or why there is none."""
+    return facts_text(offer["tasks"][0]) if offer["tasks"] else lines_of([offer["why"]])
+
+
+@renders(EventList)
+def events_text(answer: EventList) -> str:
+    """A line for each change."""
+    return lines_of([*map(event_line, answer["events"])] or ["nothing has happened"])
+
+
+@renders(Explanation)
+def explanation_text(answer: Explanation) -> str:
+    """Why something does not move, what to do, and what happened last."""
+    todo = [f"-> {step}" for step in answer["todo"]]
+    return lines_of([*answer["why"], *todo, *map(event_line, answer["events"])])
+
+
+@renders(
+    Findings, status=lambda answer: 7 if answer["findings"] and "repaired" not in answer else 0
+)
+def findings_text(answer: Findings) -> str:
+    """What does not hold, and what to do about it."""
+    fixed = f", {answer['repaired']} repaired" if "repaired" in answer else ""
+    faults = f"findings: {len(answer['findings'])}, tasks: {answer['checked']}{fixed}"
+    todo = ["-> mosaic-queue repair"] if answer["findings"] and not fixed else []
+    return lines_of([*answer["findings"], faults, *todo])
+
+
+@renders(AgentList)
+def agents_text(answer: AgentList) -> str:
+    """Who holds what."""
+    holders = [
+        (
+            one["agent"],
+            ", ".join(task["id"] for task in one["tasks"]),
+            ago(min(task["claimedAt"] for task in one["tasks"])),
+            ago(one["lastHeard"]),
+            one.get("note", ""),
+        )
+        for one in answer["agents"]
+    ]
+    columns = ("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE")
+    return table(columns, holders) if holders else "nobody holds a task"
+
+
+def project_lines(one: ProjectStatus) -> list[str]:
+    """What is to be said of a project."""
+    counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
+    lines = [f"project {one['project']}: {counts or 'no tasks'}"]
+    if "pausedAt" in one:
+        lines.append("  paused since " + moment(one["pausedAt"]))
+    for lane in one["lanes"]:
+        if lane["ready"] or lane["held"] or "maxConcurrent" in lane:
+            most = f" of {lane['maxConcurrent']}" if "maxConcurrent" in lane else ""
+            lines.append(f"  lane {lane['lane']}: {lane['ready']} ready, {lane['held']}{most} held")
+    if "oldestReady" in one:
+        waits = lasting((one["now"] - one["oldestReadySince"]) / 1000)
+        lines.append(f"  oldest ready: {one['oldestReady']}, {waits}")
+    for task in one["expiring"]:
+        ends = moment(task["leaseExpiresAt"])
+        lines.append(f"  lease about to end: {task['taskId']} of {task['claimedBy']}, {ends}")
+    if one["tasks"]["failed"]:
+        lines.append(f"  dead letters: {one['tasks']['failed']} (list --status failed)")
+    for follower in one["followers"]:
+        heard = lasting((one["now"] - follower["lastHeard"]) / 1000)
+        behind = f"{follower['lag']} changes behind, last heard of {heard} ago"
+        lines.append(f"  follower {follower['follower']}: {behind}")
+    if not one.get("captures", True):
+        lines.append("  openbrain.autoCapture is on, and no monitor runs that captures")
+        lines.append("  -> mosaic-queue monitor")
+    if one["policy"]["differs"]:
+        differs = ", ".join(one["policy"]["differs"])
+        lines.append(f"  policy differs from the local configuration: {differs}")
+        lines.append(f"  -> mosaic-queue policy --project {one['project']} --apply")
+    return lines
+
+
+@renders(QueueStatus)
+def status_text(answer: QueueStatus) -> str:
+    """The server, and each project."""
+    server = answer["server"]
+    lines = [
+        f"{server['version']} ({server['backend']}) at {server['address']}, "
+        f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
+    ]
+    for one in answer["projects"]:
+        lines += ["", *project_lines(one)]
+    return lines_of(lines)
+
+
+RENDERINGS[str] = Rendering(lambda text: lines_of(text.rstrip("\n").split("\n")))
+
+
+def for_people(kind: Any, result: Any) -> str:
+    """A result of a type as people read it."""
+    return RENDERINGS.get(kind, Rendering(facts_text)).text(result)
 
 
 # ==== MCP ====================================================================================
@@ -6999,26 +7616,23 @@ After a compaction, queue_list with agent "me" shows what you hold."""
 
 JSON_TYPES: dict[str, dict[str, Any]] = {
     "int": {"type": "integer"},
+    "duration": {"type": "integer"},
     "bool": {"type": "boolean"},
     "json": {"type": "object"},
     "ids": {"type": "array", "items": {"type": "string"}},
     "words": {"type": "array", "items": {"type": "string"}},
 }
+TOOL_SETS = ("default", "orchestrator")
+ARGUMENTS["tools"] = Argument("word", "default or orchestrator", words=TOOL_SETS)
 MCP_WAIT = 25  # s; clients give up on a tool after 60
 PROGRESS_EVERY = 5  # s
-
-
-def parameters(of: Operation) -> dict[str, Any]:
-    """The parameters of an operation, by name, without the queue."""
-    _queue, *rest = of.signature.parameters
-    return {name: of.signature.parameters[name] for name in rest}
 
 
 def input_schema(of: Operation, config: Config) -> dict[str, Any]:
     """The JSON Schema of a tool's arguments; a configured project or mission is not required."""
     properties: dict[str, Any] = {}
     required = []
-    for name, parameter in parameters(of).items():
+    for name, parameter in of.parameters.items():
         argument = ARGUMENTS[name]
         if not argument.tool:
             continue
@@ -7027,7 +7641,7 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
             schema.get("items", schema)["enum"] = list(argument.words)
         if name == "wait":
             schema["maximum"] = MCP_WAIT
-        if argument.kind in ("int", "bool", "ids"):
+        if argument.kind in ("int", "duration", "bool", "ids"):
             schema["description"] = argument.help
         properties[camel(name)] = schema
         optional = name in ("project", "mission") and config[name]
@@ -7043,7 +7657,7 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
 
 def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The arguments of a tool call as those of the method; refuses unknown and missing ones."""
-    names = {camel(name): name for name in parameters(of) if ARGUMENTS[name].tool}
+    names = {camel(name): name for name in of.parameters if ARGUMENTS[name].tool}
     if "task" in names and "task" not in given and "taskId" in given:
         # As results call it; models take it for the argument's name.
         given = {"task" if name == "taskId" else name: value for name, value in given.items()}
@@ -7055,13 +7669,7 @@ def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
     arguments = {names[name]: value for name, value in given.items() if value is not None}
     if isinstance(arguments.get("wait"), int) and arguments["wait"] > MCP_WAIT:
         invalid("wait", arguments["wait"], f"0 to {MCP_WAIT}")
-    for name, parameter in parameters(of).items():
-        if parameter.default is parameter.empty and name not in arguments:
-            fallback = config[name] if name in ("project", "mission") else None
-            if fallback is None:
-                raise Refused("INVALID", f"queue_{of.name} needs {camel(name)}")
-            arguments[name] = fallback
-    return arguments
+    return fill_in(of, arguments, config, f"queue_{of.name}", camel)
 
 
 def tool_call(operation: str, arguments: Mapping[str, Any]) -> str:
@@ -7078,7 +7686,7 @@ def offered_operations(tool_set: str) -> list[Operation]:
 def tool_reader(tool_set: str) -> Reader:
     """An agent that has the tools of a set."""
     offers = {
-        of.name: [name for name in parameters(of) if ARGUMENTS[name].tool]
+        of.name: [name for name in of.parameters if ARGUMENTS[name].tool]
         for of in offered_operations(tool_set)
     }
     return Reader(tool_call, offers)
@@ -7087,11 +7695,11 @@ def tool_reader(tool_set: str) -> Reader:
 def as_tool_text(of: Operation, result: Any) -> str:
     """What an agent reads: lines for a list, the task that `next` found or why there is none,
     compact JSON for the rest."""
-    if of.signature.return_annotation == "Offer":
+    if of.result is Offer:
         return compact(for_models(result["tasks"][0])) if result["tasks"] else str(result["why"])
-    if of.signature.return_annotation == "Task":
+    if of.result is Task:
         return compact(for_models(result))
-    if of.signature.return_annotation != "TaskList" or of.name == "redrive":
+    if of.result is not TaskList:
         return compact(result)
     lines = []
     for task in result["tasks"]:
@@ -7159,7 +7767,7 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
         refused = False
         try:
             arguments = tool_arguments(of, call.arguments or {}, queue.config)
-            work = of.function(queue, **arguments)
+            work = of.call(queue, **arguments)
             text = as_tool_text(of, await told_of(context, arguments.get("wait", 0), work))
         except Refused as refusal:
             refusal.reader = queue.reader
@@ -7283,6 +7891,15 @@ def markdown_task(told: Explanation) -> str:
             lines += ["", f"## {name}", "", str(task[name])]
     lines += ["", "## events", "", *(f"- {printable(event_line(one))}" for one in told["events"])]
     return "\n".join(lines)
+
+
+@operation(local=True, group="operators")
+async def mcp(queue: Queue, *, tools: str = "default") -> int:
+    """Serve the queue to an MCP client over stdio.
+
+    Example: claude mcp add mosaic -- mosaic-queue mcp
+    """
+    return await serve_stdio(queue.config, queue.link.unsafe, tools)
 
 
 async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> int:
@@ -7414,6 +8031,14 @@ CLIENTS = {
     ),
     "generic": Client("", ("", ""), "mcpServers", {"type": "stdio"}),
 }  # fmt: skip
+SHELLS = ("bash", "zsh", "fish")
+ARGUMENTS |= {
+    "client": Argument("word", "whose file: " + ", ".join(CLIENTS), words=tuple(CLIENTS)),
+    "write": Argument("bool", "into the file, not to stdout"),
+    "client_file": Argument("path", "default: the client's own, under your HOME"),
+    "server_name": Argument("id", "what the client calls it; default: mosaic"),
+    "shell": Argument("word", ", ".join(SHELLS), words=SHELLS),
+}
 
 
 def own_command() -> list[str]:
@@ -7460,7 +8085,7 @@ def mcp_entry(client: str, config: Config, tools: str, file: str | None) -> dict
     return entry
 
 
-def client_file(client: str, named: str | None) -> Path:
+def file_of_client(client: str, named: str | None) -> Path:
     """The file that a client reads, links followed: the one that is named, else its own."""
     if not named and not CLIENTS[client].file:
         raise Refused(
@@ -7512,26 +8137,41 @@ def replaced(path: Path, before: str, text: str) -> Path | None:
     return backup
 
 
+class ClientEntry(TypedDict, total=False):
+    """What to enter into a client's file; `text` is the whole file, or how it would change."""
+
+    client: str
+    entry: dict[str, Any]
+    text: str
+    file: str
+    written: bool
+    backup: str
+
+
+@operation(local=True, group="operators")
 def mcp_config(
+    queue: Queue,
     client: str,
-    config: Config,
     *,
     write: bool = False,
     dry_run: bool = False,
-    file: str | None = None,
-    name: str = "mosaic",
+    client_file: str | None = None,
+    server_name: str = "mosaic",
     tools: str = "default",
-    config_file: str | None = None,
-) -> dict[str, Any]:
-    """What to enter into a client's file; with `write` it is entered, and with `dry_run` shown as
-    a difference alone."""
-    ARGUMENTS["project"].check("--name", name)
-    entry = mcp_entry(client, config, tools, config_file)
-    answer: dict[str, Any] = {"client": client, "entry": entry}
+) -> ClientEntry:
+    """Print the entry for an MCP client, or write it into the client's file.
+
+    Everything else in the file stays; a backup is made.
+
+    Example: mosaic-queue mcp-config claude --project web --write
+    """
+    name, file = server_name, client_file
+    entry = mcp_entry(client, queue.config, tools, queue.config.file)
+    answer: ClientEntry = {"client": client, "entry": entry}
     if not (write or dry_run):
         path = Path(CLIENTS[client].file or "mcp.json") if not file else Path(file)
         return answer | {"text": merged(client, Path("/nowhere") / path.name, entry, name)[1]}
-    path = client_file(client, file)
+    path = file_of_client(client, file)
     before, text = merged(client, path, entry, name)
     lines = (before.splitlines(keepends=True), text.splitlines(keepends=True))
     answer |= {
@@ -7547,8 +8187,23 @@ def mcp_config(
     return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
 
 
+@renders(ClientEntry)
+def client_entry_text(answer: ClientEntry) -> str:
+    """The text of a client's file; what became of it is told on stderr."""
+    if "file" in answer:
+        state = "not written" if answer["text"] else "unchanged"
+        state = "written" if answer["written"] else state
+        backup = f", backup {answer['backup']}" if "backup" in answer else ""
+        say(f"{answer['file']}: {state}{backup}", sys.stderr)
+    return answer["text"].rstrip("\n")
+
+
+@operation(local=True, reads=True, group="operators")
 async def prime(queue: Queue) -> str:
-    """The text for the start of a session: what the agent holds, what is ready, the loop."""
+    """Print what an agent should know when a session starts.
+
+    Example: mosaic-queue prime --project web
+    """
     agent = mcp_agent(queue.config, minted=False)
     lines = []
     for one in (await status(queue))["projects"]:
@@ -7566,8 +8221,12 @@ async def prime(queue: Queue) -> str:
     return "\n".join([*lines, PRIME])
 
 
-def completion(shell: str) -> str:
-    """The text that a shell reads to complete this program's commands, flags and ids."""
+@operation(local=True, reads=True, group="operators")
+def completion(queue: Queue, shell: str) -> str:
+    """Print what bash, zsh or fish needs to complete commands and ids.
+
+    Example: eval "$(mosaic-queue completion bash)"
+    """
     from argcomplete.shell_integration import shellcode
 
     return str(shellcode(["mosaic-queue", "mosaic-queue.pyz", "mosaic"], shell=shell))
@@ -7596,168 +8255,131 @@ def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence
 
 # ==== COMMAND LINE ===========================================================================
 #
-# One command per operation, made from its signature: what has no default is given by position,
-# or, where the method takes it by name alone, as a flag that is needed.  stdout is data, stderr
-# is for people.
+# Every operation is a command.  Its signature makes the parser, the type of its result says how
+# it is shown and which exit status it stands for.  stdout is data, stderr is for people.
 
-ALSO = {
-    "run": "Run a command for the next task, under a lease that is renewed",
-    "sync": "Bring a TASKS.md and a project in step, both ways",
-    "mission": "Keep a mission and its sessions: init, status, continue, run, resume",
-    "monitor": "Watch all projects: end leases that ran out, assign tasks, keep the record",
-    "export": "Write a project out as JSON lines",
-    "import": "Enter an exported project, which has to be new",
-    "restore": "Make a lost project again from its record",
-    "capture": "Tell OpenBrain a finding, and wait until it has it",
-    "mcp": "Serve the queue to an MCP client over stdio",
-    "mcp-config": "Print the entry for an MCP client, or write it into the client's file",
-    "prime": "Print what an agent should know when a session starts",
-    "completion": "Print what bash, zsh or fish needs to complete commands and ids",
-    "server": "Show or stop the private Valkey",
-    "config": "Show the configuration in force",
-    "version": "Show the version",
+EVERYWHERE = {  # the flags of every command
+    "project": ARGUMENTS["project"].help,
+    "agent": ARGUMENTS["agent"].help,
+    "url": "Valkey or Redis; default: $MOSAIC_VALKEY_URL, config, else a private server",
+    "config": "YAML file; default: ~/.config/mosaic/queue.yaml",
+    "json": "for programs",
+    "unsafe": "use a server that is UNFIT",
 }
-FIRST = ["create", "list", "show", "next", "claim", "start", "heartbeat", "note", "release"]
-FIRST += ["complete", "fail", "status", "explain", "run", "mission"]
+SWITCHES = ("json", "unsafe")  # those of them that take no value
+METAVARS = {  # how a value is shown, by its kind
+    "task": "taskId",
+    "int": "N",
+    "duration": "TIME",
+    "ids": "ID",
+    "json": "JSON",
+    "path": "FILE",
+    "names": "NAMES",
+    "command": "-- CMD ...",
+}
+UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
-def command_name(of: Operation) -> str:
-    """What the command line calls an operation."""
-    return COMMANDS.get(of.name, of.name)
+def command_names() -> list[str]:
+    """What may be typed as a command, in the order of the table."""
+    return [of.command for of in OPERATIONS.values() if " --" not in of.command]
 
 
-def make_parser(prog: str) -> Any:
-    """The argparse parser of all commands."""
+def operation_of(words: Sequence[str]) -> tuple[Operation, list[str]]:
+    """The operation that a command line names, and the words after its name."""
+    commands = {of.command: of for of in OPERATIONS.values()}
+    for size in (1, 2):
+        if of := commands.get(" ".join(words[:size])):
+            return of, list(words[size:])
+    word, names = words[0], command_names()
+    if word.startswith("-"):
+        raise Refused("INVALID", f"the command is missing before {word}", "mosaic-queue --help")
+    if actions := [name.removeprefix(word + " ") for name in names if name.startswith(word + " ")]:
+        said = f"{' '.join(words[:2])} is no command; accepted after {word}: {', '.join(actions)}"
+        raise Refused("INVALID", said, f"mosaic-queue {word} --help")
+    close = difflib.get_close_matches(word, names, 1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    raise Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
+
+
+def variants(of: Operation) -> dict[str, Operation]:
+    """What flags make another operation of a command, as --follow does of events."""
+    head = f"{of.command} "
+    return {
+        one.command.removeprefix(head): one
+        for one in OPERATIONS.values()
+        if one.command.startswith(f"{head}--")
+    }
+
+
+def by_place(name: str, parameter: Any) -> bool:
+    """Whether an argument is given without a flag."""
+    return parameter.kind is not parameter.KEYWORD_ONLY and name != "agent"
+
+
+# ---- parsers ----
+
+
+def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None) -> Any:
+    """The argparse parser of one command."""
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise Refused("INVALID", message, f"{self.prog} --help")
 
-    everywhere = Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    shared = everywhere.add_argument_group("everywhere")
-    completed(shared.add_argument("--project", help=ARGUMENTS["project"].help), "project")
-    shared.add_argument("--agent", help=ARGUMENTS["agent"].help)
-    shared.add_argument(
-        "--url", help="Valkey or Redis; default: $MOSAIC_VALKEY_URL, config, else a private server"
+    about, _, example = of.doc.partition("Example: ")
+    parser = (make or Parser)(
+        prog=f"{prog} {of.command}",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description=about,
+        epilog="example: " + example.replace("mosaic-queue", prog),
     )
-    shared.add_argument("--config", help="YAML file; default: ~/.config/mosaic/queue.yaml")
-    shared.add_argument("--json", action="store_true", help="for programs")
-    shared.add_argument("--unsafe", action="store_true", help="use a server that is UNFIT")
-
-    parser = Parser(prog=prog, allow_abbrev=False, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
-
-    def command(name: str, text: str, example: str = "") -> Any:
-        example = example.replace("mosaic-queue", prog)
-        return commands.add_parser(
-            name,
-            parents=[everywhere],
-            allow_abbrev=False,
-            description=text,
-            epilog=f"example: {example}" if example else None,
-            argument_default=argparse.SUPPRESS,
-        )
-
-    for of in OPERATIONS.values():
-        sub = command(command_name(of), of.summary, of.doc.partition("Example: ")[2])
-        for name, parameter in parameters(of).items():
-            argument = ARGUMENTS[name]
-            options: dict[str, Any] = {"help": argument.help, "dest": name}
-            metavar = {"task": "taskId", "int": "N", "ids": "ID", "json": "JSON"}
-            if argument.kind == "bool":
-                options["action"] = "store_false" if parameter.default is True else "store_true"
-                off = parameter.default is True
-                options["help"] = argument.help.removeprefix("false: ")
-                sub.add_argument(("--no" + flag(name)[1:]) if off else flag(name), **options)
-                continue
-            if argument.kind in ("ids", "words"):
-                options["action"] = "append"
-            by_place = parameter.kind is not parameter.KEYWORD_ONLY
-            if by_place and (name == "task" or parameter.default is parameter.empty):
-                del options["dest"]
-                if of.name == "create" or parameter.default is None:
-                    options["nargs"] = "?"
-                shown = "taskId" if name == "task" else name
-                completed(sub.add_argument(name, metavar=shown, **options), name)
-            elif name not in ("project", "agent"):
-                needed = parameter.default is parameter.empty and of.name != "create"
-                shown = metavar.get(argument.kind, name.upper())
-                completed(
-                    sub.add_argument(flag(name), metavar=shown, required=needed, **options), name
-                )
-        if of.name == "status":
-            sub.add_argument("--watch", action="store_true", help="redraw until you press q")
-        if of.name == "events":
-            sub.add_argument("--follow", action="store_true", help="go on until interrupted")
-        if of.name == "create":
-            sub.add_argument(
-                "--from",
-                dest="source",
-                metavar="FILE",
-                help="JSON lines, one task each; - is standard input",
-            )
-    served = command("mcp", ALSO["mcp"] + ".", "claude mcp add mosaic -- mosaic-queue mcp")
-    tool_set = {"metavar": "SET", "help": "default or orchestrator"}
-    served.add_argument("--tools", **tool_set)
-    entry = command(
-        "mcp-config",
-        ALSO["mcp-config"] + ". Everything else in the file stays; a backup is made.",
-        "mosaic-queue mcp-config claude --project web --write",
-    )
-    entry.add_argument("client", choices=CLIENTS, help="whose file")
-    entry.add_argument("--write", action="store_true", help="into the file, not to stdout")
-    entry.add_argument("--dry-run", action="store_true", help="show what --write would change")
-    entry.add_argument("--file", metavar="FILE", help="default: the client's own, under your HOME")
-    entry.add_argument("--name", metavar="ID", help="what the client calls it; default: mosaic")
-    entry.add_argument("--tools", **tool_set)
-    command("prime", ALSO["prime"] + ".", "mosaic-queue prime --project web")
-    shell = command(
-        "completion",
-        ALSO["completion"] + ".",
-        'eval "$(mosaic-queue completion bash)"',
-    )
-    shell.add_argument("shell", choices=("bash", "zsh", "fish"))
-    watch = command("monitor", ALSO["monitor"] + ".", "mosaic-queue monitor --assign")
-    watch.add_argument("--assign", action="store_true", help="give tasks to the agents that wait")
-    parts = "only these parts, between commas: watchdog, postgres and other followers"
-    watch.add_argument("--only", metavar="PARTS", help=parts)
-    about = ALSO["run"] + ". Exit 0 completes the task, anything else fails it."
-    work = command("run", about, "mosaic-queue run --lane coding --wait 60 --loop -- ./work.sh")
-    work.add_argument("--mission", help=ARGUMENTS["mission"].help)
-    add_run(work)
-    add_mission(command, Parser, everywhere)
-    out = command("export", ALSO["export"] + ".", "mosaic-queue export --project web > web.jsonl")
-    out.add_argument("--output", metavar="FILE", help="default: standard output")
-    enter = command("import", ALSO["import"] + ".", "mosaic-queue import web.jsonl --project web2")
-    enter.add_argument("source", metavar="FILE", help="what export has written")
-    about = ALSO["restore"] + ": Postgres where it is configured, else manifests."
-    back = command("restore", about, "mosaic-queue restore --project web")
-    board = command("sync", ALSO["sync"] + ".", "mosaic-queue sync docs/TASKS.md --project web")
-    board.add_argument("file", metavar="FILE")
-    board.add_argument("--mission", help="mission of its new tasks; default: the Mission: line")
-    board.add_argument("--milestones", action="store_true", help="a mission for each milestone")
-    board.add_argument("--direction", metavar="WAY", help=", ".join(DIRECTIONS))
-    board.add_argument("--dry-run", action="store_true", help="say what it would do")
-    board.add_argument("--check", action="store_true", help="say what differs; 7 if anything does")
-    board.add_argument("--watch", action="store_true", help="go on until interrupted")
-    named = "what export has written, or a folder of manifests"
-    back.add_argument("--as", dest="named", metavar="ID", help="under another name, beside it")
-    back.add_argument("--from", dest="source", metavar="FILE", help=named)
-    tell = command("capture", ALSO["capture"] + ".", "mosaic-queue capture --task T1 it leaks")
-    tell.add_argument("words", nargs="+", metavar="TEXT", help="the finding")
-    tell.add_argument("--task", metavar="taskId", help=ARGUMENTS["task"].help)
-    server = command("server", ALSO["server"] + ".", "mosaic-queue server status")
-    server.add_argument("action", choices=("status", "stop"))
-    about = ALSO["config"] + ", and where each value came from."
-    command("config", about, "mosaic-queue config --json")
-    command("version", ALSO["version"] + ".", "mosaic-queue version")
+    others = variants(of)
+    for name, parameter in of.parameters.items():
+        add_argument(parser, name, parameter, bool(others))
+    for word, other in others.items():
+        for name, parameter in other.parameters.items():
+            if name not in of.parameters:
+                add_argument(parser, name, parameter)
+        if word not in map(flag, other.parameters):
+            parser.add_argument(word, action="store_true", help=other.summary)
+    shared = parser.add_argument_group("everywhere")
+    for name, text in EVERYWHERE.items():
+        if name in SWITCHES:
+            shared.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            complete_by(shared.add_argument(f"--{name}", help=text), name)
     return parser
 
 
-def completed(action: Any, name: str) -> None:
+def add_argument(parser: Any, name: str, parameter: Any, optional: bool = False) -> None:
+    """Add what a parameter of an operation is on the command line."""
+    argument, default = ARGUMENTS[name], parameter.default
+    options: dict[str, Any] = {"help": argument.help}
+    if argument.kind == "bool":
+        word, action = flag(name), "store_true"
+        if default is True:
+            word, action = "--no" + word[1:], "store_false"
+            options["help"] = argument.help.removeprefix("false: ")
+        parser.add_argument(word, dest=name, action=action, **options)
+    elif by_place(name, parameter):
+        options["metavar"] = METAVARS.get(argument.kind, name)
+        if argument.kind in ("command", "text"):
+            options["nargs"] = argparse.REMAINDER if argument.kind == "command" else "+"
+        elif optional or default is not parameter.empty or name in CONFIGURED:
+            options["nargs"] = "?"
+        complete_by(parser.add_argument(name, **options), name)
+    elif name not in EVERYWHERE:
+        options["metavar"] = METAVARS.get(argument.kind, name.upper())
+        if argument.kind in ("ids", "words", "texts"):
+            options["action"] = "append"
+        complete_by(parser.add_argument(flag(name), dest=name, **options), name)
+
+
+def complete_by(action: Any, name: str) -> None:
     """Say how a shell completes an argument: by the words it may be, or by the ids there are."""
-    words = ARGUMENTS[name].words
+    words = ARGUMENTS[name].words if name in ARGUMENTS else ()
     kind = "task" if name == "dependencies" else name
     if words:
         action.completer = lambda **_: words
@@ -7765,68 +8387,113 @@ def completed(action: Any, name: str) -> None:
         action.completer = functools.partial(complete_ids, kind)
 
 
-MISSION_ACTIONS = {
-    "init": "Make .mosaic/orchestrator/mission.json here",
-    "status": "Show milestones, tasks and sessions, and who is at work",
-    "continue": "Print what a new session has to know; writes next-task.json",
-    "run": "Run a command for the next task of the mission, alone; default: mosaic claude",
-    "resume": "Clean up after a session that died, then like continue",
-}
+def offer_completions(prog: str) -> None:
+    """Answer a shell that completes a line, and end the process."""
+    import argcomplete
+
+    root = argparse.ArgumentParser(prog=prog)
+    groups = {"": root.add_subparsers()}
+    typed_words = os.environ.get("COMP_LINE", "").split()
+    for name in command_names():
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = groups[""].add_parser(group).add_subparsers()
+        make = functools.partial(groups[group].add_parser, word)
+        if word in typed_words:
+            make_parser(operation_of(name.split())[0], prog, make)
+        else:
+            make()
+    # Flags are offered to who has typed a hyphen.
+    argcomplete.autocomplete(root, always_complete_options=False)
 
 
-def add_mission(command: Callable[..., Any], parser: Any, everywhere: Any) -> None:
-    """The actions of `mission`, each with its flags."""
-    actions = command("mission", ALSO["mission"] + ".", "mosaic-queue mission status")
-    actions = actions.add_subparsers(dest="action", required=True, parser_class=parser)
-    shared: dict[str, Any] = {"parents": [everywhere], "argument_default": argparse.SUPPRESS}
-    shared["allow_abbrev"] = False
-    for name, text in MISSION_ACTIONS.items():
-        one = actions.add_parser(name, help=text, description=text + ".", **shared)
-        one.add_argument("--path", help="the project's folder; default: found upward from here")
-        if name == "init":
-            one.add_argument("--name", help="default: the folder's")
-            one.add_argument("--id", help="default: the name and the date")
-            one.add_argument("--milestone", action="append", metavar="'ID: NAME'")
-        if name in ("continue", "run", "resume"):
-            one.add_argument("--runtime", choices=tuple(RUNTIMES), help="$MOSAIC_COORD_RUNTIME")
-        if name == "resume":
-            one.add_argument("--clean-lock", action="store_true", help="also of another host")
-        if name == "run":
-            add_run(one)
-
-
-def add_run(parser: Any) -> None:
-    """What `run` and `mission run` take."""
-    for name in ("lane", "wait", "ttl"):
-        parser.add_argument("--" + name, help=ARGUMENTS[name].help)
-    parser.add_argument("--loop", action="store_true", help="until nothing comes within --wait")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="-- CMD ...")
-
-
-def overview(prog: str) -> str:
+def overview(prog: str, group: str = "") -> str:
     """The text of --help: what an agent or a person needs first, then the rest."""
-    rows = {
-        command_name(of): of.summary.partition(". ")[0].rstrip(".") for of in OPERATIONS.values()
-    }
-    rows |= ALSO
-    first = [name for name in FIRST if name in rows]
-    lines = [f"usage: {prog} COMMAND [...]", "", "A task queue for AI agents, kept in Valkey.", ""]
-    for title, names in (("commands", first), ("operators", [n for n in rows if n not in first])):
-        lines += [f"{title}:", *(f"  {name:<10} {rows[name]}" for name in names), ""]
+    lines = [f"usage: {prog} {group or 'COMMAND'} [...]", ""]
+    lines += ["A task queue for AI agents, kept in Valkey.", ""] * (not group)
+    titles = {"agents": "commands", "operators": "operators"}
+    chosen = [OPERATIONS[name] for name in OPERATIONS if " --" not in OPERATIONS[name].command]
+    chosen = [of for of in chosen if of.command.startswith(group)]
+    for one, title in titles.items():
+        rows = [of for of in chosen if of.group == one]
+        if rows:
+            lines += [f"{title}:", *(overview_row(of) for of in rows), ""]
     lines += [f"{prog} COMMAND --help shows its arguments and an example."]
     return "\n".join(lines)
 
 
-def typed(name: str, value: Any) -> Any:
-    """What a command line gives as text, as the value it stands for; ARGUMENTS checks it."""
-    kind = ARGUMENTS[name].kind if name in ARGUMENTS else ""
-    if kind == "int" and isinstance(value, str) and re.fullmatch(r"\d{1,15}", value):
-        return int(value)
-    if kind == "json" and isinstance(value, str):
-        with contextlib.suppress(ValueError, RecursionError):
-            loaded = json.loads(value)
-            return value if loaded is None else loaded
-    return value
+def overview_row(of: Operation) -> str:
+    """A command and its first sentence, in 80 columns."""
+    text = of.summary.partition(". ")[0].rstrip(".")
+    return textwrap.fill(
+        text, 80, initial_indent=f"  {of.command:<17} ", subsequent_indent=" " * 20
+    )
+
+
+# ---- values ----
+
+
+def seconds_of(text: str) -> Any:
+    """A length of time as seconds: 90, 30m, 1h; what is none stays as it is."""
+    found = re.fullmatch(r"(\d{1,15})([a-z]*)", text)
+    return int(found[1]) * UNITS[found[2]] if found and found[2] in UNITS else text
+
+
+def object_of(text: str) -> Any:
+    """JSON as the value it stands for; what is none stays as it is."""
+    with contextlib.suppress(ValueError, RecursionError):
+        loaded = json.loads(text)
+        return text if loaded is None else loaded
+    return text
+
+
+READERS: dict[str, Callable[[Any], Any]] = {  # of what is text on a command line only
+    "int": lambda text: int(text) if re.fullmatch(r"\d{1,15}", text) else text,
+    "duration": seconds_of,
+    "json": object_of,
+    "names": lambda text: [name for name in text.split(",") if name],
+    "text": lambda text: " ".join(text) if isinstance(text, list) else text,
+    "command": lambda words: words[1:] if words[:1] == ["--"] else words,
+}
+
+
+def read_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """What a command line gives, as the arguments of its operation, which checks them."""
+    for name in given:
+        if name not in of.parameters:
+            word = flag(name) if name in ARGUMENTS else f"--{name}"
+            raise Refused("INVALID", f"{word} does not go with {of.command}", "leave one out")
+    read = {
+        name: READERS.get(ARGUMENTS[name].kind, lambda value: value)(value)
+        for name, value in given.items()
+    }
+
+    def spell(name: str) -> str:
+        shown = METAVARS.get(ARGUMENTS[name].kind, name)
+        return shown if by_place(name, of.parameters[name]) else flag(name)
+
+    return fill_in(of, read, config, of.command.partition(" --")[0], spell)
+
+
+# ---- what only a command line has ----
+
+ARGUMENTS["lines"] = Argument("path", "JSON lines, one task each; - is standard input")
+WATCH_EVERY = 2.0  # s
+
+
+@operation("create --from", local=True)
+def create_from(
+    queue: Queue, project: str | None = None, mission: str | None = None, *, lines: str
+) -> Awaitable[Batch]:
+    """Enter the tasks of a file, 200 at a time.
+
+    Example: mosaic-queue create web launch --from tasks.jsonl
+    """
+    named = {"project": project or queue.config["project"]}
+    named["mission"] = mission or queue.config["mission"]
+    defaults = cast(NewTask, {key: value for key, value in named.items() if value})
+    # Before the event loop runs: it would keep Ctrl-C from a read that blocks.
+    return create_groups(queue, tasks_of(lines, defaults))
 
 
 def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
@@ -7858,319 +8525,50 @@ def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
     return groups
 
 
-async def create_from(queue: Queue, groups: Mapping[str, Sequence[NewTask]]) -> TaskList:
+async def create_groups(queue: Queue, groups: Mapping[str, Sequence[NewTask]]) -> Batch:
     """Create tasks in groups of one project and BATCH tasks at most, each all or none."""
-    answer: TaskList = {"tasks": []}
+    answer: Batch = {"tasks": []}
     total = sum(map(len, groups.values()))
     for project, tasks in groups.items():
         for at in range(0, len(tasks), BATCH):
             answer["tasks"] += await queue.create_all(tasks[at : at + BATCH], project=project)
             if total > BATCH:
-                print(f"created {len(answer['tasks'])} of {total}", file=sys.stderr)
+                say(f"created {len(answer['tasks'])} of {total}", sys.stderr)
     return answer
 
 
-async def run_operation(
-    of: Operation, arguments: dict[str, Any], config: Config, unsafe: bool
-) -> Any:
-    """Call the operation that a command stands for."""
-    async with Queue(config, unsafe=unsafe) as queue:
-        if of.name == "assign" and not arguments.get("agent"):
-            arguments["agent"] = queue.agent
-            if not queue.agent:
-                raise Refused("INVALID", "assign needs --agent", "mosaic-queue assign --help")
-        if of.name != "create":
-            if "project" in parameters(of):
-                arguments["project"] = arguments.get("project")
-            return await of.function(queue, **arguments)
-        if "groups" in arguments:
-            return await create_from(queue, arguments["groups"])
-        for name in ("project", "mission"):
-            arguments.setdefault(name, config[name])
-        for name in ("project", "mission", "task", "title"):
-            if arguments.get(name) is None:
-                shown = "--title" if name == "title" else "taskId" if name == "task" else name
-                raise Refused("INVALID", f"create needs {shown}", "mosaic-queue create --help")
-        return await queue.create(**arguments)
+@operation("events --follow", local=True, reads=True, group="operators")
+async def follow_events(
+    queue: Queue, *, project: str | None = None, task: str | None = None, since: int | None = None
+) -> AsyncIterator[EventList]:
+    """Show every change as it happens, until it is stopped.
+
+    Example: mosaic-queue events --project web --follow
+    """
+    if not (project or task or queue.config["project"]):
+        hint = "name it: mosaic-queue events --project P --follow"
+        raise Refused("INVALID", "--follow needs a project", hint)
+    page = await queue.events(project=project, task=task, since=since)
+    while True:
+        if page["events"]:
+            yield page
+        since = page.get("since", since)
+        try:
+            page = await queue.events(project=project, task=task, since=since, wait=60, limit=1000)
+        except Refused as problem:
+            if not problem.passes:
+                raise
+            log_fault(problem)
+            page = {"events": []}
+            await asyncio.sleep(1)  # whoever follows goes on where it was
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns for a person; the last one is cut to the terminal's width."""
-    cells = [head, *([printable(cell) for cell in row] for row in rows)]
-    widths = [max(width(row[i]) for row in cells) for i in range(len(head))]
-    room = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
-    lines = []
-    for row in cells:
-        line = "  ".join(
-            c + " " * (w - width(c)) for c, w in zip(row, widths, strict=True)
-        ).rstrip()
-        lines.append(fitted(line, room))
-    return "\n".join(lines)
+@operation("status --watch", local=True, reads=True)
+async def watch_status(queue: Queue, *, project: str | None = None) -> None:
+    """Status, agents and last events on a terminal, redrawn until you press q.
 
-
-def fitted(line: str, room: int) -> str:
-    """A line cut to the columns there are."""
-    while width(line) > room:
-        line = line[: room - width(line) - 1] + "…" if len(line) > 1 else ""
-    return line
-
-
-def human(name: str, result: Any) -> str:
-    """The result of a command for a person."""
-    now = time.time() * 1000
-    if name == "create" and "tasks" in result:
-        made = [f"{task['id']} {task['status']}" for task in result["tasks"]]
-        return lines_of(made or ["0 tasks"])
-    if name == "list":
-        rows = [
-            (
-                task["id"],
-                task["status"],
-                task.get("priority", ""),
-                task.get("lane", ""),
-                task.get("claimedBy", ""),
-                lasting((now - task["createdAt"]) / 1000) if "createdAt" in task else "",
-                task.get("title", ""),
-            )
-            for task in result["tasks"]
-        ]
-        shown = (
-            f"{len(rows)} of {result['total']} tasks" if "total" in result else f"{len(rows)} tasks"
-        )
-        if "cursor" in result:
-            shown += f"; more: --cursor {result['cursor']}"
-        if not rows:
-            return shown
-        head = ("ID", "STATUS", "PRIORITY", "LANE", "HOLDER", "AGE", "TITLE")
-        return table(head, rows) + "\n" + shown
-    if name == "status":
-        return human_status(result, now)
-    if name in ("next", "assign"):
-        return human("get", result["tasks"][0]) if result["tasks"] else result["why"]
-    if name == "redrive":
-        again = [f"{task['id']} {task['status']}" for task in result["tasks"]]
-        return lines_of(again or ["there are no dead letters"])
-    if name == "events":
-        return lines_of([*map(event_line, result["events"])] or ["nothing has happened"])
-    if name == "explain":
-        todo = [f"-> {step}" for step in result["todo"]]
-        return lines_of([*result["why"], *todo, *map(event_line, result["events"])])
-    if name in ("doctor", "repair"):
-        fixed = f", {result['repaired']} repaired" if "repaired" in result else ""
-        faults = f"findings: {len(result['findings'])}, tasks: {result['checked']}{fixed}"
-        todo = ["-> mosaic-queue repair"] if result["findings"] and not fixed else []
-        return lines_of([*result["findings"], faults, *todo])
-    if name == "agents":
-        holders = [
-            (
-                one["agent"],
-                ", ".join(task["id"] for task in one["tasks"]),
-                lasting((now - min(task["claimedAt"] for task in one["tasks"])) / 1000),
-                lasting((now - one["lastHeard"]) / 1000),
-                one.get("note", ""),
-            )
-            for one in result["agents"]
-        ]
-        columns = ("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE")
-        return table(columns, holders) if holders else "nobody holds a task"
-    places = {key: place for place, key in enumerate(Task.__annotations__)}
-    lines = []
-    for key in sorted(result, key=lambda key: places.get(key, len(places))):
-        value = result[key]
-        if key in ("project", "taskId") and "id" in result:
-            continue
-        if value in ([], {}) and key in places:
-            continue
-        if key.endswith("At") or key == "notBefore":
-            value = moment(value)
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value)) or "nothing"
-        elif isinstance(value, dict):
-            value = json.dumps(value, ensure_ascii=False)
-        text = "\n".join(printable(line) for line in str(value).split("\n"))
-        lines.append(f"{key + ':':<16} {text}")
-    return "\n".join(lines)
-
-
-def human_status(result: QueueStatus, now: float) -> str:
-    """The answer of `status` for a person."""
-    server = result["server"]
-    lines = [
-        f"{server['version']} ({server['backend']}) at {server['address']}, "
-        f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
-    ]
-    for one in result["projects"]:
-        counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
-        lines += ["", f"project {one['project']}: {counts or 'no tasks'}"]
-        if "pausedAt" in one:
-            lines.append("  paused since " + moment(one["pausedAt"]))
-        for lane in one["lanes"]:
-            if lane["ready"] or lane["held"] or "maxConcurrent" in lane:
-                most = f" of {lane['maxConcurrent']}" if "maxConcurrent" in lane else ""
-                lines.append(
-                    f"  lane {lane['lane']}: {lane['ready']} ready, {lane['held']}{most} held"
-                )
-        if "oldestReady" in one:
-            waits = lasting((one["now"] - one["oldestReadySince"]) / 1000)
-            lines.append(f"  oldest ready: {one['oldestReady']}, {waits}")
-        for task in one["expiring"]:
-            ends = moment(task["leaseExpiresAt"])
-            lines.append(f"  lease about to end: {task['taskId']} of {task['claimedBy']}, {ends}")
-        if one["tasks"]["failed"]:
-            lines.append(f"  dead letters: {one['tasks']['failed']} (list --status failed)")
-        for follower in one["followers"]:
-            heard = lasting((one["now"] - follower["lastHeard"]) / 1000)
-            behind = f"{follower['lag']} changes behind, last heard of {heard} ago"
-            lines.append(f"  follower {follower['follower']}: {behind}")
-        if not one.get("captures", True):
-            lines.append("  openbrain.autoCapture is on, and no monitor runs that captures")
-            lines.append("  -> mosaic-queue monitor")
-        if one["policy"]["differs"]:
-            differs = ", ".join(one["policy"]["differs"])
-            lines.append(f"  policy differs from the local configuration: {differs}")
-            lines.append(f"  -> mosaic-queue policy --project {one['project']} --apply")
-    return "\n".join(lines)
-
-
-def human_mission(result: Mapping[str, Any]) -> str:
-    """The answer of a `mission` command for a person."""
-    if "text" in result:
-        lines = [f"removed the lock of {result['lock']}"] if "lock" in result else []
-        lines += [cleaned_line(one) for one in result.get("cleaned", ())]
-        return lines_of(lines + [""] * bool(lines) + result["text"].splitlines())
-    if "milestones" not in result:
-        return lines_of([f"mission {result['id']}: {result['file']}"])
-    lines = [f"mission {result['id']}: {result['name']}", f"file: {result['file']}"]
-    lines += [f"tasks: {progress(result)}", "nobody is at work"]
-    if lock := result.get("lock"):
-        clean = f" ({lock['state']}): mosaic-queue mission resume"
-        lines[-1] = f"at work: {lock['who']}{clean if lock['state'] != 'alive' else ''}"
-    rows = []
-    for one in result["milestones"]:
-        done = (f"{one['completed']} of {one['total']}", f"{one['percent']} %")
-        rows.append((one["id"] + " *" * one["current"], one["status"], *done, one["name"]))
-    keys = ("sessionId", "runtime", "startedAt", "duration", "endedReason", "lastTask")
-    past = [tuple(str(one.get(key, "-")) for key in keys) for one in result["sessions"][-10:]]
-    text = lines_of(lines)
-    if rows:
-        text += "\n\n" + table(("MILESTONE", "STATUS", "TASKS", "DONE", "NAME"), rows)
-    if past:
-        head = ("SESSION", "RUNTIME", "STARTED", "SECONDS", "ENDED", "LAST TASK")
-        text += "\n\n" + table(head, past)
-    return text
-
-
-def as_json(name: str, result: Any) -> str:
-    """The envelope for programs: the same for one task and for many."""
-    of = OPERATIONS.get(name)
-    if of and of.signature.return_annotation == "Task" and "tasks" not in result:
-        result = {"tasks": [result]}
-    return json.dumps({"v": 1, **result}, ensure_ascii=False)
-
-
-def run(arguments: dict[str, Any], prog: str) -> int:
-    """Carry out a parsed command line; its exit status."""
-    command = arguments.pop("command")
-    if command == "version":
-        print(f"mosaic-queue {__version__} (Python {sys.version.split()[0]})")
-        return 0
-    in_json, unsafe = arguments.pop("json", False), arguments.pop("unsafe", False)
-    of = {command_name(of): of for of in OPERATIONS.values()}.get(command)
-    flags = {"redis.url": arguments.pop("url", None)}
-    path = arguments.pop("config", None)
-    if of is None or "agent" not in parameters(of):
-        flags["agent"] = arguments.pop("agent", None)
-    if of is None:
-        flags["project"] = arguments.pop("project", None)
-    start = Path(arguments["path"]) if command == "mission" and "path" in arguments else None
-    config = load_config(path, flags, start=start)
-    for name in ("project", "agent"):
-        if config[name] is not None:
-            ARGUMENTS[name].check(f"{name} ({config.source(name)})", config[name])
-    if of is not None:
-        if arguments.pop("watch", False):
-            return watch_status(config, arguments.get("project"), unsafe)
-        follow = arguments.pop("follow", False)
-        if follow and not (arguments.get("project") or arguments.get("task") or config["project"]):
-            hint = "name it: mosaic-queue events --project P --follow"
-            raise Refused("INVALID", "--follow needs a project", hint)
-        given = {name: typed(name, value) for name, value in arguments.items()}
-        if "source" in given:
-            # Before the event loop runs: it would keep Ctrl-C from a read that blocks.
-            named = {key: given.get(key) or config[key] for key in ("project", "mission")}
-            defaults = cast(NewTask, {key: value for key, value in named.items() if value})
-            given = {"groups": tasks_of(given["source"], defaults)}
-        while True:
-            try:
-                result = asyncio.run(run_operation(of, dict(given), config, unsafe))
-            except Refused as problem:
-                if not (follow and "since" in given and problem.passes):
-                    raise
-                log_fault(problem)
-                time.sleep(1)  # whoever follows goes on where it was
-                continue
-            shown = as_json(of.name, result) if in_json else human(of.name, result)
-            if not follow or result["events"]:
-                print(shown, flush=follow)
-            if not follow:
-                break
-            given |= {"since": result.get("since", 0), "wait": 60, "limit": 1000}
-        if of.name in ("next", "assign") and not result["tasks"]:
-            return 5
-        return 7 if of.name == "doctor" and result["findings"] else 0
-    if command == "mcp":
-        tools = arguments.get("tools", "default")
-        if tools not in ("default", "orchestrator"):
-            invalid("--tools", tools, "default, orchestrator")
-        return anyio.run(functools.partial(serve_stdio, config, unsafe, tools))
-    if command == "monitor":
-        only = [name for name in arguments.get("only", "").split(",") if name]
-        asyncio.run(until_stopped(monitor(config, arguments.get("assign", False), unsafe, only)))
-    elif command == "sync":
-        return run_sync(arguments, config, unsafe, in_json)
-    elif command == "run":
-        return run_from(arguments, config, unsafe)
-    elif command == "mcp-config":
-        client = arguments.pop("client")
-        told = mcp_config(client, config, config_file=path, **arguments)
-        print(json.dumps({"v": 1, **told}) if in_json else told["text"].rstrip("\n"))
-        if not in_json and "file" in told:
-            state = "written" if told["written"] else "not written" if told["text"] else "unchanged"
-            backup = f", backup {told['backup']}" if "backup" in told else ""
-            print(f"{told['file']}: {state}{backup}", file=sys.stderr)
-    elif command == "prime":
-        print(asyncio.run(with_queue(config, unsafe, prime)))
-    elif command == "completion":
-        print(completion(arguments["shell"]))
-    elif command == "mission":
-        return run_mission(arguments, config, in_json, unsafe)
-    elif command in ("export", "import", "restore"):
-        print_moved(command, arguments, config, unsafe, in_json)
-    elif command == "capture":
-        text, task = " ".join(arguments["words"]), arguments.get("task")
-        got = asyncio.run(capture(config, unsafe, text, task))
-        print(json.dumps({"v": 1, **got}) if in_json else lines_of([got["id"] or "captured"]))
-    elif command == "config":
-        keys = config.shown()
-        rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in keys.items()]
-        head = ("KEY", "VALUE", "FROM")
-        print(json.dumps({"v": 1, "config": keys}) if in_json else table(head, rows))
-    elif command == "server":
-        return run_server(arguments["action"], in_json)
-    return 0
-
-
-async def with_queue(config: Config, unsafe: bool, work: Callable[[Queue], Awaitable[R]]) -> R:
-    """Do some work with a queue that is closed afterwards."""
-    async with Queue(config, unsafe=unsafe) as queue:
-        return await work(queue)
-
-
-WATCH_EVERY = 2.0  # s
-
-
-def watch_status(config: Config, project: str | None, unsafe: bool) -> int:
-    """Status, agents and last events on a terminal, redrawn until q."""
+    Example: mosaic-queue status --watch
+    """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         hint = "for programs: mosaic-queue status --json, mosaic-queue events --follow"
         raise Refused("INVALID", "--watch needs a terminal", hint)
@@ -8180,7 +8578,7 @@ def watch_status(config: Config, project: str | None, unsafe: bool) -> int:
         if set(os.read(0, 64)) & set(b"qQ\x04"):
             quits.set()
 
-    async def watch(queue: Queue) -> None:
+    async def watch() -> None:
         asyncio.get_running_loop().add_reader(0, pressed)
         while not quits.is_set():
             draw(await dashboard(queue, project))
@@ -8192,20 +8590,18 @@ def watch_status(config: Config, project: str | None, unsafe: bool) -> int:
     try:
         tty.setcbreak(0)
         sys.stdout.write("\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
-        asyncio.run(until_stopped(with_queue(config, unsafe, watch)))
+        await until_stopped(watch())
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
-    return 0
 
 
 async def dashboard(queue: Queue, project: str | None) -> str:
     """What a supervisor wants to see at once, or why it cannot be seen."""
     try:
-        now = time.time() * 1000
-        parts = [human_status(await status(queue, project=project), now)]
-        parts.append(human("agents", await agents(queue, project=project)))
-        parts.append(human("events", await queue.events(project=project, limit=8)))
+        parts = [status_text(await status(queue, project=project))]
+        parts.append(agents_text(await agents(queue, project=project)))
+        parts.append(events_text(await queue.events(project=project, limit=8)))
     except Refused as problem:
         parts = [f"{problem.code}: {problem.message}", problem.hint]
     return "\n\n".join([*parts, "q quits"])
@@ -8221,182 +8617,190 @@ def draw(text: str) -> None:
     sys.stdout.flush()
 
 
-async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
-    """Do the work until SIGTERM or SIGINT ends it cleanly."""
-    task = asyncio.create_task(work)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+class PrivateState(TypedDict, total=False):
+    """The private Valkey; `stopped` says whether there was one to stop."""
+
+    folder: str
+    socket: str
+    running: bool
+    stopped: bool
+    pid: int
 
 
-def run_from(arguments: dict[str, Any], config: Config, unsafe: bool) -> int:
-    """The command `run`."""
-    words, given = run_arguments(arguments)
-    if not words:
-        raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
-    return asyncio.run(run_commands(config, words, unsafe=unsafe, **given))
+@operation("server status", local=True, reads=True, group="operators")
+def server_status(queue: Queue) -> PrivateState:
+    """Show the private Valkey.
 
-
-def run_arguments(arguments: dict[str, Any]) -> tuple[Sequence[str], dict[str, Any]]:
-    """The command of `run`, and what else it was given, checked."""
-    words = arguments.pop("words")
-    given = {}
-    for name, value in arguments.items():
-        given[name] = typed(name, value)
-        if name in ARGUMENTS:
-            ARGUMENTS[name].check(name, given[name])
-    return words[1:] if words[:1] == ["--"] else words, given
-
-
-def run_mission(arguments: dict[str, Any], config: Config, in_json: bool, unsafe: bool) -> int:
-    """The command `mission`."""
-    action, path = arguments.pop("action"), arguments.pop("path", None)
-    if action == "init":
-        asked = (arguments.get(name) for name in ("name", "id", "milestone"))
-        result = mission_init(Path(path or ".").resolve(), *asked)
-    else:
-        file = mission_file(path)
-        runtime = arguments.pop("runtime", os.environ.get("MOSAIC_COORD_RUNTIME"))
-        runtime = runtime if runtime in RUNTIMES else "claude"
-        if action == "run":
-            words, how = run_arguments(arguments)
-            return asyncio.run(mission_run(config, file, runtime, words, unsafe, **how))
-        forced = arguments.get("clean_lock", False)
-        work: dict[str, Callable[[Queue], Coroutine[Any, Any, dict[str, Any]]]] = {
-            "status": lambda queue: mission_status(queue, file),
-            "continue": lambda queue: mission_continue(queue, file, runtime),
-            "resume": lambda queue: mission_resume(queue, file, runtime, forced),
-        }
-        result = asyncio.run(with_queue(config, unsafe, work[action]))
-    print(json.dumps({"v": 1, **result}) if in_json else human_mission(result))
-    return 0
-
-
-def print_moved(
-    command: str, arguments: dict[str, Any], config: Config, unsafe: bool, in_json: bool
-) -> None:
-    """`export`, `import` and `restore`."""
-    source, output = arguments.get("source"), arguments.get("output")
-    if command == "export":
-        answer = asyncio.run(export_to(config, unsafe, output))
-        if output is None:
-            return
-        said = f"{answer['exported']} tasks of project {answer['project']} are in {output}"
-    else:
-        if command == "import":
-            named = config["project"] if config.source("project") == "flag" else None
-            answer = asyncio.run(import_(config, unsafe, str(source), named))
-        else:
-            answer = asyncio.run(restore(config, unsafe, source, arguments.get("named")))
-        said = f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
-        if "already" in answer:
-            said = f"project {answer['project']} is there already, at rev {answer['rev']}"
-    print(json.dumps({"v": 1, **answer}) if in_json else lines_of([said]))
-
-
-def run_sync(arguments: dict[str, Any], config: Config, unsafe: bool, in_json: bool) -> int:
-    """The command `sync`."""
-    file, check = arguments.pop("file"), arguments.pop("check", False)
-    watch, reports = arguments.pop("watch", False), cast(list[SyncReport], [])
-    if "mission" in arguments:
-        ARGUMENTS["mission"].check("mission", arguments["mission"])
-    arguments["dry_run"] = dry = arguments.get("dry_run", False) or check
-    if watch and dry:
-        raise Refused("INVALID", "--watch syncs, --dry-run and --check do not", "leave one out")
-
-    def tell(report: SyncReport) -> None:
-        reports.append(report)
-        print(as_json("sync", report) if in_json else human_sync(report, file, dry), flush=True)
-
-    async def work() -> None:
-        async with Queue(config, unsafe=unsafe) as queue:
-            project = queue.own(None)
-            if watch:
-                await until_stopped(watch_file(queue, file, project, tell, **arguments))
-            else:
-                tell(await sync_file(queue, file, project, **arguments))
-
-    asyncio.run(work())
-    wrong = [row for report in reports for row in report["rows"] if row["kind"] in WRONG]
-    return 7 if not watch and (wrong or (check and drifted(reports[0]))) else 0
-
-
-def run_server(action: str, in_json: bool) -> int:
-    """`server status` and `server stop`; 5 when none is running."""
+    Example: mosaic-queue server status
+    """
     server = PrivateServer()
-    running = server.stop() if action == "stop" else bool(server.answers())
-    _, pid = server.owner()
-    facts = {"folder": str(server.folder), "socket": str(server.socket), "running": running}
-    if action == "stop":
-        facts = {"folder": str(server.folder), "stopped": running}
-    elif running:
-        facts["pid"] = int(pid) if pid.isdigit() else 0
-    print(json.dumps({"v": 1, **facts}) if in_json else human("server", facts))
-    return 0 if running else 5
+    running, (_, pid) = bool(server.answers()), server.owner()
+    folder, socket = str(server.folder), str(server.socket)
+    answer: PrivateState = {"folder": folder, "socket": socket, "running": running}
+    return answer | {"pid": int(pid) if pid.isdigit() else 0} if running else answer
+
+
+@operation("server stop", local=True, group="operators")
+def server_stop(queue: Queue) -> PrivateState:
+    """Stop the private Valkey; the next command starts it again.
+
+    Example: mosaic-queue server stop
+    """
+    server = PrivateServer()
+    return {"folder": str(server.folder), "stopped": server.stop()}
+
+
+@renders(PrivateState, status=lambda one: 0 if one.get("running") or one.get("stopped") else 5)
+def private_state_text(answer: PrivateState) -> str:
+    """A line for each fact."""
+    return facts_text(answer)
+
+
+class Settings(TypedDict):
+    """The configuration: the value of every key, and where it came from."""
+
+    config: dict[str, dict[str, Any]]
+
+
+@operation("config", local=True, reads=True, group="operators")
+def show_config(queue: Queue) -> Settings:
+    """Show the configuration in force, and where each value came from.
+
+    Example: mosaic-queue config --json
+    """
+    return {"config": queue.config.shown()}
+
+
+@renders(Settings)
+def settings_text(answer: Settings) -> str:
+    """A row for each key."""
+    keys = answer["config"]
+    rows = [(key, json.dumps(row["value"]), row["source"]) for key, row in keys.items()]
+    return table(("KEY", "VALUE", "FROM"), rows)
+
+
+@operation("version", local=True, reads=True, group="operators")
+def show_version(queue: Queue) -> str:
+    """Show the version.
+
+    Example: mosaic-queue version
+    """
+    return f"mosaic-queue {__version__} (Python {sys.version.split()[0]})"
+
+
+# ---- a command ----
+
+
+def run_line(words: Sequence[str], prog: str) -> int:
+    """Carry out a command line; its exit status."""
+    if words[:1] == ["--version"]:
+        words = ["version"]
+    asks_help = not words or words[-1] in ("-h", "--help", "help")
+    if asks_help and (group := " ".join(words[:-1])) not in command_names():
+        say(overview(prog, group))
+        return 0
+    of, rest = operation_of(words)
+    try:
+        arguments = vars(make_parser(of, prog).parse_args(rest))
+    except Refused as refusal:
+        refusal.hint = f"{prog} {of.command} --help"
+        raise
+    return run_operation(of, arguments)
+
+
+def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
+    """Call what a parsed command line names and show what it returns; the exit status."""
+    in_json, unsafe = arguments.pop("json", False), arguments.pop("unsafe", False)
+    for word, other in variants(of).items():
+        name = next((name for name in other.parameters if flag(name) == word), "")
+        if (name or word[2:]) in arguments:
+            of = other
+            arguments.pop(word[2:] if not name else "", None)
+    file, flags = arguments.pop("config", None), {"redis.url": arguments.pop("url", None)}
+    # What an operation has no parameter for is a part of its configuration.
+    flags |= {
+        name: arguments.pop(name, None)
+        for name in ("project", "agent")
+        if name not in of.parameters
+    }
+    start = Path(arguments["path"]) if "path" in arguments else None
+    config = load_config(file, flags, start=start)
+    for name in ("project", "agent"):
+        if config[name] is not None:
+            ARGUMENTS[name].check(f"{name} ({config.source(name)})", config[name])
+    queue = Queue(config, unsafe=unsafe)
+    result = of.call(queue, **read_arguments(of, arguments, config))
+    if hasattr(result, "__await__") or hasattr(result, "__aiter__"):
+        return asyncio.run(show_answer(queue, of, result, in_json))
+    return show(of, result, in_json)
+
+
+async def show_answer(queue: Queue, of: Operation, result: Any, in_json: bool) -> int:
+    """Show what an operation answers, or each of its answers as they come, until it is stopped."""
+
+    async def follow() -> None:
+        async for one in result:
+            show(of, one, in_json)
+
+    async with queue:
+        if hasattr(result, "__aiter__"):
+            await until_stopped(follow())
+            return 0
+        return show(of, await result, in_json)
+
+
+def show(of: Operation, result: Any, in_json: bool) -> int:
+    """Print a result, for programs or for people; the exit status that it stands for."""
+    if result is None or of.result is int:
+        return result or 0
+    rendering = RENDERINGS.get(of.result, Rendering(facts_text))
+    say(as_json(of, result) if in_json else rendering.text(result))
+    return rendering.status(result)
+
+
+def as_json(of: Operation, result: Any) -> str:
+    """The envelope for programs: the same for one task and for many."""
+    if of.result is Task:
+        result = {"tasks": [result]}
+    elif of.result is str:
+        result = {"text": result}
+    return json.dumps({"v": 1, **result}, ensure_ascii=False)
+
+
+def print_refusal(refusal: Refused, prog: str, in_json: bool) -> None:
+    """Say on stderr why a command was refused, and what to do next."""
+    refusal.reader = shell_reader(prog)
+    hint = refusal.hint
+    if in_json:
+        error = {"code": refusal.code, "message": refusal.message, "hint": hint}
+        text = json.dumps({"v": 1, "error": error})
+    else:
+        text = f"{refusal.code}: {printable(refusal.message)}"
+        text += f"\nhint: {hint}" if hint else ""
+    try:
+        say(text, sys.stderr)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
     """The command `mosaic-queue`; returns the exit status of DESIGN section 7."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
-        import argcomplete
-
-        # Ends the process.  Flags are offered to who has typed a hyphen.
-        argcomplete.autocomplete(make_parser(prog), always_complete_options=False)
+        offer_completions(prog)
     try:
-        status = obeyed(words, prog)
+        status = run_line(words, prog)
         sys.stdout.flush()
         return status
+    except Refused as refusal:
+        print_refusal(refusal, prog, "--json" in words)
+        return CODES[refusal.code].exit
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         # Whoever read us has enough; the interpreter would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-
-
-def require_command(word: str) -> None:
-    """Refuse a first word that is no command, with the nearest one that is."""
-    commands = [*map(command_name, OPERATIONS.values()), *ALSO]
-    if word.startswith("-"):
-        raise Refused("INVALID", f"the command is missing before {word}", "mosaic-queue --help")
-    if word not in commands:
-        close = difflib.get_close_matches(word, commands, 1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
-
-
-def obeyed(words: list[str], prog: str) -> int:
-    """Carry out a command line, with refusals on stderr; its exit status."""
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(overview(prog))
-        return 0
-    if words[0] == "--version":
-        words = ["version"]
-    try:
-        require_command(words[0])
-        try:
-            arguments = vars(make_parser(prog).parse_args(words))
-        except Refused as refusal:
-            refusal.hint = f"{prog} {words[0]} --help"
-            raise
-        del arguments["help"]
-        return run(arguments, prog)
-    except Refused as refusal:
-        refusal.reader = shell_reader(prog)
-        hint = refusal.hint
-        if "--json" in words:
-            error = {"code": refusal.code, "message": refusal.message, "hint": hint}
-            text = json.dumps({"v": 1, "error": error})
-        else:
-            text = f"{refusal.code}: {printable(refusal.message)}"
-            text += f"\nhint: {hint}" if hint else ""
-        try:
-            print(text, file=sys.stderr, flush=True)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        return CODES[refusal.code].exit
 
 
 def mosaic() -> int:

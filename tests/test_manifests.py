@@ -410,16 +410,12 @@ async def test_they_stand_in_while_postgres_is_away(
     folder = tmp_path / "mosaic-queue" / "manifests"
     config.set("postgres.url", "postgresql://nobody@127.0.0.1:1/none", "test")
     await create(queue, "A")
-    watching = asyncio.create_task(mq.monitor(config))
-    try:
+    async with at_work(mq.watch_all(queue)):
         await in_step(queue, folder)
-    finally:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
     db.flushall()
     with pytest.raises(mq.Refused) as refused:
-        await mq.restore(config, False, None)
+        await mq.restore(queue)
     assert refused.value.code == "UNREACHABLE"
     assert refused.value.hint.endswith(f"restore --from {folder}")
-    assert (await mq.restore(config, False, str(folder)))["restored"] == 1
+    assert (await mq.restore(queue, source=str(folder)))["restored"] == 1
     assert (await queue.get("A"))["status"] == "pending"

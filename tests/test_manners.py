@@ -98,7 +98,7 @@ def test_import_brings_no_third_party_package() -> None:
 
 
 def test_arguments_are_all_in_use() -> None:
-    used = {name for of in mq.OPERATIONS.values() for name in mq.parameters(of)}
+    used = {name for of in mq.OPERATIONS.values() for name in of.parameters}
     assert used == set(mq.ARGUMENTS)
 
 
@@ -152,8 +152,7 @@ def commands_table() -> str:
         tool = f"`queue_{of.name}`" if of.tool else ""
         if of.tool == "orchestrator":
             tool += " (orchestrator)"
-        rows.append(f"| `{mq.command_name(of)}` | {of.summary} | {tool} |")
-    rows += [f"| `{name}` | {text}. |  |" for name, text in mq.ALSO.items()]
+        rows.append(f"| `{of.command}` | {of.summary} | {tool} |")
     return "\n".join(rows)
 
 

@@ -164,7 +164,9 @@ def test_init_refuses_what_is_no_name(
     folder: Path, name: str, mission: str | None, milestones: list[str]
 ) -> None:
     with pytest.raises(mq.Refused) as refused:
-        mq.mission_init(folder, name, mission, milestones)
+        mq.mission_init(
+            mq.Queue(), path=str(folder), name=name, mission_id=mission, milestone=milestones
+        )
     assert refused.value.code == "INVALID"
     assert not (folder / HERE / "mission.json").exists()
 
@@ -849,17 +851,17 @@ def test_resume_goes_on_where_another_was_cut_off(tell: Tell, server: Server, fo
     assert (before, last["ended_reason"]) == (unknown, "crashed"), "of some nothing is known"
 
 
-async def resumed_without_valkey(file: Path) -> None:
-    config = mq.Config(environ={}).set("redis.url", f"unix://{file.parent}/nobody", "t")
+async def resumed_without_valkey(folder: Path) -> None:
+    config = mq.Config(environ={}).set("redis.url", f"unix://{folder}/nobody", "t")
     async with mq.Queue(config.set("project", "p", "t"), deadline=0.3) as queue:
-        await mq.mission_resume(queue, file, "claude", False)
+        await mq.mission_resume(queue, path=str(folder))
 
 
 def test_nothing_is_broken_while_valkey_is_away(folder: Path) -> None:
-    file = write(folder)
+    write(folder)
     lock = put_lock(folder, pid=dead_pid())
     with pytest.raises(mq.Refused) as refused:
-        asyncio.run(resumed_without_valkey(file))
+        asyncio.run(resumed_without_valkey(folder))
     assert refused.value.code == "UNREACHABLE"
     assert lock.exists()
 

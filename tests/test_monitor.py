@@ -76,7 +76,7 @@ def start(db: redis.Redis, server: Server, tmp_path: Path) -> Iterator[Start]:
 @contextlib.asynccontextmanager
 async def watching(config: mq.Config, assign: bool = False) -> AsyncIterator[None]:
     """A monitor in this process."""
-    async with at_work(mq.monitor(config, assign)):
+    async with mq.Queue(config) as queue, at_work(mq.watch_all(queue, assign)):
         yield
 
 
@@ -371,7 +371,7 @@ async def test_the_files_of_the_configuration_are_kept_in_step(
     one.write_text(head + "| A | not-started | do A |\n")
     files = "files:\n  - TASKS.md\n  - {path: other.md, project: q, mission: m2}\n"
     config = configured(tmp_path, server, files)
-    task = asyncio.create_task(mq.monitor(config, only=["files"]))
+    task = asyncio.create_task(mq.watch_all(mq.Queue(config), only=["files"]))
     try:
 
         async def status(name: str) -> str:

@@ -56,7 +56,8 @@ def require_command(hint: str) -> None:
     """A hint of a shell names a command line that the parser takes."""
     call = hint[hint.index("mosaic-queue") :]
     words = shlex.split(call)[1:]
-    mq.make_parser("mosaic-queue").parse_args(words)
+    of, rest = mq.operation_of(words)
+    mq.make_parser(of, "mosaic-queue").parse_args(rest)
 
 
 def require_tool(hint: str, tool_set: str) -> None:
@@ -140,6 +141,8 @@ def test_a_person_is_told_the_command_as_it_was_typed() -> None:
 
 # ---- text that looks like markup ----
 
+OF_THE_QUEUE = sorted(name for name, of in mq.OPERATIONS.items() if not of.local)
+
 
 def value_of(name: str, parameter: inspect.Parameter) -> Any:
     """A hostile value for an argument of this name, as far as its kind allows."""
@@ -147,6 +150,7 @@ def value_of(name: str, parameter: inspect.Parameter) -> Any:
     ids = {"lane": "any", "project": "p", "agent": AGENT}
     return {
         "id": ids.get(name, TASK), "task": TASK, "text": TEXT, "int": max(argument.low, 1),
+        "duration": max(argument.low, 1),
         "bool": parameter.default is not True, "word": (*argument.words, "")[0],
         "words": list(argument.words[:1]), "ids": [TASK], "json": {TEXT: TEXT},
         "op": TEXT.split()[0],
@@ -156,7 +160,7 @@ def value_of(name: str, parameter: inspect.Parameter) -> Any:
 def hostile(of: mq.Operation, needed: bool) -> dict[str, Any]:
     """Arguments of an operation: those that it needs, or as many as fit together."""
     given = {}
-    for name, parameter in mq.parameters(of).items():
+    for name, parameter in of.parameters.items():
         wanted = parameter.default is parameter.empty or name in ("task", "agent", "project")
         leave_out = ("op", "wait", "cursor", "dependencies", "clear", "session", "if_rev", "fence")
         if wanted or not (needed or name in leave_out):
@@ -185,7 +189,7 @@ def require_untouched(said: str) -> None:
 
 
 @pytest.mark.parametrize("needed", [True, False])
-@pytest.mark.parametrize("name", sorted(mq.OPERATIONS))
+@pytest.mark.parametrize("name", OF_THE_QUEUE)
 async def test_every_tool_leaves_text_as_it_was_written(
     server: Server, config: mq.Config, name: str, needed: bool
 ) -> None:
@@ -195,9 +199,9 @@ async def test_every_tool_leaves_text_as_it_was_written(
     of = mq.OPERATIONS[name]
     async with mq.Queue(config, session="s") as queue:
         for task in (TASK, "B", "H", "none"):
-            given = hostile(of, needed) | ({"task": task} if "task" in mq.parameters(of) else {})
+            given = hostile(of, needed) | ({"task": task} if "task" in of.parameters else {})
             try:
-                answer = await of.function(queue, **given)
+                answer = await of.call(queue, **given)
             except mq.Refused as refused:
                 require_untouched(f"{refused} {refused.hint}")
             else:
@@ -211,7 +215,7 @@ async def test_every_tool_leaves_text_as_it_was_written(
                 require_untouched(result.content[0].text)
 
 
-@pytest.mark.parametrize("name", sorted(mq.OPERATIONS))
+@pytest.mark.parametrize("name", OF_THE_QUEUE)
 def test_every_command_leaves_text_as_it_was_written(
     server: Server,
     db: redis.Redis,
@@ -223,7 +227,7 @@ def test_every_command_leaves_text_as_it_was_written(
     of = mq.OPERATIONS[name]
     monkeypatch.setenv("MOSAIC_PROJECT", "p")
     for task in (TASK, "B", "H", "none"):
-        given = hostile(of, needed=True) | ({"task": task} if "task" in mq.parameters(of) else {})
+        given = hostile(of, needed=True) | ({"task": task} if "task" in of.parameters else {})
         line = mq.command_line("mosaic-queue", name, given)
         status = mq.main([*shlex.split(line)[1:], "--url", server.url])
         out, err = capsys.readouterr()

@@ -358,7 +358,7 @@ async def test_what_is_missing_is_named(
 ) -> None:
     capturing.set(key, value, "file")
     with pytest.raises(mq.ConfigError) as refused:
-        await mq.monitor(capturing)
+        await mq.watch_all(mq.Queue(capturing))
     assert said in refused.value.message
     assert "two words" not in refused.value.message
 
@@ -369,12 +369,12 @@ async def test_status_says_that_nobody_captures(
     await create(queue, "A")
     found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is False
-    assert "no monitor runs that captures" in mq.human("status", found)
+    assert "no monitor runs that captures" in mq.for_people(mq.QueueStatus, found)
     async with following(queue):
         await until(lambda: at_present(db))
         found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is True
-    assert "captures" not in mq.human("status", found)
+    assert "captures" not in mq.for_people(mq.QueueStatus, found)
     capturing.values.pop("openbrain.autoCapture")
     assert "captures" not in (await mq.status(queue, project="p"))["projects"][0]
 

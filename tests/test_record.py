@@ -597,7 +597,7 @@ async def test_a_flushed_project_comes_back(
     await follow(queue, postgres)
     before = kept(read_project(db, "p"))
     db.flushall()
-    assert (await mq.restore(config, False, None))["restored"] == len(before["tasks"])
+    assert (await mq.restore(queue))["restored"] == len(before["tasks"])
     assert kept(read_project(db, "p")) == before
     await queue.complete("running", agent="bob")
     await follow(queue, postgres)
@@ -1057,7 +1057,7 @@ async def test_a_flushed_project_is_restored(
         await postgres_refreshed(queue, postgres)
         before = all_of(db)
         db.flushall()
-        answer = await mq.restore(config, False, None)
+        answer = await mq.restore(queue)
         assert answer["restored"] == len(before["tasks"])
         assert all_of(db) == before
         findings = (await mq.doctor(queue, project="p"))["findings"]
@@ -1287,7 +1287,7 @@ async def test_lag_is_shown(
     status = await mq.status(queue, project="p")
     (lag,) = status["projects"][0]["followers"]
     assert (lag["follower"], lag["lag"]) == ("postgres", 1)
-    shown = mq.human_status(status, time.time() * 1000)
+    shown = mq.for_people(mq.QueueStatus, status)
     assert "  follower postgres: 1 changes behind, last heard of 0 s ago" in shown
     monkeypatch.setattr(mq, "SILENT", -1)
     findings = (await mq.doctor(queue))["findings"]

@@ -579,7 +579,7 @@ async def test_a_file_does_not_enter_anew_what_was_lost(
             await mq.sync_file(queue, board, "p")
         assert refused.value.hint == "mosaic-queue restore --project p"
         assert db.dbsize() == 0
-        assert (await mq.restore(config, False, None))["restored"] == 1
+        assert (await mq.restore(queue))["restored"] == 1
         assert (await queue.get("A"))["claimedBy"] == "al"
         await mq.sync_file(queue, board, "p")
         assert (await queue.get("A"))["claimedBy"] == "al"
@@ -596,9 +596,9 @@ async def test_a_record_comes_back_beside_the_project_that_took_its_place(
         db.flushall()
         await queue.create("p", "m", "A", title="the new one")
         with pytest.raises(mq.Refused, match="with another epoch") as refused:
-            await mq.restore(config, False, None)
+            await mq.restore(queue)
         assert refused.value.hint.endswith("mosaic-queue restore --project p --as p-old")
-        assert (await mq.restore(config, False, None, "p-old"))["project"] == "p-old"
+        assert (await mq.restore(queue, named="p-old"))["project"] == "p-old"
         assert (await queue.get("p-old/A"))["title"] == "the old one"
         assert (await queue.get("p/A"))["title"] == "the new one"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, one_engine
+from conftest import Server, at_work, one_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tables import FOURTEEN, NASTY, NINE, PADDED
@@ -970,13 +970,13 @@ async def eventually(what: Callable[[], Any]) -> None:
 @contextlib.asynccontextmanager
 async def watching(queue: mq.Queue, path: Path) -> AsyncIterator[list[mq.SyncReport]]:
     reports: list[mq.SyncReport] = []
-    task = asyncio.create_task(mq.watch_file(queue, path, "p", reports.append))
-    try:
+
+    async def watch() -> None:
+        async for report in mq.watch_file(queue, path, "p"):
+            reports.append(report)
+
+    async with at_work(watch()):
         yield reports
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 async def test_watch_follows_both_sides(queue: mq.Queue, board: Path) -> None:
