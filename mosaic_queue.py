@@ -63,6 +63,7 @@ signature and docstring; an argument with a new name has a line in VOCABULARY.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import copy
 import functools
@@ -186,6 +187,10 @@ LOOK_BACK = 5.0  # s after which `next` looks again for what an earlier session 
 #
 # Whatever people read goes through here: a terminal obeys no text of a task.
 
+UNSEEN = re.compile(  # C1 controls, what changes the direction of text, what is no Unicode
+    "[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+
 
 def printable(text: str) -> str:
     """Text with control and bidi characters escaped, so that it cannot steer a terminal."""
@@ -254,15 +259,31 @@ def clipped(text: str, size: int, tail: bool = False) -> str:
     return (data[-size:] if tail else data[:size]).decode(errors="ignore")
 
 
+def json_text(value: Any) -> str:
+    """JSON on one line, in which control and bidi characters and lone surrogates are escaped."""
+    text = json.dumps(value, ensure_ascii=False)
+    return UNSEEN.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+def escape(problem: Any) -> tuple[str, int]:
+    """What a stream cannot show, as JSON spells it: \\u00e9."""
+    return json.dumps(problem.object[problem.start : problem.end])[1:-1], problem.end
+
+
+codecs.register_error("escape", escape)
+
+
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print lines for people or for a program, at once."""
-    print(text, file=stream or sys.stdout, flush=True)
+    """Print lines for people or for a program, at once; what the stream cannot show is escaped."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "escape").decode(encoding), file=stream, flush=True)
 
 
 def log(event: str, **facts: Any) -> None:
     """One JSON line for whoever keeps the logs."""
     line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
+    say(json_text(line), sys.stderr)
 
 
 # ==== REFUSALS ===============================================================================
@@ -3935,7 +3956,7 @@ async def export(
     to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
     with to_file as file:
         async for line in exported(queue, project):
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
+            file.write((json_text(line) + "\n").encode())
             count += 1
     return {"project": project, "exported": count, "file": output} if output else None
 
@@ -8764,7 +8785,7 @@ def as_json(of: Operation, result: Any) -> str:
         result = {"tasks": [result]}
     elif of.result is str:
         result = {"text": result}
-    return json.dumps({"v": 1, **result}, ensure_ascii=False)
+    return json_text({"v": 1, **result})
 
 
 def print_refusal(refusal: Refused, prog: str, in_json: bool) -> None:
@@ -8773,7 +8794,7 @@ def print_refusal(refusal: Refused, prog: str, in_json: bool) -> None:
     hint = refusal.hint
     if in_json:
         error = {"code": refusal.code, "message": refusal.message, "hint": hint}
-        text = json.dumps({"v": 1, "error": error})
+        text = json_text({"v": 1, "error": error})
     else:
         text = f"{refusal.code}: {printable(refusal.message)}"
         text += f"\nhint: {hint}" if hint else ""

@@ -736,7 +736,7 @@ def test_a_delay_that_is_over_is_seen_without_a_claim(tell: Tell) -> None:
     while "it is not due before" in tell("explain p/T1")[1]:
         assert time.monotonic() < give_up
     assert "it is ready: its delay is over" in tell("explain p/T1")[1]
-    assert "-> mosaic-queue claim p/T1" in tell("explain p/T1")[1]
+    assert "-> take it: mosaic-queue claim p/T1" in tell("explain p/T1")[1]
     assert "lane any: 1 ready" in tell("status --project p")[1]
     assert "not due" not in tell("explain --project p --lane any")[1]
 
@@ -750,3 +750,26 @@ def test_events_of_what_is_not_there(tell: Tell) -> None:
         events -> 0 nothing has happened
         """,
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_no_output_fails_after_an_effect(run: Run, encoding: str) -> None:
+    """What the stream cannot show is escaped; the JSON stays equal."""
+    title = "🦊 語"
+    streams = {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    assert run([*PYTHON, "create", "p", "m", "T1", "--title", title], **streams).returncode == 0
+    done = run([*PYTHON, "claim", "T1", "--agent", "al", "--json"], **streams)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["tasks"][0]["title"] == title
+    assert r"\ud83e\udd8a \u8a9e" in run([*PYTHON, "list"], **streams).stdout
+    refused = run([*PYTHON, "show", "語"], **streams)
+    assert (refused.returncode, r"task is '\u8a9e'" in refused.stderr) == (2, True)
+
+
+def test_json_steers_no_terminal(tell: Tell) -> None:
+    title = "a\x9b31m\x7f\u202e\u2066\ufeffb"
+    tell(f"create p m T1 --title {shlex.quote(title)}")
+    for line in ("show T1 --json", "list --json", "events --json", "export --project p"):
+        out = tell(line)[1]
+        assert all(char.isprintable() or char == "\n" for char in out), line
+    assert json.loads(tell("show T1 --json")[1])["tasks"][0]["title"] == title

@@ -102,7 +102,7 @@ def test_the_table_knows_no_key_that_nobody_asks_for() -> None:
     for steps in mq.STEPS.values():
         for step in filter(lambda step: step.call, steps):
             operation, *names = step.call.split()
-            taken = mq.parameters(mq.OPERATIONS[operation])
+            taken = mq.OPERATIONS[operation].parameters
             assert {re.split(r"[?=]", name)[0] for name in names} <= taken.keys(), step
 
 
