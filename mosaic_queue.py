@@ -4551,38 +4551,198 @@ create view mission_tasks as
     select project, mission, task_id from tasks where gone is null or gone = 'purged';
 create rule task_stays as on delete to mission_tasks do instead nothing;
 """,
+    # From here on the record holds what the queue has said, and never a wish: `tasks` is a view.
+    r"""
+create table granted as  -- what others may do to what is made anew here
+    select relname, grantee, string_agg(privilege_type, ', ') as what,
+           case grantee when 0 then 'public' else grantee::regrole::text end as who
+    from pg_class, aclexplode(relacl)
+    where relnamespace = (select oid from pg_namespace where nspname = current_schema())
+      and grantee <> relowner
+      and privilege_type in ('SELECT', 'INSERT', 'UPDATE', 'DELETE') and relname in ('tasks',
+          'ready', 'running', 'dead_letters', 'throughput', 'missions', 'mission_tasks')
+    group by 1, 2;
+drop view ready, running, dead_letters, throughput, missions, mission_tasks;
+drop trigger note_edit on tasks;
+drop trigger note_truncate on tasks;
+drop function note_edit;
+
+-- What open edits have made of rows is taken back; jsonb takes no NUL, which metadata may have.
+create table wishes as
+    select id, project, task_id, kind, new,
+           regexp_replace(old::text, '(?<!\\)((\\\\)*)\\u0000', '\1\\ufffd', 'g')::json as old,
+           regexp_replace(new::text, '(?<!\\)((\\\\)*)\\u0000', '\1\\ufffd', 'g')::jsonb as now
+    from edits where done_at is null;
+delete from tasks using wishes
+where tasks.project = now->>'project' and tasks.task_id = now->>'task_id'
+  and (kind = 'insert' or (wishes.project, wishes.task_id) <> (tasks.project, tasks.task_id));
+delete from tasks using wishes
+where (tasks.project, tasks.task_id) = (wishes.project, wishes.task_id);
+insert into tasks
+select (json_populate_record(null::tasks, old)).* from (
+    select distinct on (project, task_id) * from wishes order by project, task_id, id
+) as first where kind <> 'insert' and not exists (
+    select from wishes as one where one.id < first.id
+        and (now->>'project', now->>'task_id') = (first.project, first.task_id)
+);
+drop table wishes;
+
+alter table tasks rename to records;
+alter table records add column record jsonb;
+update records set record = jsonb_strip_nulls(jsonb_build_object(
+    'id', project || '/' || task_id, 'project', project, 'taskId', task_id, 'mission', mission,
+    'title', title, 'description', description, 'status', status, 'priority', priority,
+    'lane', lane, 'dependencies', dependencies, 'claimedBy', claimed_by,
+    'claimedAt', round(extract(epoch from claimed_at) * 1000)::bigint, 'claimTTL', claim_ttl,
+    'leaseExpiresAt', round(extract(epoch from lease_expires_at) * 1000)::bigint,
+    'session', session, 'fence', fence, 'rev', rev, 'progress', progress,
+    'checkpoint', checkpoint, 'summary', summary,
+    'completedAt', round(extract(epoch from completed_at) * 1000)::bigint,
+    'failedAt', round(extract(epoch from failed_at) * 1000)::bigint,
+    'failureReason', failure_reason, 'blockedReason', blocked_reason,
+    'notBefore', round(extract(epoch from not_before) * 1000)::bigint,
+    'maxRuntime', max_runtime, 'retryCount', retry_count, 'expiryCount', expiry_count,
+    'late', late, 'createdAt', floor(extract(epoch from created_at) * 1000)::bigint,
+    'updatedAt', round(extract(epoch from updated_at) * 1000)::bigint,
+    'order', round(extract(epoch from created_at) * 1000000)::bigint,
+    'waits', waits, 'freed', freed, 'hidden', hidden));
+alter table records
+    drop mission, drop title, drop description, drop status, drop priority, drop lane,
+    drop dependencies, drop claimed_by, drop claimed_at, drop claim_ttl, drop lease_expires_at,
+    drop session, drop fence, drop progress, drop checkpoint, drop summary, drop completed_at,
+    drop failed_at, drop failure_reason, drop blocked_reason, drop not_before,
+    drop max_runtime, drop retry_count, drop expiry_count, drop late, drop created_at,
+    drop updated_at, drop waits, drop freed, drop hidden,
+    alter rev drop default, alter record set not null;
+create function time_in(record jsonb, name text) returns timestamptz language sql
+immutable parallel safe as $$ select to_timestamp((record->>name)::float8 / 1000) $$;
+alter table records  -- what people look for; all else is in the record, as an export has it
+    add mission text not null generated always as (record->>'mission') stored,
+    add title text not null generated always as (record->>'title') stored,
+    add status text not null generated always as (record->>'status') stored,
+    add priority text not null generated always as (record->>'priority') stored,
+    add lane text not null generated always as (record->>'lane') stored,
+    add claimed_by text generated always as (record->>'claimedBy') stored,
+    add claimed_at timestamptz generated always as (time_in(record, 'claimedAt')) stored,
+    add lease_expires_at timestamptz
+        generated always as (time_in(record, 'leaseExpiresAt')) stored,
+    add completed_at timestamptz generated always as (time_in(record, 'completedAt')) stored,
+    add failed_at timestamptz generated always as (time_in(record, 'failedAt')) stored,
+    add not_before timestamptz generated always as (time_in(record, 'notBefore')) stored,
+    add created_at timestamptz not null  -- to the microsecond: the order of tasks
+        generated always as (to_timestamp((record->>'order')::float8 / 1000000)) stored,
+    add updated_at timestamptz not null generated always as (time_in(record, 'updatedAt')) stored;
+create index records_status on records (project, status) where gone is null;
+
+create view tasks as
+    select project, task_id, mission, title, record->>'description' as description, status,
+           priority, lane,
+           array(select jsonb_array_elements_text(record->'dependencies')) as dependencies,
+           metadata, claimed_by, claimed_at, (record->>'claimTTL')::integer as claim_ttl,
+           lease_expires_at, record->>'session' as session, (record->>'fence')::bigint as fence,
+           rev, record->>'progress' as progress, record->>'checkpoint' as checkpoint,
+           record->>'summary' as summary, completed_at, failed_at,
+           record->>'failureReason' as failure_reason, record->>'blockedReason' as blocked_reason,
+           not_before, (record->>'maxRuntime')::integer as max_runtime,
+           (record->>'retryCount')::integer as retry_count,
+           (record->>'expiryCount')::integer as expiry_count, (record->>'late')::boolean as late,
+           record->'notes' as notes, created_at, updated_at, gone, gone_at
+    from records;
+alter view tasks alter status set default 'pending', alter priority set default 'medium',
+    alter lane set default 'any', alter dependencies set default '{}';
+create function note_edit() returns trigger language plpgsql security definer
+set search_path from current as $$
+declare
+    person text := current_setting('role');
+    one tasks;
+begin
+    if tg_op = 'UPDATE' and old::text = new::text then
+        return new;
+    elsif tg_op = 'DELETE' and old.gone is not null then
+        return null;
+    elsif tg_op = 'UPDATE' and old.gone is not null then
+        raise exception 'task %/% is %: its row is history', old.project, old.task_id, old.gone;
+    end if;
+    if person = 'none' then person := session_user; end if;
+    if tg_op = 'INSERT' then one := new; else one := old; end if;
+    insert into edits (by, application, kind, project, task_id, old, new)
+    values (person, current_setting('application_name'), lower(tg_op), one.project, one.task_id,
+            case when tg_op <> 'INSERT' then row_to_json(old) end,
+            case when tg_op <> 'DELETE' then row_to_json(new) end);
+    perform pg_notify(tg_table_schema, '');
+    if tg_op = 'DELETE' then return old; else return new; end if;
+end $$;
+create trigger note_edit instead of insert or update or delete on tasks
+    for each row execute function note_edit();
+
+create view ready as
+    select project, task_id, mission, lane, priority, title, created_at, not_before from records
+    where gone is null and status = 'pending' and (not_before is null or not_before <= now())
+    order by project, array_position('{critical,high,medium,low}', priority), created_at;
+create view running as
+    select project, task_id, mission, lane, status, title, claimed_by, claimed_at,
+           record->>'progress' as progress, lease_expires_at,
+           lease_expires_at - now() as remaining from records
+    where gone is null and status in ('claimed', 'in-progress') order by lease_expires_at;
+create view dead_letters as
+    select project, task_id, mission, lane, title, failed_at,
+           record->>'failureReason' as failure_reason,
+           (record->>'retryCount')::integer as retry_count,
+           (record->>'expiryCount')::integer as expiry_count from records
+    where gone is null and status = 'failed' order by failed_at desc;
+create view throughput as
+    select project, date_trunc('hour', at) as hour,
+           count(*) filter (where op = 'create') as created,
+           count(*) filter (where op in ('claim', 'next', 'assign')) as claimed,
+           count(*) filter (where op = 'complete') as completed,
+           count(*) filter (where op = 'fail') as failed,
+           count(*) filter (where op = 'reap') as reaped from task_events group by 1, 2;
+create view missions as
+    select project, mission, count(*) as tasks,
+           count(*) filter (where status = 'completed') as completed,
+           count(*) filter (where status = 'failed') as failed,
+           count(*) filter (where status in ('claimed', 'in-progress')) as running,
+           min(created_at) as created_at, max(updated_at) as updated_at from records
+    where gone is null or gone = 'purged' group by 1, 2;
+create view mission_tasks as
+    select project, mission, task_id from tasks where gone is null or gone = 'purged';
+create rule task_stays as on delete to mission_tasks do instead nothing;
+
+-- Whoever keeps the record may go on with it; all others have a right to the views alone.
+do $$ declare one granted; begin
+    for one in table granted loop
+        execute format('grant %s on %I to %s', one.what, one.relname, one.who);
+        if one.relname = 'tasks' then
+            execute format('revoke all on records from %s', one.who);
+            if has_table_privilege(one.grantee, 'task_events', 'insert') then
+                execute format('grant %s on records to %s', one.what, one.who);
+            end if;
+        end if;
+    end loop;
+end $$;
+drop table granted;
+""",
 )
-TASK_COLUMNS = {  # of tasks: by the name of each the name in a Record
-    re.sub("[A-Z]+", lambda found: "_" + found[0].lower(), name): name
-    for name in Record.__annotations__
-    if name not in ("id", "project", "createdAt", "order", "superseded")
-} | {"created_at": "order"}
-TIME_COLUMNS = {name for name in TASK_COLUMNS if name.endswith("_at")} | {"not_before"}
-PUT_TASKS = """
-insert into tasks (project, {columns}, gone, gone_at)
-select $1, {values}, gone, gone_at from json_populate_recordset(null::tasks, $2)
-on conflict (project, task_id) do update set {changes}, gone = excluded.gone,
-    gone_at = excluded.gone_at
-where $3 or excluded.rev > tasks.rev or excluded.rev = tasks.rev
-    and (tasks.lease_expires_at, tasks.session, tasks.hidden::text, tasks.gone) is distinct from
-        (excluded.lease_expires_at, excluded.session, excluded.hidden::text, excluded.gone)
-""".format(
-    columns=", ".join(TASK_COLUMNS),
-    # As text inside the JSON: only so Postgres takes what it need not understand as it is.
-    values=re.sub(r"\b(metadata|hidden)\b", r"(\1 #>> '{}')::json", ", ".join(TASK_COLUMNS)),
-    changes=", ".join(f"{name} = excluded.{name}" for name in TASK_COLUMNS),
-)
+PUT_RECORDS = """
+insert into records (project, task_id, rev, record, metadata, gone, gone_at)
+select $1, task_id, rev, record, (metadata #>> '{}')::json, null, null
+from json_populate_recordset(null::records, $2)
+on conflict (project, task_id) do update set rev = excluded.rev, record = excluded.record,
+    metadata = excluded.metadata, gone = null, gone_at = null
+where $3 or excluded.rev > records.rev or excluded.rev = records.rev
+    and (records.record <> excluded.record or records.gone is not null)
+"""
 PUT_EVENTS = """
 insert into task_events select * from json_populate_recordset(null::task_events, $2)
 where project = $1 on conflict do nothing
 """
 GONE = """
-update tasks set gone = one.op || 'd', gone_at = one.at, rev = one.rev
+update records set gone = one.op || 'd', gone_at = one.at, rev = one.rev
 from json_populate_recordset(null::task_events, $2) as one
-where tasks.project = $1 and tasks.task_id = one.task_id and tasks.rev < one.rev
+where records.project = $1 and records.task_id = one.task_id and records.rev < one.rev
 """
 MISSING = """
-update tasks set gone = 'missing', gone_at = now() where project = $1 and gone is null
+update records set gone = 'missing', gone_at = now() where project = $1 and gone is null
 and not exists (select from unnest($2::text[]) as one where one = task_id)
 """
 LOCK = """
@@ -4602,15 +4762,12 @@ REJECT = """
 insert into rejected (kind, project, task_id, rev, row, code, message)
 values ($1, $2, $3, $4, $5, $6, $7) on conflict do nothing
 """
-# What a person changed and the queue has not answered yet counts as it was before.
-RECORDED = """
-with open as (
-    select distinct on (task_id) task_id, old from edits
-    where project = $1 and done_at is null order by task_id, id
-)
-select coalesce(open.old, row_to_json(one)) from (select * from tasks where project = $1) as one
-full join open using (task_id)
-where case when open.task_id is null then one.gone is null else open.old is not null end
+# What the same person asked for of the same task before, and could not see when asking this.
+EARLIER = """
+select one.old, one.new from edits as one, edits as this
+where this.id = $1 and (one.project, one.task_id, one.by) = (this.project, this.task_id, this.by)
+  and one.kind = 'update' and one.id < this.id and one.done_at > this.at and one.code is null
+order by one.id
 """
 REFUSED_ROW = ("22", "23", "44", "54", "P0")  # SQLSTATE classes of what is wrong with a row
 
@@ -4641,33 +4798,12 @@ def stamped(us: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(us // 10**6)) + f".{us % 10**6:06}Z"
 
 
-def row_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A Record as a row of tasks."""
-    row = {column: record[name] for column, name in TASK_COLUMNS.items() if name in record}
-    for column in TIME_COLUMNS & row.keys():
-        row[column] = stamped(row[column] * (1 if column == "created_at" else 1000))
-    for column in ("metadata", "hidden"):
-        if column in row:
-            row[column] = compact(row[column])
-    return row
-
-
-def record_in(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The Record of a row of tasks, as JSON has it; refuses a time that is none."""
-
-    record: dict[str, Any] = {"id": f"{row['project']}/{row['task_id']}", "project": row["project"]}
-    for column, name in TASK_COLUMNS.items():
-        value = row[column]
-        if value is None:
-            continue
-        if column in TIME_COLUMNS:
-            try:
-                us = round(datetime.datetime.fromisoformat(value).timestamp() * 10**6)
-            except ValueError:
-                invalid(column, value, "a time of our era")
-            value = us if name == "order" else us // 1000
-        record[name] = value
-    return record | {"createdAt": record["order"] // 1000}
+def row_of(record: Record) -> dict[str, Any]:
+    """A record as a row of records.  What jsonb would not keep as it is, metadata, stands beside
+    it, as text inside the JSON: only so Postgres takes what it need not understand."""
+    rest = {name: value for name, value in record.items() if name != "metadata"}
+    row = {"task_id": record["taskId"], "rev": record["rev"], "record": rest}
+    return row | {"metadata": compact(record["metadata"])} if "metadata" in record else row
 
 
 def row_of_event(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -4719,7 +4855,7 @@ class Postgres:
         self._db, self.away = db, False
         await db.execute(
             f'set search_path = "{self.schema}", pg_temp;'
-            "set application_name = 'mosaic-queue'; set mosaic_queue.writer = 'follower'"
+            "set application_name = 'mosaic-queue'"
         )
         await migrated(db, self.schema)
         # So long whoever keeps a row locked holds up this project, and no other.  It is less than
@@ -4797,17 +4933,22 @@ class Postgres:
             facts = await db.fetchrow("select * from projects where project = $1", project)
             if facts is None or facts["rev"] is None:
                 raise Refused("NOT_FOUND", f"{masked(self.url)} has no record of project {project}")
-            rows = [json.loads(row[0]) for row in await db.fetch(RECORDED, project, timeout=600)]
-        records = {row["task_id"]: cast(Record, record_in(row)) for row in rows}
+            ask = "select record, metadata from records where project = $1 and gone is null"
+            rows = await db.fetch(ask, project, timeout=600)
+        records: dict[str, Record] = {}
+        for row in rows:
+            metadata = {"metadata": json.loads(row[1])} if row[1] else {}
+            record: Any = json.loads(row[0]) | metadata
+            records[record["taskId"]] = record
         meta = json.loads(facts["meta"]) | {"epoch": facts["epoch"]}
         for name, least in {"rev": facts["rev"], "fence": 0}.items():
-            meta[name] = max(meta[name], least, *(row[name] or 0 for row in rows))
+            meta[name] = max(meta[name], least, *(one.get(name, 0) for one in records.values()))
         return cast(Meta, meta), records
 
 
 async def put_rows(db: Any, kind: str, project: str, rows: Sequence[Any], *more: Any) -> None:
     """Write rows; those that Postgres refuses are set aside, each with its error."""
-    statement = PUT_TASKS if kind == "task" else PUT_EVENTS
+    statement = PUT_RECORDS if kind == "task" else PUT_EVENTS
     try:
         async with db.transaction():
             await db.execute(statement, project, compact(rows), *more)
@@ -4840,9 +4981,8 @@ def as_ascii(text: str) -> str:
 
 # ==== REQUESTS ===============================================================================
 #
-# What other programs change in the rows of tasks is a request: a trigger notes it, and it is
-# carried out as an edit, or refused with a code.  Either way the row is then written as the queue
-# has the task.
+# What other programs change in the view `tasks` is a request: a trigger notes it in `edits`, and
+# it is carried out as an edit, or refused with a code.  The record changes when the queue has.
 
 
 async def record(queue: Queue, config: Config) -> None:
@@ -4904,11 +5044,18 @@ async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
             log("error", follower="postgres", project=project, code="NOT_FOUND",
                 message=f"project {project} is recorded, and not in the queue",
                 hint=f"mosaic-queue restore --project {project}")  # fmt: skip
-        if facts is None or facts["epoch"] != epoch:
-            continue
-        lost.discard(project)
-        held = [task["taskId"] for task in await held_in(queue, project)]
-        _, tasks = await queue.records(project, held)
+        if facts is not None and facts["epoch"] == epoch:
+            lost.discard(project)
+            held = [task["taskId"] for task in await held_in(queue, project)]
+            await record_now(queue, db, project, epoch, held)
+
+
+async def record_now(
+    queue: Queue, db: Any, project: str, epoch: str, names: Sequence[str]
+) -> None:
+    """Record some tasks and the limits as they are now, whatever the cursor has come to."""
+    facts, tasks = await queue.records(project, names)
+    if facts["epoch"] == epoch:
         async with db.transaction():
             meta = "update projects set meta = $2 where project = $1"  # which locks it too
             await db.execute(meta, project, compact(facts))
@@ -4929,66 +5076,51 @@ async def carry_out_all(queue: Queue, db: Any) -> None:
 
 
 async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -> None:
-    """Carry out one edit or refuse it, write the row as the queue has the task, and say so; unless
-    another is at it.  Without an epoch there is no such project."""
-    ask = "select row_to_json(one) from edits as one where id = $1 and done_at is null"
-    ask += " for update skip locked"
-    row = await db.fetchval(ask, number)
-    if row is None:
+    """Carry out one edit or refuse it, record the task, and say so; unless another process is at
+    it.  Without an epoch there is no such project."""
+    ask = "select * from edits where id = $1 and done_at is null for update skip locked"
+    edit, code, message = await db.fetchrow(ask, number), None, None
+    if edit is None:
         return
-    edit, code, message = json.loads(row), None, None
+    project, task = edit["project"], edit["task_id"]
+    earlier = await db.fetch(EARLIER, number)
     try:
         if epoch is None:
             hint = "create its first task with mosaic-queue create"
-            raise Refused("NOT_FOUND", f"there is no project {edit['project']} in the queue", hint)
-        await carry_out_request(queue, edit)
+            raise Refused("NOT_FOUND", f"there is no project {project} in the queue", hint)
+        await carry_out_request(queue, edit, earlier)
     except Refused as refusal:
         if refusal.passes:
             raise
         code = refusal.code
         message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; "))
-    await db.execute("select from projects where project = $1 for update", edit["project"])
-    await put_right(queue, db, edit, epoch)
+    if code is None and epoch is not None:
+        await record_now(queue, db, project, epoch, [task])
     done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
     await db.execute(done, number, code, message)
     facts = {"code": code, "message": message} if code else {}
-    log("edit", id=number, kind=edit["kind"], by=edit["by"],
-        task=f"{edit['project']}/{edit['task_id']}", **facts)  # fmt: skip
+    log("edit", id=number, kind=edit["kind"], by=edit["by"], task=f"{project}/{task}", **facts)
 
 
-async def put_right(queue: Queue, db: Any, edit: Mapping[str, Any], epoch: str | None) -> None:
-    """Write the row of an edit as the queue has the task; else as it was, and as gone."""
-    old, new, project = edit["old"], edit["new"], edit["project"]
-    places = [(row["project"], row["task_id"]) for row in (old, new) if row]
-    if new and (old is None or places[0] != places[1]):
-        await db.execute("delete from tasks where project = $1 and task_id = $2", *places[-1])
-    for at, name in dict.fromkeys(places):
-        if epoch is None or at != project or not ID.fullmatch(name):
-            continue
-        facts, tasks = await queue.records(project, [name])
-        if facts["epoch"] != epoch:
-            raise Refused("UNFIT", f"project {project} has just been replaced", "")
-        await put_tasks(db, project, tasks.values(), force=True)
-        if not tasks and old and name == old["task_id"]:
-            with contextlib.suppress(Refused):  # what an earlier edit left is nonsense
-                await put_tasks(db, project, [cast(Record, record_in(old))], force=True)
-            gone = "update tasks set gone = 'deleted', gone_at = now()"
-            await db.execute(gone + " where project = $1 and task_id = $2", project, name)
-
-
-async def carry_out_request(queue: Queue, edit: Mapping[str, Any]) -> None:
+async def carry_out_request(
+    queue: Queue, edit: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]]
+) -> None:
     """Do what a person asked for by a change of a row; refuses what the queue refuses, and what is
-    stale."""
+    stale.  What the same person asked for `earlier`, and did not see yet, has not changed
+    meanwhile."""
     queue = queue.acting_as("sql:" + re.sub(r"[^\x21-\x7e]", "-", edit["by"])[:100])
     place, reason = (edit["project"], edit["task_id"]), f"edited in Postgres by {edit['by']}"
-    base, ours = (fields_in(edit[row]) for row in ("old", "new"))
+    op, base, ours = str(edit["op"]), fields_in(edit["old"]), fields_in(edit["new"])
     if edit["kind"] == "delete":
-        given = {"project": edit["project"], "task": edit["task_id"], "reason": reason}
-        await call_once(queue, "delete", edit["op"], **given)
+        await call_once(queue, "delete", op, project=place[0], task=place[1], reason=reason)
     elif edit["kind"] == "insert":
-        await create_from_row(queue, *place, ours, reason, edit["op"])
+        await create_from_row(queue, *place, ours, reason, op)
     else:
-        await apply_edit(queue, *place, base, ours, reason, edit["op"])
+        edited = [name for name in {**base, **ours} if base.get(name) != ours.get(name)]
+        for one in earlier:
+            was, became = fields_in(one["old"]), fields_in(one["new"])
+            base |= {n: became.get(n) for n in edited if was.get(n) != became.get(n)}
+        await apply_edit(queue, *place, base, ours, reason, op)
 
 
 async def create_from_row(
@@ -5006,15 +5138,18 @@ async def create_from_row(
         await call_once(queue, name, op, **where, **given)
 
 
-def fields_in(row: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What a row of tasks shows, by the names of fields; a column that is none keeps its own."""
-    if row is None:
-        return {}
-    others = {name: value for name, value in row.items() if value is not None}
-    others = {name: value for name, value in others.items() if name not in TASK_COLUMNS}
-    known = others | record_in(row)
-    del known["updatedAt"]
-    return known
+def fields_in(row: str | None) -> dict[str, Any]:
+    """What a row of `tasks` shows, by the names of fields, times in ms; what is null is absent."""
+    fields: dict[str, Any] = {}
+    for column, value in json.loads(row or "{}").items():
+        if value is not None and (column.endswith("_at") or column == "not_before"):
+            try:
+                value = round(datetime.datetime.fromisoformat(value).timestamp() * 1000)
+            except ValueError:
+                invalid(column, value, "a time of our era")
+        if value is not None and column != "updated_at":
+            fields[camel(column)] = value
+    return fields
 
 
 # ==== RESTORING ==============================================================================

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -310,7 +312,6 @@ EDITS: dict[str, tuple[str, str, dict[str, Any] | str]] = {
     "holder": ("held", "claimed_by = 'eve'", "INVALID"),
     "rev": ("ready", "rev = 10000000", "INVALID"),
     "created-at": ("ready", "created_at = now()", "INVALID"),
-    "hidden": ("ready", "hidden = '{}'", "INVALID"),
     "gone": ("ready", "gone = 'deleted', title = 'x'", "INVALID"),
     "another-project": ("ready", "project = 'q'", "INVALID"),
     "another-id": ("ready", "task_id = 'U'", "INVALID"),
@@ -564,7 +565,7 @@ async def test_what_is_gone_is_history(
     assert (await postgres.records("p"))[1] == {}
     with pytest.raises(asyncpg.RaiseError, match="task p/T1 is purged: its row is history"):
         await person.execute("update tasks set title = 'x' where task_id = 'T1'")
-    with pytest.raises(asyncpg.RaiseError, match="delete its rows instead"):
+    with pytest.raises(asyncpg.WrongObjectTypeError):
         await person.execute("truncate tasks")
     await person.execute("delete from tasks where task_id = 'T1'")
     assert await person.fetchval("select count(*) from edits") == 0
@@ -573,20 +574,102 @@ async def test_what_is_gone_is_history(
     assert await person.fetchval("select gone is null from tasks where task_id = 'T2'")
 
 
-async def test_an_open_edit_is_no_part_of_the_record(
-    queue: mq.Queue, postgres: mq.Postgres, person: Any
+# What somebody writes who may write to the view `tasks` and no more: the statement, and how many
+# requests it makes.  With each of them the record stays what it is.
+STATEMENTS = {
+    "update tasks set title = 'x'": 2,
+    "update tasks set title = 'x', status = 'nonsense' where task_id = 'T1' returning title": 1,
+    "update tasks set title = title": 0,
+    "update mission_tasks set mission = 'n' where task_id = 'T1'": 1,
+    "update tasks set task_id = 'T3', rev = 9, gone = 'no' where task_id = 'T1'": 1,
+    "insert into tasks (project, mission, task_id, title) values ('p', 'm', 'new', 't')": 1,
+    "insert into tasks (project, task_id) values ('p', 'T1') on conflict do nothing": 1,
+    "insert into tasks (project, task_id) values ('', '') returning status, priority": 1,
+    "delete from tasks where task_id = 'T2' returning *": 1,
+    "delete from mission_tasks": 0,
+    "merge into tasks using (values ('T1')) as one (id) on task_id = id"
+    " when matched then update set title = 'merged'": 1,
+    "with one as (update tasks set title = 'x' returning *) select count(*) from one": 2,
+}
+# And what that role is not let do, whatever it sets before.
+BARRED = (
+    *("truncate tasks", "select * from records", "update records set rev = 9", "truncate records"),
+    *("delete from records", "insert into records (project) values ('p')", "select * from edits"),
+    *("update edits set code = null", "update projects set rev = 0", "alter view tasks owner to p"),
+    *("delete from task_events", "drop view tasks", "create table mosaic_queue.t (a int)"),
+)
+
+
+async def test_the_record_never_holds_a_wish(
+    queue: mq.Queue, postgres: mq.Postgres, cluster: Cluster, url: str
 ) -> None:
-    """Whoever restores from it gets what the queue said last."""
+    """Whoever reads it, or restores from it, gets what the queue said last."""
     await create(queue, "T1", "T2")
     await follow(queue, postgres)
     before = await postgres.records("p")
-    await person.execute("update tasks set title = 'x', status = 'nonsense'")
-    await person.execute("update tasks set title = 'y'")
-    await person.execute("delete from tasks where task_id = 'T2'")
-    await person.execute(
-        "insert into tasks (project, mission, task_id, title) values ('p', 'm', 'new', 't')"
-    )
-    assert await postgres.records("p") == before
+    async with connected(url) as admin:
+        shown = await admin.fetch("select * from tasks order by task_id")
+        await admin.execute(
+            f"drop role if exists dash; create role dash login; grant usage on schema {SCHEMA} to "
+            "dash; grant select, insert, update, delete on tasks, mission_tasks to dash"
+        )
+        async with connected(url, user="dash") as person:
+            await person.execute("set mosaic_queue.writer = 'follower'")
+            if person.get_server_version().major < 17:
+                STATEMENTS.pop(next(one for one in STATEMENTS if one.startswith("merge")))
+            for statement, requests in STATEMENTS.items():
+                await person.fetch(statement)
+                made = await admin.fetch("delete from edits returning *")
+                assert [one["by"] for one in made] == ["dash"] * requests, statement
+                assert await admin.fetch("select * from tasks order by task_id") == shown
+                assert await postgres.records("p") == before, statement
+            for statement in BARRED:
+                with pytest.raises(asyncpg.PostgresError) as no:
+                    await person.execute(statement)
+                assert no.value.sqlstate in ("42501", "42809", "42704"), statement
+        await admin.execute("drop owned by dash; drop role dash")
+
+
+async def test_two_edits_before_the_first_is_seen(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any
+) -> None:
+    """Those of one person follow each other; another person's is a conflict."""
+    await create(queue, "T1", "T2")
+    await follow(queue, postgres)
+    await person.execute("create role ann; grant all on schema mosaic_queue to ann;"
+                         "grant all on tasks to ann")  # fmt: skip
+    change = "update tasks set title = $1 where task_id = $2"
+    async with person.transaction():
+        for title in ("first", "second"):
+            await person.execute(change, title, "T1")
+    await person.execute(change, "mine", "T2")
+    await person.execute("set role ann")
+    await person.execute(change, "hers", "T2")
+    await person.execute("reset role")
+    async with recording(queue, config):
+        edits = await answered(person)
+    assert [(edit["by"], edit["code"]) for edit in edits] == [
+        *[("postgres", None)] * 3, ("ann", "STALE_REV"),
+    ]  # fmt: skip
+    tasks = await records(queue, "p")
+    assert (tasks["T1"]["title"], tasks["T2"]["title"]) == ("second", "mine")
+    await person.execute("drop owned by ann; drop role ann")
+
+
+async def test_who_sees_that_an_edit_is_done_sees_what_it_did(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any
+) -> None:
+    """Whatever the follower of the events has come to."""
+    await create(queue, "T")
+    await follow(queue, postgres)
+    for n in range(5):
+        await person.execute("update tasks set title = $1", str(n))
+        async with postgres.session() as db:
+            await mq.carry_out_all(queue, db)
+        row = await person.fetchrow("select code, done_at from edits order by id desc limit 1")
+        assert row["done_at"]
+        assert row["code"] is None
+        assert await person.fetchval("select title from tasks") == str(n)
 
 
 async def test_a_flushed_project_comes_back(
@@ -798,8 +881,8 @@ async def test_an_edit_whose_mark_was_lost_is_no_conflict(
     await create(queue, "T1", "T2")
     await follow(queue, postgres)
     await person.execute("update tasks set title = 'mine', not_before = now() + '1 hour'")
-    edits = await person.fetch("select row_to_json(edits) from edits order by id")
-    await mq.carry_out_request(queue, json.loads(edits[0][0]))
+    edits = await person.fetch("select * from edits order by id")
+    await mq.carry_out_request(queue, edits[0], [])
     for name in ("T1", "T2"):
         await queue.update(name, title="theirs")
     async with postgres.session() as db:
@@ -883,6 +966,8 @@ async def test_everything_is_killed(
         await asyncio.gather(*working)
         await until(lambda: same(queue, postgres), 30)
         async with connected(url) as db:
+            # Of what was edited while nobody recorded, all may have changed meanwhile.
+            await db.execute("update tasks set title = 'calm' where gone is null")
             await answered(db)
             await until(lambda: same(queue, postgres), 30)
             assert await events_equal(queue, db) > 100
@@ -943,16 +1028,14 @@ async def test_a_locked_row_holds_up_its_project_alone(
     for project in ("p", "q"):
         await follow(queue, postgres, project)
     async with person.transaction(), recording(queue, config):
-        await person.execute("update tasks set title = 'mine' where project = 'p'")
+        await person.execute("select from records where project = 'p' for update")
         await queue.update("p/T", title="theirs")
         for n in range(3):
             await queue.update("q/T", title=str(n))
             await until(lambda: same(queue, postgres, "q"))
         assert not await same(queue, postgres, "p")
     async with recording(queue, config):
-        (edit,) = await answered(person)
         await until(lambda: same(queue, postgres, "p"))
-    assert edit["code"] == "STALE_REV"
 
 
 # ---- what a follower may miss ----
@@ -1084,7 +1167,7 @@ async def test_rows_that_postgres_refuses_are_set_aside(
         await create(queue, *(f"T{i}" for i in range(n, n + 100)))
     await follow(queue, postgres)
     async with connected(cluster.of("latin")) as db:
-        await db.execute("alter table tasks add check (title <> 'bad')")
+        await db.execute("alter table records add check (title <> 'bad')")
         await db.execute("alter table task_events add check (text <> 'bad')")
         await queue.update("T7", title="→")
         await queue.update("T8", title="bad")
@@ -1195,33 +1278,135 @@ async def test_missing_rights(
 # ---- the schema ----
 
 
+async def record_as_before(queue: mq.Queue, db: Any, names: list[str]) -> None:
+    """Record some tasks in `tasks` as it was up to version 3: a column for each field."""
+    facts, tasks = await queue.records("p", names)
+    rows = []
+    for task in tasks.values():
+        row: dict[str, Any] = {"project": "p"}
+        for name, value in task.items():
+            column = {"order": "created_at"}.get(
+                name, re.sub("[A-Z]+", lambda found: "_" + found[0].lower(), name)
+            )
+            if name == "createdAt":
+                continue
+            if name == "order" or column.endswith("_at") or name == "notBefore":
+                us: Any = value if name == "order" else 1000 * int(value)  # type: ignore
+                value = f"{datetime.datetime.fromtimestamp(us / 10**6, datetime.UTC):%F %T.%fZ}"
+            row[column] = json.dumps(value) if name in ("metadata", "hidden") else value
+        rows.append(row)
+    columns = await db.fetchval(
+        "select string_agg(column_name, ', ') from information_schema.columns"
+        " where table_schema = $1 and table_name = 'tasks'", SCHEMA,
+    )  # fmt: skip
+    values = re.sub(r"\b(metadata|hidden)\b", r"(\1 #>> '{}')::json", columns)
+    filled = [dict.fromkeys(columns.split(", ")) | row for row in rows]
+    await db.execute(
+        f"insert into tasks ({columns}) select {values} "
+        "from json_populate_recordset(null::tasks, $1)", json.dumps(filled),
+    )  # fmt: skip
+    project = "insert into projects values ('p', $1, $2, 0, $3)"
+    await db.execute(project, facts["epoch"], facts["rev"], json.dumps(facts))
+
+
 @pytest.mark.parametrize("version", range(len(mq.MIGRATIONS)))
 async def test_every_older_version_is_migrated(
-    version: int, queue: mq.Queue, config: mq.Config, url: str, monkeypatch: pytest.MonkeyPatch
+    version: int, queue: mq.Queue, config: mq.Config, db: redis.Redis, url: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By eight at once; what was recorded is there."""
-    await create(queue, "T1", "T2")
+    """By eight at once; what was recorded is there, down to what `restore` needs."""
+    await populate(queue)
+    names = list(await queue.ids("p"))
     with monkeypatch.context() as older:
         older.setattr(mq, "MIGRATIONS", mq.MIGRATIONS[:version])
         old = mq.Postgres(config)
-        if version:
-            await follow(queue, old)
+        await old.cursor("p") if version else None
         await old.close()
+    if version:
+        async with connected(url) as admin:
+            await admin.execute("set mosaic_queue.writer = 'follower'")
+            await record_as_before(queue, admin, names)
+            await admin.execute("insert into tasks (project, mission, task_id, title, gone)"
+                                " values ('p', 'm', 'gone', 'was', 'purged')")  # fmt: skip
     all_at_once = [mq.Postgres(config) for _ in range(8)]
     await asyncio.gather(*(one.cursor("p") for one in all_at_once))
-    async with connected(url) as db:
-        assert await db.fetchval("select count(*) from tasks") == (2 if version else 0)
-        versions = [row[0] for row in await db.fetch("select version from version order by 1")]
+    async with connected(url) as admin:
+        versions = [row[0] for row in await admin.fetch("select version from version order by 1")]
         assert versions == [*range(1, len(mq.MIGRATIONS) + 1)]
-        await queue.claim("T1", "bob")
+        if version:
+            await equal(queue, all_at_once[0])
+            before = kept(read_project(db, "p"))
+            db.flushall()
+            await mq.restore(config, False, None)
+            assert kept(read_project(db, "p")) == before
+            gone = await admin.fetchrow("select title, gone from tasks where task_id = 'gone'")
+            assert tuple(gone) == ("was", "purged")
         await follow(queue, all_at_once[0])
         await equal(queue, all_at_once[0])
-        await db.execute("update tasks set title = 'x'")
-        assert await db.fetchval("select count(*) from edits") == 2
+        await admin.execute("update tasks set title = 'x' where gone is null")
+        assert await admin.fetchval("select count(*) from edits") == len(names)
         for view in ("ready", "running", "dead_letters", "throughput", "missions", "mission_tasks"):
-            await db.fetch(f"select * from {view}")
+            await admin.fetch(f"select * from {view}")
     for one in all_at_once:
         await one.close()
+
+
+async def test_wishes_are_taken_out_of_an_older_record(
+    queue: mq.Queue, config: mq.Config, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open edits of a database of version 3 are still carried out, and the rights of others go
+    from the table to the view, but for whoever keeps the record."""
+    await create(queue, "T1", "T2", "T3", "T4", metadata={"nul": "\0", "\\u0000": 1})
+    with monkeypatch.context() as older:
+        older.setattr(mq, "MIGRATIONS", mq.MIGRATIONS[:3])
+        old = mq.Postgres(config)
+        await old.cursor("p")
+        await old.close()
+    async with connected(url) as admin:
+        await admin.execute("set mosaic_queue.writer = 'follower'")
+        await record_as_before(queue, admin, ["T1", "T2", "T3", "T4"])
+        await admin.execute("set mosaic_queue.writer = ''")
+        await admin.execute(f"""
+            create role "An n"; create role keeper; create role reader;
+            grant usage on schema {SCHEMA} to "An n", keeper, reader;
+            grant select, insert, update, delete on tasks to "An n";
+            grant select, insert, update, delete on all tables in schema {SCHEMA} to keeper;
+            grant select on tasks, ready to reader; grant select on running to public;
+            update tasks set title = 'first' where task_id = 'T1';
+            update tasks set title = 'second', status = 'nonsense' where task_id = 'T1';
+            delete from tasks where task_id = 'T2';
+            update tasks set task_id = 'T9' where task_id = 'T3';
+            update tasks set title = 'of nobody' where task_id = 'T9';
+            insert into tasks (project, mission, task_id, title) values ('p', 'm', 'new', 'n');
+            update tasks set title = 'newer' where task_id = 'new';
+        """)
+        postgres = mq.Postgres(config)
+        _, found = await postgres.records("p")
+        assert found.keys() == {"T1", "T2", "T3", "T4"}
+        assert {one["title"] for one in found.values()} == {"a task"}
+        assert found["T4"] == (await records(queue, "p"))["T4"]
+        ask = "select grantee, table_name, count(*) from information_schema.table_privileges"
+        rows = await admin.fetch(ask + " where table_schema = $1 group by 1, 2", SCHEMA)
+        rights = {(row[0], row[1]): row[2] for row in rows}
+        assert {who[1]: n for who, n in rights.items() if who[0] == "An n"} == {"tasks": 4}
+        assert {who[1]: n for who, n in rights.items() if who[0] == "reader"} == {
+            "tasks": 1, "ready": 1,
+        }  # fmt: skip
+        assert rights["PUBLIC", "running"] == 1
+        assert rights["keeper", "records"] == rights["keeper", "tasks"] == 4
+        await follow(queue, postgres)
+        async with recording(queue, config):
+            edits = await answered(admin)
+        codes = [(edit["task_id"], edit["code"]) for edit in edits]
+        assert codes == [
+            ("T1", None), ("T1", "INVALID"), ("T2", None), ("T3", "INVALID"), ("T9", "NOT_FOUND"),
+            ("new", None), ("new", None),
+        ]  # fmt: skip
+        titles = {name: one["title"] for name, one in (await records(queue, "p")).items()}
+        assert titles == {"T1": "first", "T3": "a task", "T4": "a task", "new": "newer"}
+        await admin.execute('drop owned by "An n", keeper, reader;'
+                            'drop role "An n", keeper, reader')  # fmt: skip
+        await postgres.close()
 
 
 async def test_an_older_program_refuses_a_newer_schema(
