@@ -32,6 +32,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import mosaic_queue as mq
 
+# The command as it is installed: a script that imports the module, so that its bytecode is kept.
+# Run as a file the module would be compiled at every start, 0.2 s each.
+PROGRAM = Path(sys.executable).with_name("mosaic-queue")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+FOLDER = str(Path(mq.__file__).parent)  # from where a program of a test imports the module
+
 # An operation of this process has a minute: a machine that is busy elsewhere is no dead server.
 mq.Queue.__init__.__kwdefaults__["deadline"] = 60
 

@@ -21,12 +21,11 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, free_port, key_space
+from conftest import BINARIES, PROGRAM, Server, free_port, key_space
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
-PROGRAM = Path(mq.__file__)
 KIB = 1024
 DAY = 24 * 3600
 

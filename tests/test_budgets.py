@@ -16,7 +16,7 @@ from typing import Any
 import bpe_openai
 import pytest
 import redis
-from conftest import Server, one_engine
+from conftest import PROGRAM, Server, one_engine
 from mcp import Client, StdioServerParameters
 
 import mosaic_queue as mq
@@ -57,7 +57,7 @@ def connect(server: Server, db: redis.Redis, tmp_path: Path) -> Callable[..., Cl
     def make(*words: str) -> Client:
         environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
         environ["XDG_DATA_HOME"] = str(tmp_path)
-        program = [str(Path(mq.__file__)), "mcp", "--url", server.url, *words]
+        program = [str(PROGRAM), "mcp", "--url", server.url, *words]
         return Client(
             StdioServerParameters(command=sys.executable, args=program, env=environ, cwd=tmp_path),
             mode="legacy",

@@ -21,16 +21,15 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, key_space, one_engine
+from conftest import FOLDER, PROGRAM, Server, key_space, one_engine
 
 import mosaic_queue as mq
 
-PROGRAM = Path(mq.__file__)
 PYTHON = [sys.executable, str(PROGRAM)]
 MOSAIC = [
     sys.executable,
     "-c",
-    f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_queue; "
+    f"import sys; sys.path.insert(0, {FOLDER!r}); import mosaic_queue; "
     "sys.argv = ['mosaic', *sys.argv[1:]]; sys.exit(mosaic_queue.mosaic())",
 ]
 
@@ -603,7 +602,7 @@ def test_version(tell: Tell) -> None:
 def test_help_and_version_import_nobody_elses_code(run: Run) -> None:
     """`--help` in about 50 ms: nothing of site-packages, and no asyncio."""
     code = (
-        f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); before = set(sys.modules);"
+        f"import sys; sys.path.insert(0, {FOLDER!r}); before = set(sys.modules);"
         "import mosaic_queue; status = mosaic_queue.main(sys.argv[1:]);"
         "new = {m: getattr(sys.modules[m], '__file__', '') for m in set(sys.modules) - before};"
         "print(sorted(m for m, f in new.items() if 'site-packages' in (f or '')"

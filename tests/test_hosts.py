@@ -14,7 +14,6 @@ import select
 import stat
 import struct
 import subprocess
-import sys
 import termios
 import time
 import tomllib
@@ -24,11 +23,10 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, one_engine
+from conftest import PROGRAM, Server, one_engine
 
 import mosaic_queue as mq
 
-PROGRAM = [sys.executable, str(Path(mq.__file__))]
 OWN = {  # where each client reads its servers, and under which key
     "claude": (".claude.json", "mcpServers"),
     "codex": (".codex/config.toml", "mcp_servers"),
@@ -54,7 +52,7 @@ def tell(environ: dict[str, str], tmp_path: Path) -> Tell:
 
     def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*PROGRAM, *words], env=environ | more, cwd=tmp_path, text=True, timeout=60,
+            [str(PROGRAM), *words], env=environ | more, cwd=tmp_path, text=True, timeout=60,
             capture_output=True, check=False,
         )  # fmt: skip
 
@@ -83,9 +81,9 @@ def test_an_entry_is_written_where_the_client_reads_it(
     entry = tree_of(path)[key]["mosaic"]
     words = ["mcp", "--project", "web", "--agent", "al"]
     if client == "opencode":
-        assert entry["command"] == [*PROGRAM, *words]
+        assert entry["command"] == [str(PROGRAM), *words]
     else:
-        assert [entry["command"], *entry["args"]] == [*PROGRAM, *words]
+        assert [entry["command"], *entry["args"]] == [str(PROGRAM), *words]
     # Which queue it is must not depend on what the client hands on.
     environ = entry["environment" if client == "opencode" else "env"]
     assert environ == {"MOSAIC_VALKEY_URL": server.url}
@@ -222,7 +220,7 @@ def test_a_generic_client_needs_a_file(tell: Tell, tmp_path: Path) -> None:
 def test_the_answer_for_programs(tell: Tell, tmp_path: Path) -> None:
     told = json.loads(tell("mcp-config", "claude", "--write", "--json").stdout)
     assert (told["v"], told["written"], told["file"]) == (1, True, str(tmp_path / ".claude.json"))
-    assert "mosaic" in told["entry"]["args"][0]
+    assert "mosaic" in told["entry"]["command"]
 
 
 # ---- the start of a session ----
@@ -284,7 +282,7 @@ def test_bash_reads_what_completion_prints(
     folder = tmp_path / "bin"
     folder.mkdir()
     program = folder / "mosaic-queue"
-    program.write_text(f'#!/bin/sh\nexec {" ".join(PROGRAM)} "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {PROGRAM} "$@"\n')
     program.chmod(0o755)
     script = (
         'eval "$(mosaic-queue completion bash)"; COMP_WORDS=(mosaic-queue show T); COMP_CWORD=2; '
@@ -318,7 +316,7 @@ class Terminal:
         fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         self.settings = termios.tcgetattr(child)
         self.process = subprocess.Popen(
-            [*PROGRAM, *words], env=environ | {"TERM": "xterm"}, stdin=child, stdout=child,
+            [str(PROGRAM), *words], env=environ | {"TERM": "xterm"}, stdin=child, stdout=child,
             stderr=child, start_new_session=True,
         )  # fmt: skip
         self.child, self.seen = child, b""

@@ -24,13 +24,12 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, Shim, one_engine, until
+from conftest import FOLDER, PROGRAM, Server, Shim, one_engine, until
 from mcp import Client, StdioServerParameters
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
-PROGRAM = Path(mq.__file__)
 ROOT = "mosaic:queue:project:{p}"
 
 
@@ -65,7 +64,7 @@ def connect(environ: dict[str, str], tmp_path: Path) -> Connect:
 
     def make(ttl: int = 2, setting: str = "pass", **more: str) -> Client:
         (tmp_path / "queue.yaml").write_text(f"defaults: {{mcpTTL: {ttl}}}\n")
-        run = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_queue as mq"
+        run = f"import sys; sys.path.insert(0, {FOLDER!r}); import mosaic_queue as mq"
         code = f"{run}; {setting}; sys.exit(mq.main())"
         words = ["-c", code, "mcp", "--config", str(tmp_path / "queue.yaml")]
         parameters = StdioServerParameters(
@@ -240,7 +239,7 @@ time.sleep(600)
 
 PATIENT = f"""
 import sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
+sys.path.insert(0, {FOLDER!r})
 import anyio
 import mosaic_queue
 move_on_after = anyio.move_on_after

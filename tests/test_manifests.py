@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import conftest
 import pytest
 import redis
-from conftest import BINARIES, Server, at_work
+from conftest import BINARIES, PROGRAM, Server, at_work
 from invariants import problems
 
 import mosaic_queue as mq
@@ -376,7 +375,7 @@ async def test_a_monitor_keeps_them_and_a_command_restores(
     file = tmp_path / "queue.yaml"
     file.write_text(f"project: p\nmanifests: {tmp_path / 'kept'}\n")
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MOSAIC_VALKEY_URL": server.url}
-    program = [sys.executable, mq.__file__]
+    program = [str(PROGRAM)]
     await create(queue, "A", "B")
     await queue.claim("A", "alice", ttl=900)
     before = await queue.records("p", ["A", "B"])

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, key_space, one_engine
+from conftest import BINARIES, PROGRAM, Server, key_space, one_engine
 from mcp import Client, MCPError, StdioServerParameters
 
 import mosaic_queue as mq
@@ -29,7 +29,7 @@ import mosaic_queue as mq
 pytestmark = pytest.mark.anyio
 COMMAND = shlex.split(os.environ.get("MOSAIC_QUEUE_COMMAND", "")) or [
     sys.executable,
-    str(Path(mq.__file__)),
+    str(PROGRAM),
 ]
 ERAS = ("legacy", "2026-07-28", "auto")
 NAMES = [

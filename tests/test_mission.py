@@ -24,11 +24,10 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, ask, one_engine
+from conftest import PROGRAM, Server, ask, one_engine
 
 import mosaic_queue as mq
 
-PROGRAM = [sys.executable, str(Path(mq.__file__))]
 LIMIT = 60  # s for what takes one; machines are slow
 HERE = ".mosaic/orchestrator"
 
@@ -56,7 +55,7 @@ def start(server: Server, db: redis.Redis, folder: Path) -> Iterator[Start]:
 
     def popen(*words: str, cwd: Path = folder, **more: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*PROGRAM, *words], env=environ | more, cwd=cwd, text=True,
+            [str(PROGRAM), *words], env=environ | more, cwd=cwd, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)

@@ -22,15 +22,14 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim, at_work, one_engine, until
+from conftest import BINARIES, FOLDER, Server, Shim, at_work, one_engine, until
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
-PROGRAM = Path(mq.__file__)
 ROOT = "mosaic:queue:project:{p}"
 AT_ONCE = 8  # s; a waiter that was not woken would look after 10
-RUN = f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_queue as mq; "
+RUN = f"import sys; sys.path.insert(0, {FOLDER!r}); import mosaic_queue as mq; "
 DEADLINE = "mq.Queue.__init__.__kwdefaults__['deadline'] = {}; "
 
 

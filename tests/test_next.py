@@ -21,14 +21,13 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, Shim, one_engine, until
+from conftest import BINARIES, FOLDER, PROGRAM, Server, Shim, one_engine, until
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 ROOT = "mosaic:queue:project:{p}"
 AT_ONCE = 8  # s; a waiter that was not woken would look after 10
-PROGRAM = Path(mq.__file__)
 WAITERS = 200
 OURS = ("evalsha", "eval", "blpop", "info")  # all that a waiter may send
 Offers = Sequence["asyncio.Task[mq.Offer]"]
@@ -370,7 +369,7 @@ async def test_who_does_not_wait_takes_the_best_itself(queue: mq.Queue, config: 
 
 TWIN = f"""
 import asyncio, json, sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
+sys.path.insert(0, {FOLDER!r})
 import mosaic_queue as mq
 
 async def main():

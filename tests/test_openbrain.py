@@ -13,7 +13,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import conftest
 import pytest
 import redis
-from conftest import Server, at_work, one_engine
+from conftest import PROGRAM, Server, at_work, one_engine
 
 import mosaic_queue as mq
 
@@ -387,7 +386,7 @@ def by_hand(
 ) -> subprocess.CompletedProcess[str]:
     base = {"PATH": os.environ["PATH"], "HOME": str(folder), "MOSAIC_VALKEY_URL": server.url}
     return subprocess.run(
-        [sys.executable, mq.__file__, "capture", *words],
+        [str(PROGRAM), "capture", *words],
         env=base | environ, cwd=folder, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import pytest
 import redis
+from conftest import PROGRAM
 
 import mosaic_queue as mq
 
-PROGRAM = [sys.executable, str(Path(mq.__file__))]
 Done = subprocess.CompletedProcess[str]
 
 
@@ -51,13 +51,13 @@ class Home:
 
     def spawn(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*PROGRAM, *words], env=self.environ, cwd=self.path, text=True,
+            [str(PROGRAM), *words], env=self.environ, cwd=self.path, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
     def run(self, *words: str) -> Done:
         return subprocess.run(
-            [*PROGRAM, *words], env=self.environ, cwd=self.path, text=True,
+            [str(PROGRAM), *words], env=self.environ, cwd=self.path, text=True,
             stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False,
         )  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_racing_uses_after_a_kill_start_exactly_one(home: Home) -> None:
 def test_it_outlives_the_command_in_a_session_of_its_own(home: Home) -> None:
     """Ctrl-C in the terminal and the end of the agent's process group do not reach it."""
     process = subprocess.Popen(
-        [*PROGRAM, "create", "p", "m", "T1", "--title", "t"], env=home.environ, cwd=home.path,
+        [str(PROGRAM), "create", "p", "m", "T1", "--title", "t"], env=home.environ, cwd=home.path,
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
@@ -178,19 +178,19 @@ def test_it_outlives_the_command_in_a_session_of_its_own(home: Home) -> None:
 def test_it_holds_no_pipe_of_the_command_that_started_it(home: Home) -> None:
     """Else `$(mosaic-queue ...)` would wait for the server's end."""
     done = subprocess.run(
-        f"{sys.executable} {mq.__file__} create p m T1 --title t 2>&1 | cat", shell=True,
+        f"{PROGRAM} create p m T1 --title t 2>&1 | cat", shell=True,
         env=home.environ, cwd=home.path, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert "pending" in done.stdout
     with open(home.path / "note", "w") as note, subprocess.Popen(
-        [*PROGRAM, "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
+        [str(PROGRAM), "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
         pass_fds=[note.fileno()],
     ) as process:  # fmt: skip
         process.wait(60)
     home.kill()
     read, write = os.pipe()
     with subprocess.Popen(
-        [*PROGRAM, "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
+        [str(PROGRAM), "list"], env=home.environ, cwd=home.path, stdout=subprocess.DEVNULL,
         pass_fds=[write],
     ) as process:  # fmt: skip
         process.wait(60)

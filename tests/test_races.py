@@ -20,15 +20,14 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server
+from conftest import BINARIES, FOLDER, Server
 
 import mosaic_queue as mq
 
 PROCESSES, ROUNDS, DRAINED = 50, 100, 2000
-PROGRAM = Path(mq.__file__)
 
 COMMAND = (
-    f"import sys; sys.path.insert(0, {str(PROGRAM.parent)!r}); import mosaic_queue as mq; "
+    f"import sys; sys.path.insert(0, {FOLDER!r}); import mosaic_queue as mq; "
     "mq.Queue.__init__.__kwdefaults__['deadline'] = 60; sys.exit(mq.main())"
 )
 
@@ -36,7 +35,7 @@ COMMAND = (
 # drains in an order of its own, so that at every task some come first and some too late.
 WORKER = f"""
 import asyncio, json, random, sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
+sys.path.insert(0, {FOLDER!r})
 import redis
 import mosaic_queue as mq
 

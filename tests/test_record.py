@@ -26,7 +26,7 @@ from typing import Any
 import asyncpg
 import pytest
 import redis
-from conftest import BINARIES, Server, at_work, one_engine
+from conftest import BINARIES, FOLDER, Server, at_work, one_engine
 from invariants import problems, read_project
 from test_restore import kept, populate
 
@@ -902,7 +902,7 @@ class Monitor:
         self.config = self.log.with_suffix(".yaml")
         self.config.write_text(json.dumps(given))
         program = (
-            f"import sys; sys.path.insert(0, {str(Path(mq.__file__).parent)!r}); "
+            f"import sys; sys.path.insert(0, {FOLDER!r}); "
             "import mosaic_queue as mq; mq.LEADS = 1; mq.REFRESH = 1; sys.exit(mq.main())"
         )
         words = ("monitor", "--config", str(self.config), *words)

@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -22,13 +21,12 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import BINARIES, Server, free_port, key_space, one_engine, until
+from conftest import BINARIES, PROGRAM, Server, free_port, key_space, one_engine, until
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 server = one_engine()
-PROGRAM = [sys.executable, str(Path(mq.__file__))]
 
 # Lines of the sources.  What is sent again until the deadline passes by itself.
 LINES = {
@@ -338,7 +336,7 @@ async def test_what_lives_on_goes_on_after_full_memory(
         base = tmp_path / words[0]
         with base.with_suffix(".out").open("w") as out, base.with_suffix(".err").open("w") as err:
             return subprocess.Popen(
-                [*PROGRAM, *words], env=environ, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out,
+                [str(PROGRAM), *words], env=environ, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out,
                 stderr=err, text=True,
             )  # fmt: skip
 

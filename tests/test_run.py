@@ -19,11 +19,10 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, ask, one_engine
+from conftest import PROGRAM, Server, ask, one_engine
 
 import mosaic_queue as mq
 
-PROGRAM = [sys.executable, str(Path(mq.__file__))]
 ROOT = "mosaic:queue:project:{p}"
 
 
@@ -52,7 +51,7 @@ def start(environ: dict[str, str], tmp_path: Path) -> Iterator[Start]:
 
     def popen(*words: str, **more: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [*PROGRAM, *words], env=environ | more, cwd=tmp_path, text=True,
+            [str(PROGRAM), *words], env=environ | more, cwd=tmp_path, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         started.append(process)
@@ -136,7 +135,7 @@ def test_the_command_may_use_the_queue_itself(run: Tell, server: Server) -> None
 import os, subprocess
 for words in (["note", os.environ["MOSAIC_TASK_ID"], "found it"],
               ["heartbeat", os.environ["MOSAIC_TASK_ID"], "--progress", "half"]):
-    subprocess.run({PROGRAM!r} + words, check=True, capture_output=True)
+    subprocess.run({[str(PROGRAM)]!r} + words, check=True, capture_output=True)
 """
     assert run(code)[0] == 0
     told = [event["op"] for event in ask(server, "events", task="T1")["events"]]
@@ -194,7 +193,7 @@ def test_bytes_that_are_no_text_are_passed_on_and_told(
     create(server, "T1")
     code = "import os; os.write(1, b'\\xff\\xfe\\0end')"
     done = subprocess.run(
-        [*PROGRAM, "run", "--", sys.executable, "-c", code], env=environ, cwd=tmp_path,
+        [str(PROGRAM), "run", "--", sys.executable, "-c", code], env=environ, cwd=tmp_path,
         capture_output=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, b"\xff\xfe\0end"), done.stderr

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import Server, at_work, one_engine
+from conftest import PROGRAM, Server, at_work, one_engine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tables import FOURTEEN, NASTY, NINE, PADDED
@@ -28,7 +28,6 @@ from test_tables import FOURTEEN, NASTY, NINE, PADDED
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
-PROGRAM = [sys.executable, mq.__file__]
 HEAD = "| id | status | description | depends_on |\n|---|---|---|---|\n"
 HISTORIES = int(os.environ.get("MOSAIC_TEST_HISTORIES", "200"))
 
@@ -651,7 +650,7 @@ def command(server: Server, db: redis.Redis, tmp_path: Path) -> Command:
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*PROGRAM, *words, "--url", server.url],
+            [str(PROGRAM), *words, "--url", server.url],
             env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
 
@@ -687,7 +686,7 @@ async def test_the_command_watches_until_it_is_stopped(
 ) -> None:
     words = ["sync", str(board), "--project", "p", "--watch", "--json", "--url", server.url]
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "XDG_STATE_HOME": str(tmp_path)}
-    with subprocess.Popen([*PROGRAM, *words], env=environ, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([str(PROGRAM), *words], env=environ, stdout=subprocess.PIPE) as process:
         assert process.stdout
         try:
             assert len(json.loads(process.stdout.readline())["rows"]) == 2
