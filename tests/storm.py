@@ -138,7 +138,7 @@ class Storm:
     def spawn(self, name: str) -> None:
         words = [__file__, "--agent", self.server.url, name, str(self.folder / "accepted")]
         if name.startswith("monitor"):
-            words = [str(PROGRAM), "monitor", "--url", self.server.url]
+            words = ["-m", "mosaic_queue", "monitor", "--url", self.server.url]
             words += ["--config", str(self.folder / "queue.yaml")]
         environ = {"PATH": os.environ["PATH"], "HOME": str(self.folder)}
         errors = subprocess.DEVNULL if name.startswith("monitor") else self.errors

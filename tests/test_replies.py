@@ -336,8 +336,8 @@ async def test_what_lives_on_goes_on_after_full_memory(
         base = tmp_path / words[0]
         with base.with_suffix(".out").open("w") as out, base.with_suffix(".err").open("w") as err:
             return subprocess.Popen(
-                [str(PROGRAM), *words], env=environ, cwd=tmp_path, stdin=subprocess.PIPE, stdout=out,
-                stderr=err, text=True,
+                [str(PROGRAM), *words], env=environ, cwd=tmp_path, stdin=subprocess.PIPE,
+                stdout=out, stderr=err, text=True,
             )  # fmt: skip
 
     async with queue_of(server, deadline=60) as queue:
