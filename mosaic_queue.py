@@ -548,7 +548,7 @@ class Refused(Exception):
         """This refusal, with what was refused and who reads it; a task is named in full."""
         facts = {key: value for key, value in arguments.items() if value is not None}
         facts |= {key: self.facts[key] for key in ("project", "task") if key in self.facts}
-        if "project" in facts and "/" not in facts.get("task", "/"):
+        if "project" in facts and "/" not in str(facts.get("task", "/")):
             facts["task"] = f"{facts['project']}/{facts['task']}"
         self.operation, self.facts, self.reader = operation, facts, reader
         return self
@@ -1071,7 +1071,7 @@ Priority = Literal["critical", "high", "medium", "low"]
 
 
 class NewTask(TypedDict, total=False):
-    """A task to create; `taskId`, `mission` and `title` are needed.  One JSON line of --from."""
+    """A task to create; `title` is needed.  One JSON line of --from."""
 
     project: str
     mission: str
@@ -2431,9 +2431,9 @@ class Queue:
     @operation()
     async def create(
         self,
-        project: str,
-        mission: str,
-        task: str,
+        project: str | None = None,
+        mission: str | None = None,
+        task: str | None = None,
         *,
         title: str,
         description: str | None = None,
@@ -2447,10 +2447,17 @@ class Queue:
     ) -> Task:
         """Enter a new task. It is blocked until its dependencies are completed.
 
+        Without a taskId it gets one; without a mission the configured one, or the project's only.
+
         Example: mosaic-queue create web launch T1 --title "Write the page" --priority high
         """
-        new: NewTask = {"mission": mission, "taskId": task, "title": title, "priority": priority}
-        new |= {"lane": lane, "dependencies": list(dependencies)}
+        project = self.own(project)
+        new: NewTask = {"title": title, "priority": priority, "lane": lane}
+        new |= {"dependencies": list(dependencies)}
+        if mission is not None:
+            new["mission"] = mission
+        if task is not None:
+            new["taskId"] = task
         if description is not None:
             new["description"] = description
         if metadata is not None:
@@ -2465,16 +2472,15 @@ class Queue:
         self, tasks: Sequence[NewTask], *, project: str, op: str | None = None
     ) -> list[Task]:
         """Enter up to 200 tasks, all or none; dependencies may name tasks of the same call, in
-        any order.  Returns id, status, rev and createdAt of each."""
-        rows = [new_task_row(task, project) for task in tasks]
+        any order.  Returns id, mission, status, rev and createdAt of each, in the same order."""
+        mission = self.config["mission"]
+        rows = [{"mission": mission} | new_task_row(task, project) for task in tasks]
         policy, lanes = self.config.policy()
         await self.register(project)
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self.call("create", project, given, rows)
         self._registered[project] = time.monotonic()
-        created = [task_from(project, ["OK", row]) for row in reply[1:]]
-        by_id = {task["taskId"]: task for task in created}
-        return [by_id[row["task"]] for row in rows]
+        return [task_from(project, ["OK", row]) for row in reply[1:]]
 
     async def register(self, project: str) -> None:
         """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
@@ -3223,8 +3229,8 @@ def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
         *((camel(name), name) for name in ("dependencies", "metadata", "delay", "max_runtime")),
     ):
         value = rest.pop(json_name, None)
-        if value is None and json_name in ("taskId", "mission", "title"):
-            raise Refused("INVALID", f"{json_name} is missing; a task needs taskId, mission, title")
+        if value is None and json_name == "title":
+            raise Refused("INVALID", "title is missing; a task needs one")
         if value is not None:
             if json_name == "taskId":
                 value = ARGUMENTS["project"].check("taskId", value)

@@ -444,7 +444,7 @@ COMMANDS: dict[tuple[str, ...], tuple[int, tuple[str, ...]]] = {
     ("create", "p", "m", "T9", "--title", "x" * 501): (2, ("501 bytes", "up to 500")),
     ("create", "p", "m", "T9", "--title", "a\udc80"): (2, ("title", "surrogates")),
     ("create", "p", "m", "a/b", "--title", "t"): (2, ("taskId", "a/b", "accepted")),
-    ("create", "p", "m"): (2, ("taskId",)),
+    ("create", "p", "m"): (2, ("--title",)),
     ("create", "p", "m", "T9"): (2, ("--title",)),
     ("fail", "T2"): (2, ("--reason",)),
     ("claim",): (2, ("taskId",)),

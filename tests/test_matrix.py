@@ -1036,3 +1036,43 @@ async def test_a_thousand_dependents_are_freed_a_hundred_at_a_time(
         assert db.zcard(ready) == 100 * step
     assert (await queue.reap())["settled"] == 0
     assert sound(db, shim) == []
+
+
+# ---- ids and missions that are not named ----
+
+
+async def test_a_task_without_an_id_gets_one(queue: mq.Queue, db: redis.Redis, shim: Shim) -> None:
+    """Initials of the mission and a number: short, sortable, unique in the project."""
+    named = [await queue.create("p", "big-launch", title="a task") for _ in range(2)]
+    assert [task["taskId"] for task in named] == ["BL-001", "BL-002"]
+    await queue.create("p", "big-launch", "BL-004", title="a task")
+    rows: list[mq.NewTask] = [{"mission": "big-launch", "title": f"task {n}"} for n in range(3)]
+    made = [task["taskId"] for task in await queue.create_all(rows, project="p")]
+    assert len({*made, "BL-004"}) == 4
+    assert made == sorted(made)
+    assert (await queue.get(made[2]))["title"] == "task 2"
+    assert sound(db, shim) == []
+
+
+async def test_a_repeat_makes_no_second_id(queue: mq.Queue, server: Server) -> None:
+    rows: list[mq.NewTask] = [{"mission": "m", "title": "a task"} for _ in range(2)]
+    made = await queue.create_all(rows, project="p", op="same")
+    await queue.create("p", "m", title="another")
+    before = key_space(server)
+    again = await queue.create_all(rows, project="p", op="same")
+    assert [task["taskId"] for task in again] == [task["taskId"] for task in made]
+    assert key_space(server) == before
+
+
+async def test_a_project_with_one_mission_needs_none_named(
+    queue: mq.Queue, server: Server, config: mq.Config
+) -> None:
+    assert (await refusal_of(queue.create("new", title="a task"))).code == "INVALID"
+    assert (await queue.create("p", title="a task"))["mission"] == "m"
+    await create(queue, "done")
+    await queue.complete("done", force=True)
+    assert (await queue.create("p", title="a task"))["mission"] == "m"
+    await queue.create("p", "another", title="a task")
+    assert await refused(server, queue.create("p", title="a task")) == "INVALID"
+    config.set("mission", "another", "test")
+    assert (await queue.create("p", title="a task"))["mission"] == "another"

@@ -7,7 +7,8 @@
 -- lease, or its place in `unsettled` - goes last.
 --
 -- Every key of a project starts with the root, which is KEYS[1]:
---   <root>                  hash    epoch rev fence; limits: `schema=1 paused=<ms> policy=<ms>
+--   <root>                  hash    epoch rev fence made, the last number of an id that the queue
+--                                   made; limits: `schema=1 paused=<ms> policy=<ms>
 --                                   claimTTL=3600 ...`; lanes: `any coding=4 planning`;
 --                                   follow:<follower>: `rev keep at`, how far it has come, how many
 --                                   events wait for it at most, when it was last heard of (ms)
@@ -47,6 +48,8 @@
 local SCHEMA = 1
 local BATCH = 100              -- the most tasks that one call reaps or frees
 local LOOK = 1000              -- the most tasks that one call looks at
+local EDGES = 5000             -- the most dependencies that one call brings
+local TEXTS = 4194304          -- bytes of texts after which an answer goes on in the next call
 local GRACE = 60               -- s after a start of the server in which no earlier lease is reaped
 local RECEIPT = '900000'       -- ms
 local EVENTS = 10000
@@ -380,25 +383,95 @@ local function require_claimable(task)
 end
 
 -- The dependencies of a new task: each once, and those that are not completed, as a set.
--- `batch` has the tasks that the same call creates.
-local function require_dependencies(id, dependencies, batch)
+-- `batch` has the tasks that the same call creates, `looked` what it has looked at.
+local function require_dependencies(id, dependencies, batch, looked)
   local edges, needs, seen = {}, {}, {}
   for other in dependencies:gmatch('%S+') do
     require_id(other, 'dependency')
     if other == id then reject('CYCLE', 'task ' .. id .. ' depends on itself') end
-    local known = batch[other] or seen[other] or fields(other)
+    local known = batch[other] or looked[other] or fields(other)
     if not known then
       reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. other ..
              ', which ' .. id .. ' depends on', 0, 'dependency')
     end
     if known.status ~= 'completed' then needs[other] = true end
     if not seen[other] then edges[#edges + 1] = other end
-    seen[other] = known
+    seen[other], looked[other] = true, known
   end
   if #edges > 200 then
     reject('TOO_LARGE', 'task ' .. id .. ' has ' .. #edges .. ' dependencies; accepted: up to 200')
   end
   return edges, needs
+end
+
+-- New tasks in an order in which each stands behind those it depends on.
+local function require_order(batch, by_id)
+  local sorted, open, waiting = {}, {}, {}
+  for _, new in ipairs(batch) do
+    open[new.task] = 0
+    for _, id in ipairs(new.edges) do
+      if by_id[id] then
+        open[new.task] = open[new.task] + 1
+        waiting[id] = waiting[id] or {}
+        append(waiting[id], new)
+      end
+    end
+    if open[new.task] == 0 then append(sorted, new) end
+  end
+  local at = 1
+  while sorted[at] do
+    for _, new in ipairs(waiting[sorted[at].task] or {}) do
+      open[new.task] = open[new.task] - 1
+      if open[new.task] == 0 then append(sorted, new) end
+    end
+    at = at + 1
+  end
+  if #sorted == #batch then return sorted end
+  local cycle = {}
+  for _, new in ipairs(batch) do
+    if open[new.task] > 0 and #cycle < 10 then append(cycle, new.task) end
+  end
+  reject('CYCLE', 'these tasks depend on each other: ' .. table.concat(cycle, ', '))
+end
+
+-- The mission that all tasks of the project belong to.
+local function only_mission()
+  local indexes, total, one = {':delayed', ':blocked', ':failed', ':completed'}, 0, nil
+  for lane in each_lane() do append(indexes, ':ready:' .. lane, ':running:' .. lane) end
+  for _, index in ipairs(indexes) do
+    total = total + read('ZCARD', root .. index)
+    one = one or read('ZRANGE', root .. index, 0, 0)[1]
+  end
+  local task = one and fields(one, 'mission')
+  if not task then
+    reject('INVALID', 'mission is missing, and the project has no task yet whose mission could be meant')
+  elseif read('ZCARD', key('mission', task.mission)) < total then
+    reject('INVALID', 'mission is missing, and the project has several: ' .. task.mission ..
+           ' and others')
+  end
+  return task.mission
+end
+
+-- Gives each new task that has no id one of its mission's initials and a number, in one row; returns
+-- the number before the first.  Ids that people gave are stepped over, farther each time.
+local function give_ids(batch, done)
+  local number = tonumber(done and done.task or read('HGET', root, 'made') or 0)
+  local made, step = {}, 1
+  for _, new in ipairs(batch) do
+    if new.task == '' then
+      local initials = new.mission:gsub('(%w)%w*', '%1'):gsub('%W', ''):upper():sub(1, 4)
+      made[#made + 1] = {new = new, initials = initials}
+    end
+  end
+  local i = 1
+  while made[i] do
+    local id = string.format('%s-%03d', made[i].initials, number + i)
+    made[i].new.task, i = id, i + 1
+    if not done and read('EXISTS', key('task', id)) == 1 then
+      number, i, step = number + i - 1 + step, 1, step * 2
+    end
+  end
+  return number
 end
 
 -- New dependencies may not lead back to the task.
@@ -506,6 +579,18 @@ local function write_work(task, changes)
   else
     write('DEL', key('work', task.id))
   end
+end
+
+-- The long texts of what a task says of itself.  Title and dependencies stand first, so that a list
+-- reads them without the others.
+local function text_of(values, dependencies)
+  local text = '{"title":' .. cjson.encode(values.title)
+  if dependencies ~= '' then text = text .. ',"dependencies":"' .. dependencies .. '"' end
+  if values.metadata ~= '' then text = text .. ',"metadata":' .. cjson.encode(values.metadata) end
+  if values.description ~= '' then
+    text = text .. ',"description":' .. cjson.encode(values.description)
+  end
+  return text .. '}'
 end
 
 -- When a delay is over, or '' for none.

@@ -35,7 +35,7 @@ end
 local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
 local edges, needs
 if changes('dependencies') then
-  edges, needs = require_dependencies(task.id, arg.dependencies, {})
+  edges, needs = require_dependencies(task.id, arg.dependencies, {}, {})
   require_no_path(task, edges)
 end
 local status = task.status
