@@ -363,7 +363,7 @@ class Stage:
         self.shim.fail_at, said = k, ""
         try:
             await self.scenario.call(self.queue)
-        except redis.ResponseError as problem:
+        except mq.Refused as problem:
             said = str(problem)
         self.shim.fail_at = 0
         if not said:
