@@ -77,6 +77,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import sys
 import time
 from collections.abc import (
@@ -756,6 +757,15 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
 
 
+def upward(start: Path | None = None) -> Sequence[Path]:
+    """A folder, else the working directory, and all above it; none where that was deleted."""
+    try:
+        here = (start or Path()).absolute()
+    except OSError:
+        return ()
+    return (here, *here.parents)
+
+
 def load_config(
     path: str | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -770,15 +780,15 @@ def load_config(
     """
     config = Config(environ=environ, file=path)
     named = path or environ.get("MOSAIC_QUEUE_CONFIG")
-    home = Path(environ.get("MOSAIC_HOME") or Path(environ.get("HOME", "~")) / ".config/mosaic")
-    file = Path(named) if named else home.expanduser() / "queue.yaml"
-    if named or file.is_file():
+    home = environ.get("MOSAIC_HOME") or f"{environ.get('HOME') or '~'}/.config/mosaic"
+    file = Path(named or os.path.join(os.path.expanduser(home), "queue.yaml"))
+    # Without a home there is none; a folder named `~` is anybody's.
+    if named or (not str(file).startswith("~") and os.path.isfile(file)):
         for key, value in flattened(read_yaml(file), str(file)):
             config.set(key, value, str(file))
-    here = (start or Path.cwd()).absolute()
-    for folder in (here, *here.parents):
+    for folder in upward(start):
         local = folder / ".mosaic" / "queue.yaml"
-        if local.is_file():
+        if os.path.isfile(local):
             for key, value in flattened(read_yaml(local), str(local)):
                 if key not in OF_A_PROJECT_FILE:
                     raise ConfigError(
@@ -1674,27 +1684,59 @@ def needed(prelude: str, body: str) -> str:
 # server inherits that descriptor: the lock lives exactly as long as the server.
 
 
+def own_folder(variable: str, default: str) -> Path:
+    """This program's folder in one of the user's places: `variable`, or `default` in the home.
+    A relative value is ignored, as the XDG rule has it."""
+    named = os.environ.get(variable, "")
+    if os.path.isabs(named):
+        return Path(named) / "mosaic-queue"
+    home = os.path.expanduser("~")  # of an empty $HOME it would make the root folder
+    if not os.path.isabs(home) or os.environ.get("HOME") == "":
+        said = "there is no home folder: $HOME is not set, and the system does not know this user"
+        raise Refused("UNFIT", said, f"set HOME or {variable}, or name a server: --url")
+    return Path(home) / default / "mosaic-queue"
+
+
 def data_folder() -> Path:
-    """Where this program keeps the user's data: $XDG_DATA_HOME/mosaic-queue."""
-    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "mosaic-queue"
+    """Where this program keeps the user's data."""
+    return own_folder("XDG_DATA_HOME", ".local/share")
 
 
 def private_folder(folder: Path) -> None:
     """Make a folder that only its user may read; refuses one that cannot be."""
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        require_private(folder)
     except OSError as problem:
-        raise Refused("UNREACHABLE", f"{folder} cannot be made: {problem.strerror}") from None
+        said = f"{folder} cannot be made: {problem.strerror}"
+        raise Refused("UNREACHABLE", said, ANOTHER_PLACE) from None
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder that is not this user's own, or a link; close one that others may enter."""
+    found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise Refused("UNFIT", f"{folder} is no directory")
+        raise Refused("UNFIT", f"{folder} is no directory", ANOTHER_PLACE)
     if found.st_uid != os.getuid():
-        raise Refused("UNFIT", f"{folder} belongs to another user (uid {found.st_uid})")
+        said = f"{folder} belongs to another user (uid {found.st_uid})"
+        raise Refused("UNFIT", said, ANOTHER_PLACE)
     if found.st_mode & 0o077:
         folder.chmod(0o700)
 
 
+def peer_of(sock: socket.socket) -> tuple[int, int]:
+    """The user id and the process id at the other end of a Unix socket."""
+    if sys.platform == "darwin":  # LOCAL_PEERCRED, a struct xucred, and LOCAL_PEERPID
+        _, uid = struct.unpack_from("2I", sock.getsockopt(0, 1, 76))
+        (pid,) = struct.unpack("i", sock.getsockopt(0, 2, 4))
+        return uid, pid
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return uid, pid
+
+
+ANOTHER_PLACE = "name a folder of yours: XDG_DATA_HOME, or a server: --url redis://HOST:6379"
 ROOM = 64 * KIB  # bytes on its disk without which the private server is not started
+GRACE = 2.0  # s in which a server that has the lock has to open its socket
 
 
 class PrivateServer:
@@ -1706,26 +1748,41 @@ class PrivateServer:
 
     def _socket_path(self) -> Path:
         """`valkey.sock` in the folder; in a directory of its own where that path is too long
-        for a socket (108 bytes on Linux, 104 on macOS)."""
+        for a socket (108 bytes on Linux, 104 on macOS).  That one lies in /tmp, whatever
+        $XDG_RUNTIME_DIR and $TMPDIR say: they differ from one login to the next."""
         path = self.folder / "valkey.sock"
         if len(os.fsencode(path)) <= 100:
             return path
         mark = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:12]
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
-        if not runtime or len(runtime) > 60:
-            runtime, mark = "/tmp", f"{os.getuid()}-{mark}"
-        return Path(runtime) / f"mosaic-queue-{mark}" / "valkey.sock"
+        return Path("/tmp") / f"mosaic-queue-{os.getuid()}-{mark}" / "valkey.sock"
 
-    def answers(self) -> str:
-        """What a PING says: PONG, LOADING, another error, or nothing when nobody answers."""
-        with socket.socket(socket.AF_UNIX) as sock:
+    def connect(self) -> socket.socket:
+        """A connection to the server; refuses UNFIT where another user could answer."""
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            require_private(self.socket.parent)
             sock.settimeout(2)
-            try:
-                sock.connect(str(self.socket))
+            sock.connect(str(self.socket))
+            uid, _ = peer_of(sock)
+            if uid != os.getuid():
+                said = f"the server on {self.socket} runs as another user (uid {uid})"
+                raise Refused("UNFIT", said, ANOTHER_PLACE)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def answers(self) -> str | None:
+        """What a PING says: PONG, LOADING or another error; "" of a server that is silent, None
+        where nobody listens."""
+        try:
+            with self.connect() as sock:
                 sock.sendall(b"PING\r\n")
                 return sock.recv(200).decode(errors="replace").lstrip("+-").strip()
-            except OSError:
-                return ""
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            return None
+        except OSError:
+            return ""
 
     def owner(self) -> tuple[str, str]:
         """Host and pid of whoever holds the lock, as the lock file says."""
@@ -1738,46 +1795,96 @@ class PrivateServer:
     def ensure(self) -> bool:
         """Return when the server answers; start it if nobody has, and say whether this call did.
 
-        Any number of processes may call this at once: one starts, the others wait for it.
-        Refuses UNREACHABLE when the lock is held and nobody answers here.
+        Any number of processes may call this at once: one starts, the others wait for it.  A
+        server whose socket is gone is ended, cleanly, and started again.  Refuses UNREACHABLE
+        when the lock is held and nobody answers here.
         """
-        give_up = time.monotonic() + 2 * DEADLINE
-        told = started = False
+        began = time.monotonic()
+        patience = 2 * DEADLINE
+        started = looked = False
         while True:
             said = self.answers()
-            if said.startswith("PONG"):
+            waits = time.monotonic() - began
+            if said and said.startswith("PONG"):
                 return started
-            if said.startswith("LOADING"):
-                if not told:
+            if said and said.startswith("LOADING"):
+                if patience < LOADING_DEADLINE:
                     print("mosaic-queue: the server reads its data", file=sys.stderr)
-                    told, give_up = True, time.monotonic() + LOADING_DEADLINE
+                    patience = waits + LOADING_DEADLINE
+            elif self._start_if_free():
+                started = True
             else:
-                private_folder(self.folder)
-                lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    self._require_room()
-                    self._start(lock)
-                    started = True
-                except BlockingIOError:
-                    host, pid = self.owner()
-                    elsewhere = pid != "?" and host != socket.gethostname()
-                    if elsewhere or time.monotonic() > give_up:
-                        raise Refused(
-                            "UNREACHABLE",
-                            f"{self.folder} belongs to a server that does not answer here: "
-                            f"host {host}, process {pid}",
-                            "use it from that host, or set XDG_DATA_HOME to another folder",
-                        ) from None
-                finally:
-                    os.close(lock)
-            if time.monotonic() > give_up:
-                raise Refused(
-                    "UNREACHABLE",
-                    f"the private server does not answer on {self.socket}: {said or self._log()}",
-                    f"read {self.folder / 'valkey.log'}",
-                )
+                host, pid = self.owner()
+                if pid != "?" and host != socket.gethostname():
+                    self._give_up(said)
+                if said is None and waits > GRACE and not looked:
+                    looked = True
+                    patience += LOADING_DEADLINE * self._end()
+            if waits > patience:
+                self._give_up(said)
             time.sleep(0.02)
+
+    def _give_up(self, said: str | None) -> NoReturn:
+        if self.free():
+            raise Refused(
+                "UNREACHABLE",
+                f"the private server does not answer on {self.socket}: {said or self.log()}",
+                f"read {self.folder / 'valkey.log'}",
+            )
+        host, pid = self.owner()
+        raise Refused(
+            "UNREACHABLE",
+            f"{self.folder} belongs to a server that does not answer here: "
+            f"host {host}, process {pid}",
+            "use it from that host, or set XDG_DATA_HOME to another folder",
+        )
+
+    @contextlib.contextmanager
+    def _lock(self, flags: int = 0) -> Iterator[int | None]:
+        """The lock on the folder, as a descriptor; None while a server, or who starts it, has it.
+        It is the server's as long as that one lives, since it inherits the descriptor."""
+        path = self.folder / "lock"
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
+        except OSError as problem:
+            said = f"{path} cannot be opened: {problem.strerror}"
+            raise Refused("UNREACHABLE", said, ANOTHER_PLACE) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield lock
+        except BlockingIOError:
+            yield None
+        finally:
+            os.close(lock)
+
+    def free(self) -> bool:
+        """Whether no server has the folder."""
+        if not (self.folder / "lock").exists():
+            return True
+        with self._lock() as lock:
+            return lock is not None
+
+    def _start_if_free(self) -> bool:
+        private_folder(self.folder)
+        with self._lock(os.O_CREAT) as lock:
+            if lock is not None:
+                self._require_room()
+                self._start(lock)
+            return lock is not None
+
+    def _end(self) -> bool:
+        """End the server that has the lock and cannot be asked, as SHUTDOWN does; False where it
+        is not certain which process that is."""
+        host, pid = self.owner()
+        if host != socket.gethostname() or not pid.isdecimal() or self.free():
+            return False
+        command = ["ps", "-o", "args=", "-p", pid]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not re.search(r"(valkey|redis)-server\b", found.stdout):
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGTERM)
+        return True
 
     def _require_room(self) -> None:
         """Refuse a start on a disk that is full: the server would end at the first write."""
@@ -1788,13 +1895,16 @@ class PrivateServer:
             hint = "make room; nothing that was acknowledged is lost"
             raise Refused("UNFIT", said, hint)
 
-    def _log(self) -> str:
+    def log(self) -> str:
+        """The last thing that it has told its log."""
         with contextlib.suppress(OSError, IndexError):
             return (self.folder / "valkey.log").read_text(errors="replace").splitlines()[-1]
         return "no answer"
 
     def _start(self, lock: int) -> None:
         """Start the server with the lock, and wait until it has gone into the background."""
+        os.ftruncate(lock, 0)  # it names nobody, or the server that was here before
+        (self.folder / "valkey.pid").unlink(missing_ok=True)
         if not (self.folder / "appendonlydir").exists():
             print(f"mosaic-queue: a private Valkey lives in {self.folder}", file=sys.stderr)
         private_folder(self.socket.parent)
@@ -1821,26 +1931,31 @@ class PrivateServer:
             check=False,
         )
         if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines() or [self._log()]
+            said = (done.stdout + done.stderr).strip().splitlines() or [self.log()]
             raise Refused("UNREACHABLE", f"the private server did not start: {said[-1]}")
         for _ in range(500):
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.folder / "valkey.pid").read_text())
-                os.ftruncate(lock, 0)
                 os.pwrite(lock, f"{socket.gethostname()} {pid}\n".encode(), 0)
                 return
             time.sleep(0.01)
 
     def stop(self) -> bool:
         """Shut it down and wait until it is gone; False when none was running."""
-        if not self.answers():
-            return False
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-            sock.settimeout(LOADING_DEADLINE)
-            sock.connect(str(self.socket))
-            sock.sendall(b"SHUTDOWN\r\n")
-            sock.recv(200)
-        while self.answers():
+        if self.answers() is None:
+            if self.free():
+                return False
+            if not self._end():
+                self._give_up(None)
+        else:
+            with contextlib.suppress(OSError), self.connect() as sock:
+                sock.settimeout(LOADING_DEADLINE)
+                sock.sendall(b"SHUTDOWN\r\n")
+                sock.recv(200)
+        give_up = time.monotonic() + LOADING_DEADLINE
+        while not self.free():
+            if time.monotonic() > give_up:
+                self._give_up("it does not end")
             time.sleep(0.02)
         return True
 
@@ -2048,6 +2163,8 @@ class Link:
                 "name one: --url redis://HOST:6379, $MOSAIC_VALKEY_URL or redis.url",
             )
         self.server = PrivateServer()
+        with contextlib.suppress(OSError):
+            self.server.connect().close()  # refused where another user could answer
         return connect(f"unix://{self.server.socket}")
 
     @property
@@ -2076,8 +2193,12 @@ class Link:
             if lua and WRONG_TYPE.match(line):
                 command, lua = ("EVAL", naming_keys(lua), *command[2:]), ""
                 continue
-            if not fault.passes or left <= 0 or starts == 2:
+            if not fault.passes or left <= 0:
                 raise refusal from None
+            if self.server and starts == 2:
+                said = f"the private server ended twice at this call: {self.server.log()}"
+                hint = f"read {self.server.folder / 'valkey.log'}"
+                raise Refused("UNREACHABLE", printable(said), hint)
             if self.server:
                 # It starts if need be; what it takes to read its data is not counted.
                 began = time.monotonic()
@@ -4860,8 +4981,7 @@ class Postgres:
             invalid("postgres.url", masked(self.url), POSTGRES_URL)
         self._db, self.away = db, False
         await db.execute(
-            f'set search_path = "{self.schema}", pg_temp;'
-            "set application_name = 'mosaic-queue'"
+            f"set search_path = \"{self.schema}\", pg_temp;set application_name = 'mosaic-queue'"
         )
         await migrated(db, self.schema)
         # So long whoever keeps a row locked holds up this project, and no other.  It is less than
@@ -5056,9 +5176,7 @@ async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
             await record_now(queue, db, project, epoch, held)
 
 
-async def record_now(
-    queue: Queue, db: Any, project: str, epoch: str, names: Sequence[str]
-) -> None:
+async def record_now(queue: Queue, db: Any, project: str, epoch: str, names: Sequence[str]) -> None:
     """Record some tasks and the limits as they are now, whatever the cursor has come to."""
     facts, tasks = await queue.records(project, names)
     if facts["epoch"] == epoch:
@@ -6343,8 +6461,7 @@ def mission_from(config: Config, path: Path) -> str:
 async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
     """Be the one sync of a file on this host.  The lock ends with its process; its file names
     the owner, and lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of any repository."""
-    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
-    folder = state / "mosaic-queue" / "locks"
+    folder = own_folder("XDG_STATE_HOME", ".local/state") / "locks"
     try:
         folder.mkdir(0o700, parents=True, exist_ok=True)
         lock = os.open(folder / mark, os.O_RDWR | os.O_CREAT, 0o600)
@@ -8796,7 +8913,7 @@ def server_status(queue: Queue) -> PrivateState:
     Example: mosaic-queue server status
     """
     server = PrivateServer()
-    running, (_, pid) = bool(server.answers()), server.owner()
+    running, (_, pid) = not server.free(), server.owner()
     folder, socket = str(server.folder), str(server.socket)
     answer: PrivateState = {"folder": folder, "socket": socket, "running": running}
     return answer | {"pid": int(pid) if pid.isdigit() else 0} if running else answer

@@ -447,23 +447,18 @@ def test_commands_that_need_no_server_start_none(home: Home) -> None:
 # ---- long paths ----
 
 
-@pytest.mark.parametrize("runtime", [True, False])
-def test_a_long_path_puts_the_socket_elsewhere(home: Home, runtime: bool) -> None:
+def test_a_long_path_puts_the_socket_elsewhere(home: Home) -> None:
     """A socket's path holds 108 bytes on Linux and 104 on macOS."""
     long = home.path / ("x" * 60) / ("y" * 60)
     long.mkdir(parents=True)
     home.folder = long / "mosaic-queue"
     home.environ["XDG_DATA_HOME"] = str(long)
-    if runtime:
-        (home.path / "run").mkdir(mode=0o700)
-        home.environ["XDG_RUNTIME_DIR"] = str(home.path / "run")
     assert home.create().returncode == 0
     path = home.socket
     try:
         assert len(str(path)) <= 100
         assert path.is_socket()
         assert mode(path.parent) == "0o700"
-        assert path.is_relative_to(home.path / "run") is runtime
         assert (home.folder / "appendonlydir").is_dir()
         first = home.pid()
         assert home.task("show", "T1")["status"] == "pending"
@@ -522,3 +517,174 @@ def test_a_link_in_place_of_the_sockets_folder_is_not_followed(home: Home) -> No
     finally:
         home.run("server", "stop")
         path.unlink()
+
+
+# ---- found by its lock ----
+
+
+def test_the_lock_names_the_server_that_lives(home: Home) -> None:
+    """After kill -9 the old pid file is still there when the new server starts."""
+    for _ in range(3):
+        home.create()
+        facts = json.loads(home.run("server", "status", "--json").stdout)
+        assert facts["pid"] == home.pid()
+        assert (home.folder / "lock").read_text() == f"{socket.gethostname()} {home.pid()}\n"
+        assert alive(home.pid())
+        home.kill()
+        assert home.run("server", "status").returncode == 5
+
+
+@pytest.mark.parametrize("what", ["socket", "folder"])
+def test_a_server_whose_socket_is_gone(home: Home, what: str) -> None:
+    """As after a cleaned /tmp: it is ended cleanly and started again, and nothing is lost."""
+    if what == "folder":
+        long = home.path / ("x" * 60) / ("y" * 60)
+        home.environ["XDG_DATA_HOME"] = str(long)
+        home.folder = long / "mosaic-queue"
+    home.create()
+    first, path = home.pid(), home.socket
+    shutil.rmtree(path.parent) if what == "folder" else path.unlink()
+    facts = json.loads(home.run("server", "status", "--json").stdout)
+    assert (facts["running"], facts["pid"]) == (True, first)
+    assert home.task("show", "T1")["status"] == "pending"
+    assert not alive(first)
+    assert "User requested shutdown" in (home.folder / "valkey.log").read_text()
+    second = home.pid()
+    path.unlink()
+    assert home.run("server", "stop").returncode == 0
+    assert not alive(second)
+    assert home.run("server", "stop").returncode == 5
+    assert home.task("show", "T1")["status"] == "pending"
+    home.run("server", "stop")
+    if what == "folder":
+        shutil.rmtree(path.parent)
+
+
+def test_the_place_of_the_socket_is_one(home: Home) -> None:
+    """Whatever a login sets or does not set: a cron job and a terminal use one server."""
+    long = home.path / ("x" * 60) / ("y" * 60)
+    home.environ["XDG_DATA_HOME"] = str(long)
+    home.folder = long / "mosaic-queue"
+    home.create()
+    first, path = home.pid(), home.socket
+    for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
+        home.environ[name] = str(home.path)
+        assert home.task("show", "T1")["status"] == "pending"
+        assert (home.pid(), home.socket) == (first, path)
+    home.run("server", "stop")
+    shutil.rmtree(path.parent)
+
+
+# ---- whose it is ----
+
+
+def needs_root() -> None:
+    if os.getuid():
+        pytest.fail("needs root to act as another user; run the tests in a container")
+
+
+def test_a_server_of_another_user_is_not_talked_to(home: Home) -> None:
+    """In the folder that would be ours, and in a folder of ours through a socket of his."""
+    needs_root()
+    theirs = home.path / "theirs"
+    theirs.mkdir(mode=0o777)
+    theirs.chmod(0o777)
+    home.path.chmod(0o755)
+    server = subprocess.Popen(
+        [mq.server_binary(), "--port", "0", "--unixsocket", str(theirs / "valkey.sock"),
+         "--unixsocketperm", "777", "--save", "", "--dir", str(theirs)],
+        user=12345, group=12345, extra_groups=[], stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        while not (theirs / "valkey.sock").exists():
+            time.sleep(0.02)
+        home.data.mkdir()
+        theirs.rename(home.folder)
+        for owner, part in (
+            (12345, "belongs to another user (uid 12345)"),
+            (os.getuid(), "runs as another user (uid 12345)"),
+        ):
+            os.chown(home.folder, owner, -1)
+            for words in (("create", "p", "m", "T1", "--title", "secret"), ("list",), ("status",)):
+                done = home.run(*words)
+                assert (done.returncode, done.stdout) == (6, ""), words
+                assert done.stderr.startswith("UNFIT: ")
+                assert part in done.stderr
+                assert "hint: " in done.stderr
+        with redis.Redis(unix_socket_path=str(home.folder / "valkey.sock")) as spy:
+            told = spy.info("commandstats")
+            assert not {"cmdstat_ping", "cmdstat_eval", "cmdstat_evalsha"} & set(told)
+    finally:
+        server.kill()
+        server.wait()
+
+
+# ---- a disk that is full ----
+
+
+def test_a_full_disk_is_said_as_such(home: Home) -> None:
+    """The server ends at a write that it cannot keep; it is not started again and again."""
+    needs_root()
+    home.data.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", home.data], check=True)
+    try:
+        assert home.create().returncode == 0
+        with suppress(OSError), (home.data / "filler").open("wb") as filler:
+            while True:
+                filler.write(bytes(4096))
+                filler.flush()
+        for _ in range(2):
+            done = home.run("create", "p", "m", "T2", "--title", "t", "--description", "x" * 60_000)
+            assert done.returncode == 6
+            assert done.stderr.startswith("UNFIT: ")
+            assert f"the disk of {home.folder} is full" in done.stderr
+        log = (home.folder / "valkey.log").read_text()
+        assert log.count("Server initialized") <= 2
+        (home.data / "filler").unlink()
+        assert home.create("T3").returncode == 0
+        assert home.task("show", "T1")["status"] == "pending"
+    finally:
+        home.run("server", "stop")
+        subprocess.run(["umount", "-l", home.data], check=True)
+
+
+# ---- places ----
+
+
+def test_places_that_are_not_there(home: Home) -> None:
+    """No home, a working directory that was deleted, a home that is read-only, a relative
+    XDG_DATA_HOME: a sentence that helps, or it simply works; with --url it always does."""
+    needs_root()
+    server = Home(home.path / "other")
+    for folder in (server.path, home.path / "locked", home.path / "gone"):
+        folder.mkdir()
+    server.create()
+    url = f"unix://{server.socket}"
+    enter = (
+        "mount -t tmpfs -o ro tmpfs locked && cd gone && rmdir ../gone"
+        ' && exec unshare --map-user=54321 "$@"'
+    )
+
+    def run(*words: str, **environ: str) -> Done:
+        """In a deleted folder, as a user whom the system does not know."""
+        (home.path / "gone").mkdir(exist_ok=True)
+        return subprocess.run(
+            ["unshare", "-m", "sh", "-c", enter, "sh", *PROGRAM, *words], cwd=home.path,
+            env={"PATH": os.environ["PATH"], "MOSAIC_PROJECT": "p"} | environ, text=True,
+            capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    try:
+        for environ in ({}, {"HOME": ""}, {"HOME": "relative"}, {"XDG_DATA_HOME": "relative"}):
+            assert run("list", "--url", url, "--json", **environ).returncode == 0
+            done = run("list", **environ)
+            assert done.returncode == 6, done.stderr
+            assert done.stderr.startswith("UNFIT: there is no home folder")
+            assert "XDG_DATA_HOME" in done.stderr
+        done = run("list", HOME=str(home.path / "locked"))
+        assert done.returncode == 6
+        assert "Read-only file system\nhint: name a folder of yours: XDG_DATA_HOME" in done.stderr
+        done = run("server", "status", "--json", HOME=str(home.path), XDG_DATA_HOME="relative")
+        assert json.loads(done.stdout)["folder"] == str(home.path / ".local/share/mosaic-queue")
+    finally:
+        server.close()
