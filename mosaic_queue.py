@@ -28,7 +28,9 @@ that stands in a later one.
     SCRIPTS          the Lua files composed and pinned by their hash
     SERVER           the private valkey-server
     CONNECTION       the way to one Valkey: URLs, sending again, what it has to be
+    SESSIONS         which process claims, and whether it lives
     QUEUE            the typed operations; the only code that talks to Valkey
+    LEASES           what a process does for the claims that it holds
     DIAGNOSIS        how all stands, why something does not move, whether the key space is whole
 
   TWO, what is kept in step with it
@@ -73,6 +75,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import socket
@@ -1131,6 +1134,7 @@ class Task(TypedDict, total=False):
     metadata: dict[str, Any]
     createdAt: int
     updatedAt: int
+    orphaned: bool  # the holder's session has ended; the next of that agent may take it over
     late: bool  # completed after its lease was reaped
     freed: list[str]  # taskIds that a completion made ready
     superseded: bool  # the answer to a repeat, and the task was claimed again since
@@ -1338,7 +1342,7 @@ INTEGERS = frozenset(STATUSES) | {
 }
 HELD, ENDED = ("claimed", "in-progress"), ("completed", "failed")
 SHOWN = {  # in which statuses a field has a meaning; the others have it always
-    **dict.fromkeys(("claimTTL", "leaseExpiresAt", "session"), HELD),
+    **dict.fromkeys(("claimTTL", "leaseExpiresAt", "session", "orphaned"), HELD),
     **dict.fromkeys(("claimedBy", "claimedAt", "fence"), HELD + ENDED),
     **dict.fromkeys(("progress", "checkpoint"), (*HELD, "pending", "blocked", "failed")),
     **dict.fromkeys(("summary", "completedAt", "late"), ("completed",)),
@@ -1400,7 +1404,7 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
             task[name] = value.split()
         elif name == "metadata":
             task[name] = json.loads(value)
-        elif name == "late":
+        elif name in ("late", "orphaned"):
             task[name] = True
         elif name in Task.__annotations__:
             task[name] = value
@@ -2297,17 +2301,46 @@ class Link:
                 return
 
 
-# ==== QUEUE ==================================================================================
+# ==== SESSIONS ===============================================================================
+#
+# A session is a process that claims tasks.  Its id says which process of which host it is, so that
+# whoever follows it on that host knows whether it lives.
 
 
-def user_at_host() -> str:
-    """Who acts where nobody is named; made to fit an id."""
+def process_began(pid: int) -> str | None:
+    """When a process began, since numbers are used again; '' where nobody knows, None when it has
+    ended."""
     try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = f"uid{os.getuid()}"
-    name = re.sub(r"[^A-Za-z0-9._@-]", "-", f"{user}@{socket.gethostname()}")
-    return name.lstrip("._@-")[:128] or "somebody"
+        with contextlib.suppress(PermissionError):  # it lives, and is another user's
+            os.kill(pid, 0)
+        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except ProcessLookupError:
+        return None
+    except OSError:
+        return ""
+    return None if facts[0] in "ZX" else facts[19]
+
+
+@functools.cache
+def this_host() -> str:
+    """A mark of this host since its start, and of the processes that can be seen from here."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=6).hexdigest()
+
+
+def new_session() -> str:
+    """An id for this process: a number of its own, the host, the process and when it began."""
+    pid = os.getpid()
+    return f"{os.urandom(8).hex()}.{this_host()}.{pid}.{process_began(pid)}"
+
+
+def is_dead(session: str) -> bool:
+    """Whether a session's process is known to have ended; False for those of other hosts."""
+    _, host, pid, began = [*session.split("."), "", "", ""][:4]
+    return host == this_host() and pid.isdigit() and process_began(int(pid)) not in ("", began)
 
 
 @dataclass
@@ -2321,6 +2354,24 @@ class Lease:
     ttl: int
     ends: float
     due: float
+
+    def renewed(self, ttl: int) -> None:
+        """Count anew from now on; whatever sets the lease's length sets its renewal."""
+        now = time.monotonic()
+        self.ttl, self.ends, self.due = ttl, now + ttl, now + ttl / 3
+
+
+# ==== QUEUE ==================================================================================
+
+
+def user_at_host() -> str:
+    """Who acts where nobody is named; made to fit an id."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = f"uid{os.getuid()}"
+    name = re.sub(r"[^A-Za-z0-9._@-]", "-", f"{user}@{socket.gethostname()}")
+    return name.lstrip("._@-")[:128] or "somebody"
 
 
 class Queue:
@@ -2358,6 +2409,7 @@ class Queue:
         self.leases: dict[str, Lease] = {}
         self.lost: list[str] = []
         self._looked_back: dict[tuple[str, str], float] = {}
+        self.patience = 0.0  # s in which the end of a claim is sent again
         self._registered: dict[str, float] = {}  # when, by our own clock (s)
 
     async def __aenter__(self) -> Queue:
@@ -2440,30 +2492,81 @@ class Queue:
         """Run a script on the task that the arguments of a method name."""
         arguments.pop("self")
         project, arguments["task"] = await self.locate(arguments["task"], arguments["project"])
-        lease = self.leases.get(f"{project}/{arguments['task']}")
-        if lease and "fence" in arguments and arguments["agent"] in (None, lease.agent):
-            # Of a later claim of ours a call that was sent again must not become part.
+        full = f"{project}/{arguments['task']}"
+        lease = self.leases.get(full)
+        if lease and "agent" in arguments:
+            # Who names nobody acts as the one who claimed the task in this session.
+            arguments["agent"] = arguments["agent"] or lease.agent
+        if lease and "fence" in arguments and arguments["agent"] == lease.agent:
+            # A call that is sent again must not act on a later claim of ours, so it names the
+            # fence of the claim that it was made for.
             arguments["fence"] = arguments["fence"] or lease.fence
         for key in ("force", "resume", "retry"):
             if key in arguments:
                 arguments[key] = int(arguments[key])
+        ends = name in ("release", "complete", "fail", "block", "delete")
         try:
-            reply = await self.call(name, project, arguments)
+            reply = await (self._insist if ends else self.call)(name, project, arguments)
         except Refused as problem:
             if problem.code == "STALE_FENCE":
-                self.leases.pop(f"{project}/{arguments['task']}", None)
+                self.leases.pop(full, None)
+            if problem.code == "STALE_SESSION" and await self._disown(
+                project, arguments["agent"] or self.agent
+            ):
+                problem.case = "left"
             raise
-        if name in ("release", "complete", "fail", "block", "delete"):
-            self.leases.pop(f"{project}/{arguments['task']}", None)
-        return task_from(project, reply)
+        if ends:
+            self.leases.pop(full, None)
+        task = task_from(project, reply)
+        if "claimTTL" in task and name in ("start", "heartbeat") and not arguments["force"]:
+            self._hold(task, arguments["agent"] or self.agent or self.actor)
+        return task
+
+    async def _insist(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
+        """The reply to a call that ends a claim.  While Valkey does not answer it is sent again,
+        for `patience` seconds or until the lease has ended, so that no result is lost."""
+        arguments["op"] = arguments["op"] or os.urandom(16).hex()
+        lease = self.leases.get(f"{project}/{arguments['task']}")
+        now, pause = time.monotonic(), 0.5
+        give_up = min(now + self.patience, lease.ends if lease else now)
+        while True:
+            try:
+                return await self.call(name, project, arguments)
+            except Refused as problem:
+                left = give_up - time.monotonic()
+                if not problem.passes or left <= 0:
+                    raise
+                log("trying again", call=name, task=arguments["task"], seconds=round(left),
+                    problem=problem.message)  # fmt: skip
+                await asyncio.sleep(min(pause, left))
+                pause = min(2 * pause, 10)
 
     def _hold(self, task: Task, agent: str) -> Task:
         """Remember a claim, for `renew_leases`."""
         if not task.get("superseded"):
-            now, ttl = time.monotonic(), task["claimTTL"]
-            held = (task["project"], task["taskId"], agent, task["fence"], ttl)
-            self.leases[task["id"]] = Lease(*held, now + ttl, now + ttl / 3)
+            lease = Lease(task["project"], task["taskId"], agent, task["fence"], 0, 0, 0)
+            lease.renewed(task["claimTTL"])
+            self.leases[task["id"]] = lease
         return task
+
+    async def _disown(self, project: str, agent: str | None) -> bool:
+        """Say of the claims of an agent whose session is known to be dead that nobody renews them;
+        whether there were any.  A process that was killed could not say so itself."""
+        if not (self.session and agent):
+            return False
+        asked = {"agent": agent, "limit": 100, "full": 1}
+        try:
+            rows = (await self.call("list", project, asked))[3]
+        except Refused:
+            return False
+        held = [task_from(project, row) for row in rows]
+        left = [one for one in held if is_dead(one.get("session", "")) and "orphaned" not in one]
+        for task in left:
+            given = {"task": task["taskId"], "agent": agent, "orphaned": 1}
+            given |= {"session": task["session"], "fence": task["fence"]}
+            with contextlib.suppress(Refused):
+                await self.call("heartbeat", project, given)
+        return bool(left)
 
     async def _undone(self, name: str, project: str, arguments: Mapping[str, Any]) -> None:
         """Take back a claim whose answer nobody waits for any more: the same op id tells what was
@@ -2724,7 +2827,12 @@ class Queue:
         project, task = await self.locate(task, project)
         agent = agent or self.agent or self.actor
         given = {"task": task, "agent": agent, "session": session, "ttl": ttl or self.ttl, "op": op}
-        reply = await self._claimed("claim", project, given | {"resume": int(resume)})
+        try:
+            reply = await self._claimed("claim", project, given | {"resume": int(resume)})
+        except Refused as problem:
+            if problem.case != "session" or not await self._disown(project, agent):
+                raise
+            reply = await self._claimed("claim", project, given | {"resume": int(resume)})
         return self._hold(task_from(project, reply), agent)
 
     @operation()
@@ -2759,6 +2867,8 @@ class Queue:
             now = time.monotonic()
             looks = now >= self._looked_back.get((project, agent), -LOOK_BACK) + LOOK_BACK
             orphans = "orphans" if looks else ""
+            if looks:
+                await self._disown(project, agent)
             # In ms, and never 0 for who waits: the last look waits too, as the policy may say.
             waits = max(1, round(left * 1000)) if wait else 0
             given |= {"resume": "1" if resume else orphans, "wait": waits}
@@ -2829,6 +2939,7 @@ class Queue:
 
         Example: mosaic-queue start T1
         """
+        ttl = self.ttl  # of an assignment that is picked up by it
         return await self._change("start", locals())
 
     @operation()
@@ -3254,50 +3365,6 @@ class Queue:
             each = [{"task": n, "cells": rows[n] and compact(rows[n])} for n in part]
             await self.call("base", project, given, each)
 
-    async def renew_leases(self, idle: Callable[[], float] = lambda: 0) -> None:
-        """Renew the leases of this process's claims, each after a third of it, until cancelled.
-
-        A lease that is gone is put into `lost`, as a sentence.  While Valkey does not answer it is
-        tried again: whether the lease is lost is not known before it ends by our own clock.
-        Nothing is renewed once `idle()` says more than IDLE seconds.
-        """
-        while True:
-            now = time.monotonic()
-            for name, lease in list(self.leases.items()):
-                if now < lease.due or idle() > IDLE:
-                    continue
-                given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
-                try:
-                    await self.call("heartbeat", lease.project, given)
-                    lease.due, lease.ends = now + lease.ttl / 3, now + lease.ttl
-                except Refused as problem:
-                    lease.due = now + min(1, lease.ttl / 10)
-                    unknown = problem.passes and now < lease.ends
-                    if not unknown and self.leases.get(name) is lease:
-                        del self.leases[name]
-                        self.lost.append(f"you lost {name}: {problem.message}")
-            soonest = min((lease.due for lease in self.leases.values()), default=now + 1)
-            await asyncio.sleep(min(1, max(0.05, soonest - time.monotonic())))
-
-    async def look_at_changes(self, project: str) -> None:
-        """Have `renew_leases` look at once after a task that is held, when anybody has changed it,
-        until cancelled."""
-        async for event in self.link.told(f"mosaic:queue:project:{{{project}}}:events"):
-            lease = self.leases.get(f"{project}/{event.partition(chr(9))[0]}")
-            if lease:
-                lease.due = 0
-
-    async def leave(self) -> None:
-        """Say of every claim of this process that nobody renews it any more, so that a later
-        session of the same agent may take it over at once."""
-
-        async def one(lease: Lease) -> None:
-            given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
-            with contextlib.suppress(Refused):
-                await self.call("heartbeat", lease.project, given | {"orphaned": 1})
-
-        await asyncio.gather(*map(one, self.leases.values()))
-
     @operation(tool="", group="operators")
     async def policy(self, *, project: str | None = None, apply: bool = False) -> Policy:
         """Show a project's limits; with apply, store those of the configuration for all hosts.
@@ -3365,6 +3432,77 @@ def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
     return row
 
 
+# ==== LEASES =================================================================================
+#
+# What a process does for the claims that it holds: it renews them while it lives, notices those
+# that are lost, and says at its end what it leaves.
+
+
+async def renew_leases(queue: Queue, idle: Callable[[], float] = lambda: 0) -> None:
+    """Renew the leases of this process's claims, each after a third of it, until cancelled.
+
+    A lease that is gone is put into `lost`, as a sentence.  While Valkey does not answer it is
+    tried again: whether the lease is lost is not known before it ends by our own clock.
+    Nothing is renewed once `idle()` says more than IDLE seconds.
+    """
+    ahead = time.time() - time.monotonic()
+    while True:
+        now = time.monotonic()
+        slept = time.time() - now - ahead
+        if abs(slept) > 1:
+            # The clock was set, or the machine was suspended, when monotonic time stands still.
+            ahead += slept
+            for lease in queue.leases.values():
+                lease.due, lease.ends = 0, lease.ends - max(0, slept)
+        due = [name for name, lease in queue.leases.items() if now >= lease.due]
+        if due and idle() <= IDLE:
+            await asyncio.gather(*(renew(queue, name) for name in due))
+        soonest = min((lease.due for lease in queue.leases.values()), default=now + 1)
+        await asyncio.sleep(min(1, max(0.05, soonest - time.monotonic())))
+
+
+async def renew(queue: Queue, name: str) -> None:
+    """Renew one lease, or note that it is lost."""
+    lease = queue.leases[name]
+    given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
+    try:
+        reply = await queue.call("heartbeat", lease.project, given)
+        lease.renewed(task_from(lease.project, reply)["claimTTL"])
+    except Refused as problem:
+        now = time.monotonic()
+        lease.due = now + min(1, lease.ttl / 10)
+        unknown = problem.passes and now < lease.ends
+        if not unknown and queue.leases.get(name) is lease:
+            del queue.leases[name]
+            queue.lost.append(f"you lost {name}: {problem.message}")
+
+
+async def look_at_changes(queue: Queue, project: str) -> None:
+    """Have `renew_leases` look at once after a task that is held, when anybody has changed it,
+    until cancelled."""
+    async for event in queue.link.told(f"mosaic:queue:project:{{{project}}}:events"):
+        lease = queue.leases.get(f"{project}/{event.partition(chr(9))[0]}")
+        if lease:
+            lease.due = 0
+
+
+async def leave(queue: Queue, minted: str | None = None) -> None:
+    """Say of every claim of this process that nobody renews it any more, so that a later session
+    of the same agent may take it over at once.  Nobody can come back under a name that was
+    `minted` for this process: what that name holds is released."""
+
+    async def let_go(lease: Lease) -> None:
+        given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
+        with contextlib.suppress(Refused):
+            if lease.agent == minted:
+                given["reason"] = "its session has ended"
+                await queue.call("release", lease.project, given)
+            else:
+                await queue.call("heartbeat", lease.project, given | {"orphaned": 1})
+
+    await asyncio.gather(*map(let_go, queue.leases.values()))
+
+
 # ==== DIAGNOSIS ==============================================================================
 #
 # Why something does not move, and whether the key space is whole.
@@ -3414,6 +3552,9 @@ def explained(
             f"{task['claimedBy']} holds it since {moment(task['claimedAt'])}, fence "
             f"{task['fence']}; the lease {'ended' if ended else 'ends'} at "
             f"{moment(task['leaseExpiresAt'])}{with_moments(facts.get('spared', ''))}"
+        )
+        why += ["its session has ended: a new one of that agent may take it over"] * (
+            "orphaned" in task
         )
         todo += [LEASE_ENDED] if ended and "spared" not in facts else []
     if status == "failed":
@@ -3871,7 +4012,7 @@ def restored_row(record: Record) -> dict[str, str]:
     values: dict[str, Any] = {**record.get("hidden", {}), **record}
     edges = values.get("dependencies", ())
     values |= {"edges": len(edges), "dependencies": " ".join(edges)}
-    values |= {"late": int(values.get("late", 0))}
+    values |= {name: int(values.get(name) or 0) for name in ("late", "orphaned")}
     values |= {"metadata": compact(values["metadata"])} if "metadata" in values else {}
     pairs, text, work = (
         {name: values[name] for name in names if values.get(name)}
@@ -6766,6 +6907,7 @@ async def served(queue: Queue) -> None:
 ARGUMENTS |= {
     "command": Argument("command", "the command, and its arguments"),
     "loop": Argument("bool", "until nothing comes within --wait"),
+    "max_failures": Argument("int", "failures in a row after which --loop ends", 1, 10**6),
 }
 Around = Callable[[Task], contextlib.AbstractAsyncContextManager[Sequence[str]]]
 
@@ -6777,22 +6919,22 @@ class Runner:
     queue: Queue
     command: Sequence[str]
     child: Any = None
+    group: int = 0  # of the command's processes
     asking: bool = False  # for a task: it may be interrupted
     received: list[int] = field(default_factory=list)  # signals
     completed: int = 0
     failed: int = 0
+    failures: int = 0  # in a row
     lost: int = 0
 
     def signalled(self, number: int) -> None:
         """Hand a signal to the child."""
         self.received.append(number)
         if self.child:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, number)
+            self.send(number)
 
     async def work(self, task: Task) -> None:
         """Run the command for one task, and tell the queue how it ended."""
-        name, fence = task["id"], task["fence"]
         with tempfile.NamedTemporaryFile("w", prefix="mosaic-task-", suffix=".json") as file:
             json.dump(task, file)
             file.flush()
@@ -6801,69 +6943,127 @@ class Runner:
                 "MOSAIC_TASK_ID": task["taskId"],
                 "MOSAIC_TASK_FILE": file.name,
                 "MOSAIC_AGENT": task["claimedBy"],
-                "MOSAIC_FENCE": str(fence),
+                "MOSAIC_FENCE": str(task["fence"]),
             }
-            try:
-                self.child = await asyncio.create_subprocess_exec(
-                    *self.command,
-                    env=os.environ | environ,
-                    stdout=asyncio.subprocess.PIPE,
-                    stderr=asyncio.subprocess.PIPE,
-                    process_group=0,
-                )
-            except OSError as problem:
-                reason = f"{self.command[0]} cannot be run: {problem.strerror}"
-                await self.queue.release(name, fence=fence, delay=60, reason=reason)
-                hint = "name a program that is there; the task was released"
-                raise Refused("INVALID", reason, hint) from None
-            for number in self.received:  # what came while it was started
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.child.pid, number)
-            watching = asyncio.create_task(self.stop_when_lost(name))
-            try:
+            async with watched_group() as self.group:
+                await self.supervise(task, os.environ | environ)
+
+    async def supervise(self, task: Task, environ: Mapping[str, str]) -> None:
+        """Start the command, pass on what it prints, and tell the queue how it ended."""
+        name, fence = task["id"], task["fence"]
+        try:
+            self.child = await asyncio.create_subprocess_exec(
+                *self.command,
+                env=environ,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                process_group=self.group,
+            )
+        except OSError as problem:
+            reason = f"{self.command[0]} cannot be run: {problem.strerror}"
+            await self.queue.release(name, fence=fence, delay=60, reason=reason)
+            hint = "name a program that is there; the task was released"
+            raise Refused("INVALID", reason, hint) from None
+        for number in self.received:  # what came while it was started
+            self.send(number)
+        watching = asyncio.create_task(self.stop_when_lost(name))
+        try:
+            # Whether it is said that work has begun stops no work.
+            with contextlib.suppress(Refused):
                 await self.queue.start(name, fence=fence)
-                out, err = await asyncio.gather(
-                    passed_on(self.child.stdout, sys.stdout.buffer),
-                    passed_on(self.child.stderr, sys.stderr.buffer),
-                )
-                code = await self.child.wait()
-            finally:
-                watching.cancel()
-                self.child = None
-            await self.tell(name, fence, code, out, err)
+            out, err = await asyncio.gather(
+                passed_on(self.child.stdout, sys.stdout.buffer),
+                passed_on(self.child.stderr, sys.stderr.buffer),
+            )
+            code = await self.child.wait()
+        finally:
+            watching.cancel()
+            self.child = None
+        await self.tell(name, fence, code, out, err)
+
+    def send(self, number: int) -> None:
+        """Send a signal to the command and what it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, number)
 
     async def tell(self, name: str, fence: int, code: int, out: bytes, err: bytes) -> None:
-        """Complete, fail or release the task, as its command ended."""
+        """Complete, fail or release the task, as its command ended.  A summary that the queue does
+        not take is kept in a file."""
+        summary = clipped((out.strip().splitlines() or [b""])[-1].decode(errors="replace"), LONG)
         try:
+            if code == 0:
+                # Also where the lease is lost: it counts while nobody else took the task up.
+                await self.queue.complete(name, fence=fence, summary=summary)
+                self.completed, self.failures = self.completed + 1, 0
+                return
             if name not in self.queue.leases:
                 raise Refused("NOT_OWNER", "; ".join(self.queue.lost) or f"you lost {name}")
-            if code == 0:
-                summary = (out.strip().splitlines() or [b""])[-1].decode(errors="replace")
-                await self.queue.complete(name, fence=fence, summary=clipped(summary, LONG))
-                self.completed += 1
-            elif self.received:
+            if self.received:
                 reason = f"{self.command[0]} was interrupted"
                 await self.queue.release(name, fence=fence, reason=reason)
             else:
                 tail = err.decode(errors="replace").strip()
                 tail = tail or f"{self.command[0]} ended with status {code}"
+                self.failed, self.failures = self.failed + 1, self.failures + 1
                 await self.queue.fail(name, fence=fence, reason=clipped(tail, SHORT, tail=True))
-                self.failed += 1
         except Refused as problem:
-            if problem.code in ("UNREACHABLE", "UNFIT"):
-                raise
             self.lost += 1
+            said = "; ".join(dict.fromkeys([*self.queue.lost, problem.message]))
             self.queue.lost.clear()
-            print(f"mosaic-queue: {name}: {problem.message}", file=sys.stderr)
+            kept = keep_summary(name, fence, summary) if code == 0 else ""
+            said += f"; its summary is in {kept}" if kept else ""
+            print(f"mosaic-queue: {name}: {printable(said)}", file=sys.stderr)
+            if problem.passes:
+                raise
 
     async def stop_when_lost(self, name: str) -> None:
         """Stop the child when its lease is gone: politely, and after 10 s for good."""
         while name in self.queue.leases:
             await asyncio.sleep(0.1)
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.child.pid, number)
+            self.send(number)
             await asyncio.sleep(10)
+
+
+WATCHER = 'trap "" HUP INT TERM; read -r _ || kill -KILL 0'
+
+
+@contextlib.asynccontextmanager
+async def watched_group() -> AsyncIterator[int]:
+    """A process group that is killed when this process ends without a word, by SIGKILL say: its
+    first member waits for the end of a pipe that this process alone holds open.  A command that
+    leaves the group (setsid) is not reached."""
+    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    watcher = await asyncio.create_subprocess_exec(
+        "/bin/sh", "-c", WATCHER, stdin=pipe, stdout=null, stderr=null, process_group=0
+    )
+    pipe_end = cast(asyncio.StreamWriter, watcher.stdin)
+    try:
+        yield watcher.pid
+        pipe_end.write(b"done\n")
+    finally:
+        pipe_end.close()
+        await watcher.wait()
+
+
+def keep_summary(name: str, fence: int, summary: str) -> str:
+    """Write what the queue did not take into a file of our own; its path, "" where it cannot be
+    written."""
+    file = data_folder() / "unsent" / f"{name.replace('/', '-')}-{fence}.json"
+    try:
+        private_folder(file.parent)
+        put(file, compact({"task": name, "fence": fence, "summary": summary}).encode(), None, 0o600)
+    except OSError as problem:
+        print(f"mosaic-queue: {file} cannot be written: {problem.strerror}; the summary of {name} "
+              f"is: {printable(summary)}", file=sys.stderr)  # fmt: skip
+        return ""
+    return str(file)
+
+
+def pause_after(failures: int) -> float:
+    """Seconds to wait after some failures in a row: a worker that is broken must not empty the
+    queue into the dead letters."""
+    return float(min(2 ** (failures - 2), 60)) if failures > 1 else 0
 
 
 def runner_name(config: Config) -> str:
@@ -6881,6 +7081,7 @@ async def run(
     wait: int = 0,
     ttl: int | None = None,
     loop: bool = False,
+    max_failures: int = 10,
 ) -> int:
     """Run a command for the next task, under a lease that is renewed.
 
@@ -6890,7 +7091,7 @@ async def run(
     """
     if not command:
         raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
-    return await run_commands(queue, command, mission, lane, wait, ttl, loop)
+    return await run_commands(queue, command, mission, lane, wait, ttl, loop, max_failures)
 
 
 async def run_commands(
@@ -6901,6 +7102,7 @@ async def run_commands(
     wait: int = 0,
     ttl: int | None = None,
     loop: bool = False,
+    max_failures: int = 10,
     around: Around | None = None,
 ) -> int:
     """Take the next task and run a command for it; with `loop`, until nothing comes in `wait` s.
@@ -6909,13 +7111,14 @@ async def run_commands(
     in MOSAIC_TASK_FILE.  The lease is renewed while it lives.  Exit 0 completes the task with the
     last line of stdout as summary; anything else fails it with the tail of stderr.  When the lease
     is lost the child is stopped.  Signals go to the child; a task whose command was interrupted
-    is released.  Returns 0, 5 when there was nothing to do, 7 when a command failed.
+    is released.  After failures in a row it pauses, longer each time, and after `max_failures` it
+    ends.  Returns 0, 5 when there was nothing to do, 7 when a command failed.
     `around` gives the command of each task, and sees to what has to be done before and after it.
     """
     me = cast("asyncio.Task[Any]", asyncio.current_task())
     config, unsafe = operator.config, operator.link.unsafe
-    async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
-        queue.agent = runner_name(config)
+    async with Queue(config, session=new_session(), unsafe=unsafe) as queue:
+        queue.agent, queue.patience = runner_name(config), math.inf
         runner = Runner(queue, command)
 
         def signalled(number: int) -> None:
@@ -6925,8 +7128,8 @@ async def run_commands(
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, signalled, number)
-        renewing = asyncio.create_task(queue.renew_leases())
-        looking = asyncio.create_task(queue.look_at_changes(queue.own(None)))
+        renewing = asyncio.create_task(renew_leases(queue))
+        looking = asyncio.create_task(look_at_changes(queue, queue.own(None)))
         why = ""
         try:
             while not runner.received and not why:
@@ -6938,6 +7141,11 @@ async def run_commands(
                         runner.command = words
                         await runner.work(task)
                 why = "" if offer["tasks"] and loop else offer.get("why", "done")
+                if loop and runner.failures >= max_failures:
+                    why = f"{runner.failures} commands failed in a row"
+                elif loop and (pause := pause_after(runner.failures)):
+                    runner.asking = True
+                    await asyncio.sleep(pause)
         except asyncio.CancelledError:
             if not runner.received:
                 raise
@@ -7124,20 +7332,6 @@ def session_lock(folder: Path) -> Entry | None:
     with contextlib.suppress(ValueError, RecursionError):
         data = json.loads(raw or b"")
     return None if raw is None else Entry(data if isinstance(data, dict) else {}, False)
-
-
-def process_began(pid: int) -> str | None:
-    """When a process began, since numbers are used again; '' where nobody knows, None when it has
-    ended."""
-    try:
-        with contextlib.suppress(PermissionError):  # it lives, and is another user's
-            os.kill(pid, 0)
-        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except ProcessLookupError:
-        return None
-    except OSError:
-        return ""
-    return None if facts[0] in "ZX" else facts[19]
 
 
 def state_of(session: Entry) -> Literal["alive", "dead", "unknown"]:
@@ -7666,6 +7860,7 @@ async def mission_run(
     wait: int = 0,
     ttl: int | None = None,
     loop: bool = False,
+    max_failures: int = 10,
 ) -> int:
     """Run a command for the next task of the mission, alone; default: mosaic claude.
 
@@ -7699,7 +7894,7 @@ async def mission_run(
     try:
         for one in await cleaned(queue, file, dead):
             print(f"mosaic-queue: {cleaned_line(one)}", file=sys.stderr)
-        how = (now.called, lane, wait, ttl, loop, around)
+        how = (now.called, lane, wait, ttl, loop, max_failures, around)
         status = await run_commands(queue, command, *how)
         reason = ENDS.get(status, "interrupted")
         await written(queue, file, runtime)
@@ -8192,7 +8387,9 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
     from mcp.shared.message import SessionMessage
 
     config = Config(dict(config.values), config.environ)
-    config.set("agent", mcp_agent(config), "minted")
+    known = mcp_agent(config, minted=False)
+    minted = None if known else mcp_agent(config)
+    config.set("agent", known or minted, "minted")
     parent, heard, status = os.getppid(), time.monotonic(), 0
     wire = os.dup(1)
     os.dup2(2, 1)
@@ -8251,19 +8448,19 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
     token = anyio.lowlevel.current_token()
     # Open to the end: clients send a second signal 0.1 s after the first, while leases are left.
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
-        async with Queue(config, session=os.urandom(8).hex(), unsafe=unsafe) as queue:
-            queue.ttl = config["defaults.mcpTTL"]
+        async with Queue(config, session=new_session(), unsafe=unsafe) as queue:
+            queue.ttl, queue.patience = config["defaults.mcpTTL"], MCP_WAIT - DEADLINE
             server = mcp_server(queue, tool_set)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(watch_parent)
                 tasks.start_soon(obey_signals)
                 tasks.start_soon(answer)
-                tasks.start_soon(queue.renew_leases, lambda: time.monotonic() - heard)
+                tasks.start_soon(renew_leases, queue, lambda: time.monotonic() - heard)
                 threading.Thread(target=read, daemon=True).start()
                 await server.run(to_server, from_server, server.create_initialization_options())
                 tasks.cancel_scope.cancel()
             with anyio.move_on_after(0.5):
-                await queue.leave()
+                await leave(queue, minted)
     return status
 
 

@@ -206,7 +206,7 @@ async def test_idleness_is_measured_from_the_last_call(config: mq.Config, boss: 
     hours = 3.9
     async with mq.Queue(config, session="s") as queue:
         before = (await queue.claim("T1", "alice", ttl=3))["leaseExpiresAt"]
-        renewing = asyncio.create_task(queue.renew_leases(lambda: hours * 3600))
+        renewing = asyncio.create_task(mq.renew_leases(queue, lambda: hours * 3600))
 
         async def renewed() -> bool:
             return bool((await boss.get("T1"))["leaseExpiresAt"] > before)
@@ -217,6 +217,86 @@ async def test_idleness_is_measured_from_the_last_call(config: mq.Config, boss: 
         await asyncio.sleep(1.5)
         assert (await boss.get("T1"))["leaseExpiresAt"] == after
         renewing.cancel()
+
+
+async def test_whatever_sets_a_leases_length_sets_its_renewal(
+    config: mq.Config, boss: mq.Queue
+) -> None:
+    await create(boss, "T1", "T2")
+    async with mq.Queue(config, session="s") as queue:
+        before = (await queue.claim("T1", "alice", ttl=300))["leaseExpiresAt"]
+        assert await beat(queue, "T1", ttl=60) >= before, "a heartbeat shortens no lease"
+        lease = queue.leases["p/T1"]
+        assert (lease.ttl, lease.due <= time.monotonic() + 20) == (60, True)
+        await boss.heartbeat("T1", ttl=30)  # somebody else: it is learnt at the next renewal
+        await mq.renew(queue, "p/T1")
+        assert lease.ttl == 30
+        await boss.assign("T2", agent="alice")
+        queue.agent, queue.ttl = "alice", 120
+        await queue.start("T2")
+        assert queue.leases["p/T2"].ttl == 120
+
+
+async def beat(queue: mq.Queue, name: str, **more: Any) -> int:
+    return int((await queue.heartbeat(name, **more))["leaseExpiresAt"])
+
+
+async def test_a_machine_that_slept_looks_at_its_leases_at_once(
+    config: mq.Config, boss: mq.Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Monotonic time stands still meanwhile: by it the next renewal is far away."""
+    await create(boss, "T1")
+    async with mq.Queue(config, session="s") as queue:
+        await queue.claim("T1", "alice", ttl=2700)
+        await boss.release("T1", force=True)
+        renewing = asyncio.create_task(mq.renew_leases(queue))
+        await asyncio.sleep(0.1)
+        assert queue.leases
+        now = time.time
+        monkeypatch.setattr(time, "time", lambda: now() + 3600)
+
+        def lost() -> bool:
+            return bool(queue.lost)
+
+        await until(lost)
+        renewing.cancel()
+
+
+async def test_who_names_nobody_acts_as_the_one_who_claimed(
+    connect: Connect, boss: mq.Queue
+) -> None:
+    """Sub-agents of one server: one claims, and does not repeat its name afterwards."""
+    await create(boss, "T1", "T2")
+    async with connect() as client:
+        for name in ("T1", "T2"):
+            await client.call_tool("queue_claim", {"task": name, "agent": f"sub-{name}"})
+        assert not (await client.call_tool("queue_start", {"task": "T1"})).is_error
+        assert not (await client.call_tool("queue_complete", {"task": "T1"})).is_error
+        named = {"task": "T2", "agent": "sub-T1"}
+        assert (await client.call_tool("queue_complete", named)).is_error
+    assert (await boss.get("T1"))["claimedBy"] == "sub-T1"
+
+
+async def test_what_a_minted_name_holds_is_released_at_the_end(
+    connect: Connect, boss: mq.Queue
+) -> None:
+    """Nobody can come back under it."""
+    await create(boss, "T1", "T2")
+    async with connect(MOSAIC_AGENT="") as client:
+        await client.call_tool("queue_claim", {"task": "T1"})
+        await client.call_tool("queue_claim", {"task": "T2", "agent": "sub-1"})
+        assert (await boss.get("T1"))["status"] == "claimed"
+
+    async def back() -> bool:
+        return (await boss.get("T1"))["status"] == "pending"
+
+    await until(back)
+    left = (await boss.list(status="claimed"))["tasks"]
+    assert [(one["taskId"], one["orphaned"]) for one in left] == [("T2", True)]
+    why = (await mq.explain(boss, "T2"))["why"]
+    assert "its session has ended" in " ".join(why)
+    holders = (await mq.agents(boss))["agents"]
+    assert holders[0]["tasks"][0]["orphaned"]
 
 
 # ---- an agent that dies ----
@@ -304,6 +384,27 @@ async def test_the_next_session_of_a_killed_agent_goes_on_at_once(
         async with connect() as again:
             assert (await taken(again))["id"] == "p/T1"
             assert (await taken(again))["id"] == "p/T2"
+            assert not (await again.call_tool("queue_complete", {"task": "T1"})).is_error
+
+
+@pytest.mark.parametrize("tool", ["queue_next", "queue_claim", "queue_complete"])
+async def test_the_next_session_on_this_host_knows_a_killed_one(
+    environ: dict[str, str], tmp_path: Path, connect: Connect, boss: mq.Queue, tool: str
+) -> None:
+    """It could not say that it ends; its process is gone, and its lease has long to run."""
+    await create(boss, "T1", "T2")
+    with agent(environ, tmp_path) as (client, pid):
+        client.kill()
+        os.kill(pid, signal.SIGKILL)
+        await boss.heartbeat("T1", ttl=3000)
+        async with connect() as again:
+            arguments = {} if tool == "queue_next" else {"task": "T1"}
+            said = await again.call_tool(tool, arguments)
+            if tool == "queue_complete":
+                assert text_of(said).startswith("STALE_SESSION: ")
+                call = text_of(said).rpartition(": queue_claim ")[2]
+                said = await again.call_tool("queue_claim", json.loads(call))
+            assert json.loads(text_of(said))["id"] == "p/T1"
             assert not (await again.call_tool("queue_complete", {"task": "T1"})).is_error
 
 

@@ -719,7 +719,7 @@ async def test_what_an_earlier_session_left_behind(
         before = await first.claim("T", "alice", ttl=TTL)
         await first.start("T", agent="alice")
         if stamp:
-            await first.leave()
+            await mq.leave(first)
         shim.seconds = seconds
         queue = first if same else second
         if how == "next":

@@ -201,7 +201,7 @@ async def test_a_lease_that_is_renewed_is_left_alone(
     config.set("watchdog.interval", 1, "test")
     await create(queue, "T1")
     first = (await queue.claim("T1", "bob", ttl=4))["leaseExpiresAt"]
-    renewing = asyncio.create_task(queue.renew_leases())
+    renewing = asyncio.create_task(mq.renew_leases(queue))
     async with watching(config):
         await until(lambda: db.zscore(f"{ROOT}:running:any", "T1") > first + 4000)
         await asyncio.sleep(1)

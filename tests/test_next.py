@@ -412,7 +412,7 @@ async def test_a_later_session_takes_over_what_an_earlier_one_left(config: mq.Co
     async with mq.Queue(config, session="s1") as old, mq.Queue(config, session="s2") as new:
         await create(old, "T1", "T2")
         first = (await old.next("alice"))["tasks"][0]
-        await old.leave()
+        await mq.leave(old)
         again = (await new.next("alice"))["tasks"][0]
         assert again["taskId"] == first["taskId"] == "T1"
         assert again["fence"] > first["fence"]

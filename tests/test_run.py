@@ -5,6 +5,7 @@ What the commands do is Python on the command line, so that a test says all of i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import PROGRAM, Server, ask, one_engine
+from conftest import BINARIES, PROGRAM, Server, ask, one_engine
 
 import mosaic_queue as mq
 
@@ -416,6 +417,104 @@ def test_a_command_whose_lease_is_lost_is_stopped(
     assert (task["status"], task["claimedBy"]) == ("claimed", "bob")
 
 
+# ---- what ends work never loses its result ----
+
+LATE = """
+import pathlib, time
+pathlib.Path("on").touch()
+while not pathlib.Path("off").exists():
+    time.sleep(0.02)
+print("the page is live")
+"""
+
+
+@contextlib.contextmanager
+def server_of_its_own() -> Iterator[Server]:
+    """A server that a test may kill, and that keeps what it knows."""
+    running = Server(str(BINARIES["valkey"]()), "--appendonly", "yes", "--appendfsync", "always")
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def test_a_result_waits_for_a_server_that_is_away(start: Start, tmp_path: Path) -> None:
+    with server_of_its_own() as server:
+        create(server, "T1")
+        process = start("run", "--", sys.executable, "-c", LATE, MOSAIC_VALKEY_URL=server.url)
+        until((tmp_path / "on").exists)
+        server.kill()
+        (tmp_path / "off").touch()
+        assert process.stderr
+        while "trying again" not in (line := process.stderr.readline()):
+            assert line, "it gave up"
+        server.start()
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert ask(server, "get", "T1")["summary"] == "the page is live"
+
+
+def test_a_result_that_nobody_took_is_in_a_file(start: Start, tmp_path: Path) -> None:
+    with server_of_its_own() as server:
+        create(server, "T1")
+        words = ["run", "--ttl", "2", "--", sys.executable, "-c", LATE]
+        process = start(*words, MOSAIC_VALKEY_URL=server.url)
+        until((tmp_path / "on").exists)
+        server.kill()
+        (tmp_path / "off").touch()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 6
+        (file,) = (tmp_path / "mosaic-queue" / "unsent").iterdir()
+        assert f"its summary is in {file}" in err
+        kept = json.loads(file.read_text())
+        assert (kept["task"], kept["summary"]) == ("p/T1", "the page is live")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_a_lease_that_ran_out_takes_no_result_while_nobody_took_the_task_up(
+    start: Start, server: Server, db: redis.Redis, tmp_path: Path
+) -> None:
+    create(server, "T1")
+    process = start("run", "--", sys.executable, "-c", LATE)
+    until((tmp_path / "on").exists)
+    until(lambda: ask(server, "get", "T1")["status"] == "in-progress")
+    held = ask(server, "get", "T1")
+    reaped = f"{held['fence']} {held['session']} alice"
+    task = {"status": "pending", "reaped": reaped}
+    db.zrem(f"{ROOT}:running:any", "T1")  # as `reap` leaves a task
+    db.zadd(f"{ROOT}:ready:any", {"T1": 1})
+    db.hset(f"{ROOT}:task:T1", mapping=task)
+    (tmp_path / "off").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert ask(server, "get", "T1")["late"]
+
+
+CHILDREN = """
+import os, pathlib, subprocess, sys, time
+child = subprocess.Popen(["sleep", "600"])
+pathlib.Path("pids").write_text(f"{os.getpid()} {child.pid}")
+pathlib.Path("on").touch()
+time.sleep(600)
+"""
+
+
+def alive(pid: int) -> bool:
+    return mq.process_began(pid) is not None
+
+
+def test_a_run_that_is_killed_leaves_no_command_at_work(
+    start: Start, server: Server, tmp_path: Path
+) -> None:
+    create(server, "T1")
+    process = start("run", "--", sys.executable, "-c", CHILDREN)
+    until((tmp_path / "on").exists)
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert all(map(alive, pids))
+    process.kill()
+    until(lambda: not any(map(alive, pids)), limit=5)
+
+
 # ---- many tasks ----
 
 
@@ -442,6 +541,18 @@ def test_a_loop_tries_again_and_ends_with_7(run: Tell, server: Server) -> None:
     assert "1 completed, 4 failed" in err
     assert ask(server, "get", "T1")["status"] == "failed"
     assert ask(server, "get", "T2")["status"] == "completed"
+
+
+def test_a_broken_worker_does_not_empty_the_queue(run: Tell, server: Server) -> None:
+    """Dead letters are for tasks that are bad, not for a worker that is."""
+    create(server, *(f"T{i}" for i in range(20)))
+    status, _, err = run("import sys; sys.exit(1)", "--loop", "--max-failures", "3")
+    assert status == 7
+    assert "3 commands failed in a row: 0 completed, 3 failed, 0 lost" in err
+
+
+def test_the_pause_after_failures_doubles() -> None:
+    assert [mq.pause_after(n) for n in (0, 1, 2, 3, 4, 9, 100)] == [0, 0, 1, 2, 4, 60, 60]
 
 
 def test_a_loop_waits_for_work(start: Start, server: Server, db: redis.Redis) -> None:
