@@ -43,6 +43,7 @@ that stands in a later one.
     RECORD           what outlives Valkey: tasks and events in Postgres
     REQUESTS         what people change in the record, as edits
     RESTORING        where a project is made again from
+    BOARD WORDS      what the words of a board mean, in a handful of languages
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
     SYNC             file, queue and what both said last, compared cell by cell
     WORKSPACE FILES  a TASKS.md kept in step with a project
@@ -104,6 +105,7 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
+    NotRequired,
     ParamSpec,
     Protocol,
     TypedDict,
@@ -5525,40 +5527,432 @@ def restored_text(answer: Restored) -> str:
     return f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
 
 
+# ==== BOARD WORDS ============================================================================
+#
+# What the words of a board mean.  They are read without case, emphasis, emoji and punctuation, and
+# without what stands in brackets or behind a separator: "Done (PR #12)".  A word that is not here
+# is unknown, and a task with such a word is never handed out.
+
+MEANINGS = {  # of a status word, and what the queue would say
+    "open": "not-started",
+    "under way": "in-progress",
+    "in review": "in-progress",  # or tested, or planned: begun, and nobody's word for a claim
+    "finished": "done",
+    "set aside": "blocked",
+    "blocked": "blocked",
+    "failed": "failed",
+    "unknown": "blocked",
+    "deleted": "deleted",
+}
+STATUS_WORDS = {  # by language and meaning; the first one is written where a file has none
+    "English": {
+        "open": """
+            not started, todo, to do, pending, open, ready, backlog, planned,
+            queued, new, next, up next, upcoming, scheduled, not yet started,
+            unstarted, not done, not begun, incomplete, ready to start, ready for
+            dev, ready for development, to be done, outstanding, reopened""",
+        "under way": """
+            in progress, wip, w i p, doing, started, active, ongoing, underway, under way, current,
+            working, in work, work in progress, in development, claimed, assigned""",
+        "in review": """
+            in review, review, code review, under review, ready for review, needs review,
+            awaiting review, pending review, reviewing, testing, in testing, qa, in qa, needs qa,
+            ready for qa, verifying, partial, partially done, partly done, mostly done, almost done,
+            in planning, planning, planning complete, draft""",
+        "finished": """
+            done, complete, completed, closed, merged, shipped, released, resolved,
+            implemented, finished, fixed, delivered, deployed, live, landed,
+            verified, all done""",
+        "set aside": """
+            deferred, cancelled, canceled, wont do, wont fix, wontfix, dropped,
+            parked, duplicate, superseded, on hold, hold, paused, postponed,
+            abandoned, obsolete, deprecated, rejected, declined, skipped, skip,
+            invalid, not planned, out of scope, removed, archived, frozen, icebox,
+            someday, later, n a, not applicable, descoped, moved, withdrawn,
+            suspended, shelved, replaced""",
+        "blocked": "blocked, waiting, stuck, impeded",
+        "failed": "failed",
+        "deleted": "deleted",
+    },
+    "German": {
+        "open": """
+            offen, zu erledigen, ausstehend, geplant, bereit, neu, nicht begonnen,
+            nicht gestartet, noch offen, als nächstes""",
+        "under way": """
+            in Arbeit, in Bearbeitung, laufend, läuft, begonnen, angefangen, in
+            Prüfung""",
+        "in review": "in Prüfung, im Review, im Test, teilweise",
+        "finished": """
+            erledigt, fertig, abgeschlossen, geschlossen, fertiggestellt, umgesetzt,
+            gelöst""",
+        "set aside": """
+            zurückgestellt, abgebrochen, verworfen, verschoben, entfällt, entfallen,
+            pausiert, storniert, Duplikat, später""",
+        "blocked": "blockiert, wartet, wartend",
+        "failed": "fehlgeschlagen, gescheitert",
+    },
+    "French": {
+        "open": """
+            à faire, ouvert, ouverte, prêt, prête, planifié, planifiée, nouveau, non
+            commencé""",
+        "under way": "en cours, commencé",
+        "in review": "en revue, en test",
+        "finished": "terminé, terminée, fait, faite, fini, finie, fermé, livré, résolu, clos",
+        "set aside": "annulé, annulée, abandonné, reporté, suspendu, doublon",
+        "blocked": "bloqué, bloquée, en attente",
+        "failed": "échoué, échec",
+    },
+    "Spanish": {
+        "open": "pendiente, por hacer, abierto, abierta, planificado, nuevo, sin empezar",
+        "under way": "en progreso, en curso, en proceso",
+        "in review": "en revisión, en pruebas",
+        "finished": """
+            hecho, hecha, terminado, completado, completada, cerrado, finalizado,
+            resuelto""",
+        "set aside": "cancelado, cancelada, descartado, aplazado, pospuesto, duplicado, pausado",
+        "blocked": "bloqueado, bloqueada, en espera",
+        "failed": "fallido, fallado",
+    },
+    "Portuguese": {
+        "open": "a fazer, pendente, por fazer, aberto, aberta, planejado, planeado, não iniciado",
+        "under way": "em andamento, em progresso, fazendo",
+        "in review": "em revisão, em teste",
+        "finished": "concluído, concluída, feito, feita, finalizado, fechado, resolvido, entregue",
+        "set aside": "adiado, cancelado, cancelada, descartado, pausado, duplicado",
+        "blocked": "bloqueado, bloqueada, aguardando",
+        "failed": "falhou",
+    },
+    "Italian": {
+        "open": "da fare, aperto, aperta, pianificato, nuovo, non iniziato",
+        "under way": "in corso, in lavorazione",
+        "in review": "in revisione",
+        "finished": "fatto, fatta, completato, completata, finito, chiuso, risolto, terminato",
+        "set aside": "annullato, annullata, rimandato, sospeso, scartato, duplicato",
+        "blocked": "bloccato, bloccata, in attesa",
+        "failed": "fallito",
+    },
+    "Dutch": {
+        "open": "te doen, gepland, nieuw, niet gestart, nog te doen",
+        "under way": "bezig, in uitvoering, mee bezig, in behandeling",
+        "finished": "klaar, gedaan, afgerond, voltooid, gesloten, opgelost",
+        "set aside": "uitgesteld, geannuleerd, vervallen, gepauzeerd",
+        "blocked": "geblokkeerd, wacht",
+        "failed": "mislukt",
+    },
+    "Polish": {
+        "open": "do zrobienia, otwarte, zaplanowane, nowe, nierozpoczęte",
+        "under way": "w toku, w trakcie, w realizacji",
+        "finished": "zrobione, zakończone, ukończone, zamknięte, wykonane",
+        "set aside": "odłożone, anulowane, wstrzymane",
+        "blocked": "zablokowane, oczekuje",
+        "failed": "nieudane",
+    },
+    "Russian": {
+        "open": "к выполнению, открыто, открыта, запланировано, не начато, новая, новое, сделать",
+        "under way": "в работе, в процессе, выполняется, начато",
+        "in review": "на проверке",
+        "finished": "готово, сделано, выполнено, завершено, закрыто, решено",
+        "set aside": "отложено, отменено, приостановлено, дубликат",
+        "blocked": "заблокировано, ожидает, ожидание",
+        "failed": "не удалось, ошибка",
+    },
+    "Chinese": {
+        "open": "待办, 未开始, 待处理, 待开始, 计划中, 待做, 未完成",
+        "under way": "进行中, 处理中, 开发中",
+        "in review": "测试中, 审核中, 部分完成",
+        "finished": "已完成, 完成, 已关闭, 已发布, 已解决, 已合并, 已实现",
+        "set aside": "已取消, 取消, 暂缓, 搁置, 推迟, 延期, 废弃",
+        "blocked": "阻塞, 受阻, 已阻塞, 等待",
+        "failed": "失败, 已失败",
+    },
+    "Japanese": {
+        "open": "未着手, 未対応, 予定, 未完了",
+        "under way": "進行中, 作業中, 対応中, 着手中",
+        "in review": "レビュー中",
+        "finished": "完了, 済, 済み, 対応済み, 完了済み",
+        "set aside": "保留, 中止, 延期, 見送り, キャンセル",
+        "blocked": "ブロック, 待ち",
+        "failed": "失敗",
+    },
+    "Korean": {
+        "open": "할 일, 예정, 시작 전, 미시작, 미완료",
+        "under way": "진행 중, 진행중, 작업 중",
+        "in review": "검토 중",
+        "finished": "완료, 완료됨",
+        "set aside": "보류, 취소, 취소됨, 연기",
+        "blocked": "차단, 차단됨, 대기",
+        "failed": "실패",
+    },
+}
+SIGNS = {  # where a cell has no word
+    "open": "⬜◻☐🔲⚪🆕📋🔜",
+    "under way": "🔄🚧⏳🏗🔨🟡🔵🏃▶◐👀",
+    "finished": "✅✔✓☑🏁",
+    "set aside": "⏸🚫❄🗑🧊💤⏭",
+    "blocked": "⛔🔒🛑",
+}
+BOXES = {" ": "open", "x": "finished", "✓": "finished", "✔": "finished", "✅": "finished"} | {
+    "-": "set aside", ">": "set aside", "~": "under way", "/": "under way"
+}  # fmt: skip
+PRIORITY_WORDS = (  # scales from critical to low; then what else they are called
+    ("critical", "high", "medium", "low"),
+    ("P0", "P1", "P2", "P3"),
+    ("urgent", "high", "normal", "low"),
+    ("1", "2", "3", "4"),
+    ("must", "should", "could", "wont"),
+    ("blocker", "major", "minor", "trivial"),
+    ("highest", "h", "m", "l"),
+    ("kritisch", "hoch", "mittel", "niedrig"),
+    ("critique", "haute", "moyenne", "basse"),
+    ("urgente", "alta", "media", "baja"),
+    ("crítica", "alta", "média", "baixa"),
+    ("紧急", "高", "中", "低"),
+    ("緊急", "高", "中", "低"),
+    ("must have", "should have", "could have", "wont have"),
+    ("very high", "important", "med", "lowest"),
+    ("asap", "hi", "mid", "p4"),
+    ("🔥", "🟠", "🟡", "🟢"),
+    ("🔴", "⬆", "➡", "⬇"),
+)
+DOUBT = {  # behind a word that is open or finished, they make it unknown
+    *("not", "no", "except", "but", "pending", "partial", "partially", "partly", "needs", "need"),
+    *("todo", "wip", "review", "remaining", "missing", "until", "almost", "reverted", "reopened"),
+    *("broken", "tbd", "left", "unverified", "untested", "blocked", "failed", "failing", "after"),
+    *("waiting", "wont", "aber", "außer", "nicht", "noch", "pas", "sauf", "pero", "falta"),
+}
+LINKS = {  # words behind one that was not open: "superseded by T3", "merged in #4"
+    *("by", "of", "to", "on", "for", "until", "into", "in", "as", "at", "with", "via", "from"),
+    *("durch", "auf", "bis", "par", "por", "pour", "para", "da", "door", "through", "since"),
+}
+SEPARATOR = re.compile(r"[(\[{:;,.|/!—\u2013@\n]| - |->|→")
+BOX = re.compile(r"\[(.)\]")
+CELL = 200  # characters of an id, a status, a priority or a lane that are looked at
+EMPTY = ("", "—", "\u2013", "-")
+
+
+def plain(text: str) -> str:
+    """Text without the marks around it: `**T1**`, `[T1](url)`."""
+    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", text).strip(" *`~")
+
+
+def phrase(text: str) -> str:
+    """The words of a text, without case, marks and punctuation: `**In_Progress**`, `won't do`."""
+    text = re.sub("['\u2019]", "", text).casefold()
+    return " ".join(re.findall(r"[^\W_]+", text))
+
+
+class Words:
+    """What status and priority words mean; `more` are the words of a configuration, by meaning."""
+
+    def __init__(self, more: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.meanings: dict[str, str] = {}
+        self.language: dict[str, str] = {}
+        for language, known in reversed(STATUS_WORDS.items()):
+            for meaning, text in known.items():
+                for word in map(phrase, text.split(",")):
+                    self.meanings[word], self.language[word] = meaning, language
+        for meaning, words in (more or {}).items():
+            self.meanings |= {phrase(word) or word.strip(): meaning for word in words}
+        self.signs = {sign: meaning for meaning, text in SIGNS.items() for sign in text}
+        self.priorities = {
+            word.casefold(): name
+            for scale in reversed(PRIORITY_WORDS)
+            for word, name in zip(scale, PRIORITIES, strict=True)
+        }
+        self.read: dict[str, tuple[str, str]] = {}
+
+    def status(self, cell: str) -> tuple[str, str]:
+        """The meaning of a status cell, '' when it is empty, and the word it was read from."""
+        if cell not in self.read:
+            self.read[cell] = self._status(plain_links(cell))
+        return self.read[cell]
+
+    def _status(self, text: str) -> tuple[str, str]:
+        said = phrase(text)
+        word = (said or text)[:CELL].replace(" ", "-")
+        if text in EMPTY:
+            return "", ""
+        if len(text) > CELL or "?" in text:
+            return "unknown", word
+        if text.startswith("~~") and text.endswith("~~"):
+            return "set aside", word
+        box = BOX.match(text)
+        if box:
+            meaning = BOXES.get(box[1].lower(), "unknown")
+            rest = text[box.end() :].strip(" *`_")
+            same = not rest or self._status(rest)[0] in (meaning, "unknown")
+            return (meaning if same else "unknown"), f"[{box[1]}]"
+        share = re.fullmatch(r"(\d{1,3}) ?%", plain(text))
+        if share:
+            meaning = {0: "open", 100: "finished"}.get(int(share[1]), "under way")
+            return meaning, share[0]
+        if said in self.meanings:
+            return self.meanings[said], word
+        return self._head(text)
+
+    def _head(self, text: str) -> tuple[str, str]:
+        """The meaning of the words before a separator, in the light of what comes behind it."""
+        cut = SEPARATOR.search(text.lstrip("*`_ "))
+        head = text.lstrip("*`_ ")[: cut.start()] if cut else text
+        words, rest = phrase(head).split(), phrase(text[len(head) :] if cut else "").split()
+        meaning, at = self.meanings.get(" ".join(words), "unknown"), len(words)
+        if not words:
+            signs = {self.meanings.get(c) or self.signs.get(c, "unknown")
+                     for c in head if c not in " \ufe0f*`_~!"}  # fmt: skip
+            meaning = signs.pop() if len(signs) == 1 else "unknown"
+        while meaning == "unknown" and at > 1:  # "superseded by T3"
+            at -= 1
+            found = self.meanings.get(" ".join(words[:at]), "unknown")
+            if found != "open" and (words[at] in LINKS or words[at][0].isdigit()):
+                meaning = found
+        rest = words[at:] + rest
+        if meaning in ("open", "finished"):
+            others = {self.meanings.get(word, meaning) for word in rest} - {meaning}
+            others -= {"open", "under way", "in review"} if meaning == "finished" else set()
+            if others or DOUBT.intersection(rest):
+                meaning = "unknown"
+        return meaning, "-".join(words[:at])[:CELL] or text[:CELL]
+
+    def priority(self, cell: str) -> str:
+        """The priority that a cell means; its own words where it means none."""
+        text = plain_links(cell)[:CELL]
+        cut = SEPARATOR.search(text)
+        for said in (text, text[: cut.start()] if cut else text):
+            word = phrase(said) or said.strip(" *`_\ufe0f")
+            if word in self.priorities:
+                return self.priorities[word]
+        return "-".join(phrase(text).split()) or ("" if text in EMPTY else text)
+
+    def own(self, column: str, value: str, said: Sequence[str]) -> str:
+        """What a column with these cells writes for a value: its own word for it, the one used
+        most; else one in the language, the scale and the case of its others."""
+        mean = self.priority if column == "priority" else self._plainly
+        heads: dict[str, int] = {}
+        for cell in said:
+            cut = SEPARATOR.search(cell, 1)
+            head = cell[: cut.start()].strip() if cut and not BOX.match(cell) else cell
+            head = head if mean(head) == mean(cell) else cell
+            heads[head] = heads.get(head, 0) + 1
+        fitting = [head for head in heads if mean(head) == value]
+        if fitting:
+            return max(fitting, key=lambda head: heads[head])
+        if column == "priority":
+            words = {phrase(head) for head in heads}
+            scale = max(PRIORITY_WORDS, key=lambda one: len(words & {*map(str.casefold, one)}))
+            word = scale[PRIORITIES.index(value)] if value in PRIORITIES else value
+            return word if word[:1].isupper() else in_case_of(word, heads)
+        plainly = {word: one for one, word in MEANINGS.items() if one != "in review"}
+        meaning = "blocked" if value == "blocked" else plainly.get(value, "")
+        if any(BOX.match(head) for head in heads) and meaning in ("open", "finished"):
+            return "[ ]" if meaning == "open" else "[x]"
+        if heads and not any(phrase(head) for head in heads) and meaning in SIGNS:
+            return SIGNS[meaning][0]
+        tongues = [self.language.get(phrase(head), "English") for head in heads]
+        tongue = max(tongues, key=tongues.count, default="English")
+        hyphens = any("-" in head for head in heads) or all(head == head.lower() for head in heads)
+        if tongue == "English" and (hyphens and not any(" " in head for head in heads)):
+            return value
+        return in_case_of(STATUS_WORDS[tongue].get(meaning, value).partition(",")[0].strip(), heads)
+
+    def _plainly(self, cell: str) -> str:
+        """The queue's word for a cell that says it plainly: what is set aside is not blocked."""
+        meaning = self.status(cell)[0]
+        vague = ("", "set aside", "unknown", "in review")
+        return meaning if meaning in vague else MEANINGS[meaning]
+
+
+def plain_links(cell: str) -> str:
+    """A cell without the addresses of its links, and what is around it."""
+    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", cell).strip(" *`")
+
+
+def in_case_of(word: str, others: Iterable[str]) -> str:
+    """A word in the case that most of the others have."""
+    letters = ["".join(c for c in one if c.isalpha()) for one in others]
+    known = [one for one in letters if one]
+    if known and all(one.isupper() for one in known) and any(len(one) > 1 for one in known):
+        return word.upper()
+    if known and 2 * sum(one[0].isupper() for one in known) > len(known):
+        return word.title() if word.isascii() else word[:1].upper() + word[1:]
+    return word
+
+
+@functools.lru_cache(16)
+def words_of(more: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> Words:
+    """The words of a configuration, and those that everybody knows."""
+    return Words(dict(more))
+
+
 # ==== TASK TABLES ============================================================================
 #
 # A TASKS.md is text of which a few cells mean something: text in, tables out; edits in, text
 # out.  markdown-it says where the tables are, so that one in code is none.  Rows are split here,
 # at every `|` without a `\` before it as GFM has it, since all that is not a changed cell keeps
 # its bytes.  What a cell says is compared without its escapes and padding.
+#
+# In a document without a task table, checkbox lists whose items begin with ids are read alike.
 
-WORDS = ("not-started", "in-progress", "done", "blocked", "failed")
-OTHER_WORDS = ("needs-qa", "planning-complete", "deferred")  # of task tables too; they stay
 DELETED = "deleted"  # what the row of a task says that the queue has no more
-EMPTY = ("", "—", "\u2013", "-")
-SPELLINGS = {  # how a header may spell it; what has been taken is not taken twice
-    "id": ("id", "task_id", "taskid", "task"),
-    "status": ("status", "state"),
-    "title": ("title", "name"),
-    "description": ("description", "task", "summary"),
-    "depends_on": ("depends_on", "dependencies", "depends", "deps", "blocked_by"),
-    **{name: (name,) for name in ("blocks", "priority", "lane", "mission")},
+HEADS = {  # how a header may spell it; what has been taken is not taken twice
+    "id": "id task_id taskid # no nr num number key ref ticket issue story item step code task",
+    "status": """status state estado situação statut état stato stand статус состояние 状态
+        状態 상태 stage
+        done done? complete complete? completed completed? finished? erledigt fertig ✓ ✔ ✅ [x]""",
+    "title": "title name titel titre título titolo subject 标题 タイトル 제목 task",
+    "description": """description task summary desc what item beschreibung aufgabe tâche tarea
+        descripción descrição tarefa descrizione attività opis zadanie описание
+        задача 描述 任务 タスク""",
+    "depends_on": """depends_on dependencies dependency depends deps dep blocked_by waits_for
+        requires prerequisites prerequisite prereqs prereq needs abhängig_von abhängigkeiten
+        dépend_de dépendances depende_de dependencias dependências dipende_da зависит_от
+        依赖 依存""",
+    "blocks": "blocks unblocks blocking",
+    "priority": "priority prio pri priorität priorité prioridad prioridade приоритет 优先级 優先度",
+    "lane": "lane",
+    "mission": "mission",
 }
-CELL = 200  # characters of an id, a status, a priority or a lane that are looked at
+SURE = ("id", "task_id", "taskid")  # heads of ids, whatever the values are
+TICKS = HEADS["status"].partition("stage")[2].split()  # heads of a column of ticks
+NONE = (
+    "none",
+    "n/a",
+    "na",
+    "no",
+    "nothing",
+    "nil",
+    "keine",
+    "aucun",
+    "aucune",
+    "ninguna",
+    "无",
+    "なし",
+)
 BAR = re.compile(r"(?<!\\)\|")
-BREAK = re.compile(r"\\?<br ?/?>", re.IGNORECASE)
+BREAK = re.compile(r"(?<!\\)(\\*+)<br ?/?>", re.IGNORECASE)
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+\Z")
 DELIMITER = re.compile(r"(?=[|:> \t]*-)[ \t>]*+[|: \t\r\n-]++\Z")
 PLAIN_ROW = re.compile(r"([ \t>]*)\|(?!.*(?:-->|\?>|\]>|</))")  # nor can it end HTML
+ITEM = re.compile(
+    r"(?P<lead>[ \t>]*(?:[-*+]|\d{1,9}[.)])[ \t]+\[)(?P<box>.)(?P<gap>\][ \t]+[*_`~#\[]{0,4})"
+    r"(?P<id>[A-Za-z0-9][A-Za-z0-9._@-]{0,127})(?P<rest>[^\r\n]*)"
+)
+AFTER_ID = re.compile(r"(?:\]\([^()\s]*\))?[\])*_`~:.,\u2013—-]*(?:[ \t]+[:\u2013—-]+)?[ \t]+")
 
 
 @dataclass
 class Row:
-    """A row of a task table: the number of its line, from 0, and what its known columns say."""
+    """A row of a task table: the number of its line, from 0, and what its known columns mean; what
+    the file's own words for status and priority are, the meaning of the first, and its
+    dependencies as they are written, each with the ids that it may stand for."""
 
     line: int
     task: str
     cells: dict[str, str]
+    said: dict[str, str] = field(default_factory=dict)
+    meaning: str = ""
+    edges: Sequence[tuple[str, Sequence[str]]] = ()
+    prose: str = ""  # what stands among the dependencies and names no task
 
 
 @dataclass
@@ -5572,11 +5966,76 @@ class TaskTable:
     size: int
     heading: str
     rows: list[Row] = field(default_factory=list)
+    words: dict[tuple[str, str], str] = field(default_factory=dict)  # the column's own, by value
 
     @property
     def last(self) -> int:
         """The line after which a new row goes."""
         return self.rows[-1].line if self.rows else self.delimiter
+
+    def shows(self, word: str) -> str:
+        """A status as far as a row can show it."""
+        return word
+
+    def split(self, line: str) -> tuple[str, list[str], str]:
+        """A row as what comes before its cells, the cells with their padding, and the rest."""
+        start, cells = split_row(line, self.quotes)
+        return line[:start], cells, line[start + len("|".join(cells)) :]
+
+    def put(self, lines: list[str], row: Row, column: str, text: str) -> None:
+        """Write one cell.  Its padding stays where the value fits, else it grows alone."""
+        at = self.columns[column]
+        head, cells, rest = self.split(lines[row.line])
+        if at >= len(cells) and cells[-1:] and cells[-1].endswith("\\"):
+            cells[-1] += " "
+        cells += [" "] * (at + 1 - len(cells))
+        cells[at] = self._fitted(lines, at, cells[at], text)
+        if at == 0 and head[-1:] != "|":
+            cells[0] = "| " + cells[0]  # a value at the start of a line may look like a list
+        lines[row.line] = head + "|".join(cells) + rest
+
+    def new_row(self, lines: list[str], texts: Mapping[str, str]) -> str:
+        """A row like the last; columns without a text are left empty."""
+        head, cells, _ = self.split(lines[self.last])
+        head = head if head[-1:] == "|" else head + "|"
+        like = [*(cells if self.rows else ()), *["  "] * self.size]
+        by_place = {self.columns[column]: text for column, text in texts.items()}
+        new = [self._fitted(lines, at, like[at], by_place.get(at, "")) for at in range(self.size)]
+        return head + "|".join(new) + "|"
+
+    def _fitted(self, lines: list[str], at: int, old: str, text: str) -> str:
+        """A cell with a new text, as wide as before where the table is padded."""
+        bare = old.strip()
+        lead, _, trail = old.partition(bare) if bare else (" ", "", " ") if old else ("", "", "")
+        trail = " " if text.endswith("\\") and not trail else trail
+        ruled = split_row(lines[self.delimiter], self.quotes)[1][at]
+        filled = f"{lead}{text}" if text else ""
+        if width(ruled) == width(old) and (width(old) > 5 or len(trail) > 1):
+            trail = " " * max(len(trail[:1]), width(ruled) - width(filled))
+        return filled + (trail if text or trail else " ")
+
+
+class Checklist(TaskTable):
+    """A checkbox list: the box is the status, the text after the id is the title."""
+
+    def shows(self, word: str) -> str:
+        return "done" if word == "done" else "not-started"
+
+    def put(self, lines: list[str], row: Row, column: str, text: str) -> None:
+        line = lines[row.line]
+        found = ITEM.match(line)
+        if found and column == "status" and BOX.fullmatch(text):
+            lines[row.line] = line[: found.start("box")] + text[1:2] + line[found.end("box") :]
+        elif found and column == "text":
+            begin = found.start("rest") + text_start(found["rest"])
+            end = len(line.rstrip())
+            lines[row.line] = line[:begin] + " ".join(text.split()) + line[end:]
+
+    def new_row(self, lines: list[str], texts: Mapping[str, str]) -> str:
+        found = ITEM.match(lines[self.last])
+        lead = found["lead"] if found else "- ["
+        text = " ".join(texts.get("text", "").split())
+        return f"{lead}{texts['status'][1:2] or ' '}] {texts['id']}: {text}"
 
 
 @dataclass
@@ -5584,6 +6043,7 @@ class Board:
     """A document with task tables.  `apart` tells of the tables that are left alone, by line."""
 
     lines: list[str]
+    words: Words = field(default_factory=words_of)
     tables: list[TaskTable] = field(default_factory=list)
     apart: dict[int, str] = field(default_factory=dict)
     code: set[int] = field(default_factory=set)  # lines of code
@@ -5604,40 +6064,33 @@ class Board:
         return between.join([body, *rows]) + end
 
     def put(self, table: TaskTable, row: Row, column: str, value: str) -> None:
-        """Write one cell.  Its padding stays where the value fits, else it grows alone."""
-        line, at = self.lines[row.line], table.columns[column]
-        start, cells = split_row(line, table.quotes)
-        rest = line[start + len("|".join(cells)) :]
-        if at >= len(cells) and cells[-1:] and cells[-1].endswith("\\"):
-            cells[-1] += " "
-        cells += [" "] * (at + 1 - len(cells))
-        cells[at] = self._fitted(table, at, cells[at], value)
-        if at == 0 and line[start - 1 : start] != "|":
-            cells[0] = "| " + cells[0]  # a value at the start of a line may look like a list
-        self.lines[row.line] = line[:start] + "|".join(cells) + rest
-        row.cells[column] = meaning(column, escaped(value))
+        """Write one cell; a status or a priority in the column's own word."""
+        text = self.spelling(table, column, value)
+        table.put(self.lines, row, column, escaped(text))
+        row.cells[column] = meaning(column, escaped(text), self.words)
+        if column in row.said:
+            row.said[column] = text
+        if column in row.said:
+            row.said[column] = text
+        if column == "status":
+            row.meaning = self.words.status(text)[0]
 
     def append(self, table: TaskTable, values: Mapping[str, str]) -> None:
         """Add a row like the last of a table; columns without a value are left empty."""
-        line = self.lines[table.last]
-        start, cells = split_row(line, table.quotes)
-        head = line[:start] if line[start - 1 : start] == "|" else line[:start] + "|"
-        like = [*(cells if table.rows else ()), *["  "] * table.size]
-        by_place = {table.columns[column]: value for column, value in values.items()}
-        new = [self._fitted(table, at, like[at], by_place.get(at, "")) for at in range(table.size)]
-        self.new.setdefault(table.last, []).append(head + "|".join(new) + "|")
+        texts = {c: escaped(self.spelling(table, c, value)) for c, value in values.items()}
+        self.new.setdefault(table.last, []).append(table.new_row(self.lines, texts))
 
-    def _fitted(self, table: TaskTable, at: int, old: str, value: str) -> str:
-        """A cell with a new value, as wide as before where the table is padded."""
-        bare = old.strip()
-        lead, _, trail = old.partition(bare) if bare else (" ", "", " ") if old else ("", "", "")
-        text = escaped(value)
-        trail = " " if text.endswith("\\") and not trail else trail
-        ruled = split_row(self.lines[table.delimiter], table.quotes)[1][at]
-        filled = f"{lead}{text}" if text else ""
-        if width(ruled) == width(old) and (width(old) > 5 or len(trail) > 1):
-            trail = " " * max(len(trail[:1]), width(ruled) - width(filled))
-        return filled + (trail if text or trail else " ")
+    def spelling(self, table: TaskTable, column: str, value: str) -> str:
+        """A value as a column has it: in the words that the table uses, or others of the file."""
+        if column not in ("status", "priority") or not value:
+            return value
+        known = table.words.get((column, value))
+        if known is None:
+            here = [row.said[column] for row in table.rows if row.said.get(column)]
+            all_said = [r.said[column] for t in self.tables for r in t.rows if r.said.get(column)]
+            known = self.words.own(column, value, here or all_said)
+            table.words[column, value] = known
+        return known
 
 
 def split_row(line: str, quotes: int) -> tuple[int, list[str]]:
@@ -5657,35 +6110,56 @@ def split_row(line: str, quotes: int) -> tuple[int, list[str]]:
     return start, cells
 
 
+def text_start(rest: str) -> int:
+    """Where the text of a list item begins, counted from the end of its id."""
+    found = AFTER_ID.match(rest)
+    return found.end() if found else len(rest)
+
+
 def escaped(value: str) -> str:
-    """A value as a cell has it: bars and line breaks would end the cell or the row."""
-    text = BREAK.sub(r"\\\g<0>", value.strip().replace("|", "\\|"))
-    return re.sub(r"\r\n?|\n", "<br>", text)
+    """A value as a cell has it: bars and line breaks would end the cell or the row, and control
+    characters could steer a terminal.  An even number of backslashes stands before a break, an
+    odd one before text that looks like a break."""
+    text = CONTROL.sub(lambda found: printable(found[0]), value.strip()).replace("|", "\\|")
+    text = BREAK.sub(lambda found: found[1] + found[1] + "\\" + found[0][len(found[1]) :], text)
+    return re.sub(r"(?<!\\)(\\*+)(?:\r\n?|\n)", r"\1\1<br>", text)
 
 
 def unescaped(cell: str) -> str:
-    """The opposite."""
-    if "<" in cell:
-        cell = BREAK.sub(lambda br: br[0][1:] if br[0][0] == "\\" else "\n", cell)
-    return cell.replace("\\|", "|")
+    """The value of a cell; the reverse of `escaped`."""
+
+    def value(found: re.Match[str]) -> str:
+        half, odd = divmod(len(found[1]), 2)
+        return "\\" * half + (found[0][len(found[1]) :] if odd else "\n")
+
+    return (BREAK.sub(value, cell) if "<" in cell else cell).replace("\\|", "|")
 
 
-def plain(text: str) -> str:
-    """Text without the marks around it: `**T1**`, `[T1](url)`."""
-    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", text).strip(" *`~")
-
-
-@functools.lru_cache(65536)
-def meaning(column: str, cell: str) -> str:
-    """What a cell says: '' when it is empty, ids between spaces, a status word in lower case."""
+def meaning(column: str, cell: str, words: Words | None = None) -> str:
+    """What a cell says: '' when it is empty, ids between spaces, a status in the queue's word, a
+    priority by its name."""
     text = normal(unescaped(cell))
     if column in ("title", "description", "text"):
         return text
     if column in ("depends_on", "blocks"):
-        ids = (plain(one) for one in re.split(r"[,;\s]+", text))
-        return " ".join(sorted({one for one in ids if one.lower() not in (*EMPTY, "none", "n/a")}))
-    text = plain(text if len(text) <= CELL else text[:CELL] + "...")
-    return re.sub(r"[\s_]+", "-", text.lower()) if column in ("status", "priority") else text
+        return " ".join(sorted({one for _, ids in edges_in(text) for one in ids}))
+    if column == "status":
+        return MEANINGS.get((words or words_of()).status(text)[0], "")
+    if column == "priority":
+        return (words or words_of()).priority(text)
+    return plain(text if len(text) <= CELL else text[:CELL] + "...")
+
+
+def edges_in(cell: str) -> list[tuple[str, list[str]]]:
+    """The parts of a cell of dependencies, each with the ids that it may stand for; prose has
+    words that may not be ids."""
+    found = []
+    for part in re.split(r"[,;\n&]", cell):
+        words = [plain(word).lstrip("#").rstrip(".") for word in part.split()]
+        words = [word for word in words if word.lower() not in EMPTY]
+        if words and " ".join(words).lower() not in NONE:
+            found.append((part.strip(), words))
+    return found
 
 
 def normal(text: str) -> str:
@@ -5716,13 +6190,12 @@ def structure(lines: Sequence[str]) -> tuple[list[Any], list[int]]:
     return tokens, kept
 
 
-def read_board(text: str) -> Board:
+def read_board(text: str, words: Words | None = None) -> Board:
     """The task tables of a document, wherever they stand."""
-
-    board = Board(LINES.findall(text))
+    board = Board(LINES.findall(text), words or words_of())
     tokens, kept = structure(board.lines)
     ends = [*kept, len(board.lines)]
-    heading, quotes = "", 0
+    heading, quotes, items = "", 0, dict[int, str]()
     for at, token in enumerate(tokens):
         if token.type == "heading_open":
             heading = tokens[at + 1].content
@@ -5730,52 +6203,140 @@ def read_board(text: str) -> Board:
             quotes += token.nesting
         elif token.type in ("fence", "code_block"):
             board.code.update(range(ends[token.map[0]], ends[token.map[1]]))
+        elif token.type == "list_item_open":
+            items[ends[token.map[0]]] = heading
         elif token.type == "table_open":
-            head = itertools.takewhile(
-                lambda one: one.type != "thead_close", itertools.islice(tokens, at, None)
-            )
-            names = [one.content for one in head if one.type == "inline"]
-            columns = columns_of(names)
-            begins = ends[token.map[0]]
-            table = TaskTable(begins + 1, quotes, columns, len(names), heading)
-            read_rows(board, table, ends[token.map[1]])
+            close = next(i for i in range(at, len(tokens)) if tokens[i].type == "thead_close")
+            names = [one.content for one in tokens[at:close] if one.type == "inline"]
+            begins, end = ends[token.map[0]] + 1, ends[token.map[1]]
+            rows = {
+                line: split_row(board.lines[line], quotes)[1][: len(names)]
+                for line in range(begins + 1, end)
+            }
+            columns = columns_of(names, [*rows.values()], board.words)
+            read_rows(board, TaskTable(begins, quotes, columns, len(names), heading), rows)
+    if not board.tables:
+        read_lists(board, items)
     return board
 
 
-def columns_of(names: Sequence[str]) -> dict[str, int]:
-    """The known columns of a table and their places.  A description without a title beside it
-    is `text`: the title of the task, or, when it is long, its description."""
-    spelled = [re.sub(r"[\s-]+", "_", plain(name).lower()) for name in names]
+def columns_of(names: Sequence[str], rows: Sequence[Sequence[str]], words: Words) -> dict[str, int]:
+    """The known columns of a table and their places.  A head that may mean several things means
+    ids where its values are some.  A description without a title beside it is `text`: the title
+    of the task, or, when it is long, its description."""
+    short = (plain(name).lower().partition("(")[0] for name in names)
+    spelled = [re.sub(r"[\s_-]+", "_", name).strip("_") for name in short]
+
+    def fits(column: str, name: str, at: int) -> bool:
+        cells = [cells[at].strip() for cells in rows if at < len(cells)]
+        if column == "id" and name not in SURE:
+            ids = [plain(cell).lstrip("#") for cell in cells if cell not in EMPTY]
+            return all(ID.fullmatch(one) for one in ids) and len({*ids}) == len(ids)
+        if column == "status" and name in TICKS:
+            return all(tick_of(cell) is not None for cell in cells)
+        return True
+
     found: dict[str, int] = {}
-    for column, spellings in SPELLINGS.items():
-        places = (spelled.index(one) for one in spellings if one in spelled)
-        place = next((one for one in places if one not in found.values()), None)
-        if place is not None:
-            found[column] = place
+    by_head: dict[str, str] = {}
+    for column, heads in HEADS.items():
+        for name in heads.split():
+            at = spelled.index(name) if name in spelled else -1
+            if at >= 0 and at not in found.values() and fits(column, name, at):
+                found[column], by_head[column] = at, name
+                break
+    if by_head.get("title") == "task" and "description" not in found:
+        found["description"] = found.pop("title")
     if "description" in found and "title" not in found:
         found["text"] = found.pop("description")
+    if by_head.get("status") in TICKS:
+        found["tick"] = found["status"]
     return found
 
 
-def read_rows(board: Board, table: TaskTable, end: int) -> None:
+def tick_of(cell: str) -> str | None:
+    """What a cell of a column of ticks says, as a status; None where it says something else."""
+    said = plain(cell).lower()
+    if said in (*EMPTY, "no", "n", "nein", "non", "false", "✗", "✘", "❌", "☐", "⬜", "[ ]"):
+        return "open"
+    if said in (
+        "yes",
+        "y",
+        "x",
+        "ja",
+        "oui",
+        "sí",
+        "true",
+        "✓",
+        "✔",
+        "✔️",
+        "✅",
+        "☑",
+        "[x]",
+        "done",
+    ):
+        return "finished"
+    return None
+
+
+def read_rows(board: Board, table: TaskTable, rows: Mapping[int, Sequence[str]]) -> None:
     """Enter a table into the board, or among those that are left alone."""
+    ticks = table.columns.pop("tick", None) is not None
     if not {"id", "status"} <= table.columns.keys():
         board.apart[table.delimiter - 1] = "no task table: it has no id and status column"
         return
-    for line in range(table.delimiter + 1, end):
-        _, cells = split_row(board.lines[line], table.quotes)
-        known = {
-            column: meaning(column, cells[at]) if at < len(cells) else ""
-            for column, at in table.columns.items()
-        }
-        if any(known.values()):
-            table.rows.append(Row(line, known.pop("id"), known))
-    words = {row.cells["status"] for row in table.rows} - {""}
-    if words and not words & {*WORDS, *OTHER_WORDS, DELETED}:
-        shown = ", ".join(sorted(words)[:5])
-        board.apart[table.delimiter - 1] = f"no task table: its status words are {shown}"
-    else:
+    meanings: dict[str, str] = {}
+    for line, cells in rows.items():
+        at_hand = {c: cells[at] if at < len(cells) else "" for c, at in table.columns.items()}
+        known = {c: meaning(c, cell, board.words) for c, cell in at_hand.items()}
+        if not any(known.values()):
+            continue
+        row = Row(line, known.pop("id").lstrip("#"), known)
+        row.said = {c: at_hand[c].strip() for c in ("status", "priority") if c in at_hand}
+        row.edges = edges_in(normal(unescaped(at_hand.get("depends_on", ""))))
+        row.meaning, word = board.words.status(normal(unescaped(at_hand["status"])))
+        if ticks:
+            row.meaning = tick_of(at_hand["status"]) or "unknown"
+            known["status"] = MEANINGS[row.meaning]
+        marked = [at_hand[c].strip() for c in ("id", "title", "text") if c in at_hand]
+        struck = any(len(text) > 4 and text[:2] == text[-2:] == "~~" for text in marked)
+        if struck and row.meaning in ("", "open"):
+            row.meaning, known["status"] = "set aside", "blocked"
+            row.said["status"] = "struck out"
+        meanings[word] = row.meaning
+        table.rows.append(row)
+    if set(meanings.values()) - {"", "unknown", "set aside"} or not set(meanings.values()) - {""}:
         board.tables.append(table)
+    else:
+        shown = ", ".join(sorted(word for word in meanings if word)[:5])
+        board.apart[table.delimiter - 1] = f"no task table: its status words are {shown}"
+
+
+def read_lists(board: Board, items: Mapping[int, str]) -> None:
+    """Enter the checkbox lists of a document, one for each heading.  Those in which an item has
+    no id are lists of something else."""
+    lists: dict[str, Checklist] = {}
+    other: dict[str, int] = {}
+    for line, heading in items.items():
+        found = ITEM.match(board.lines[line])
+        if found and re.search(r"\d", found["id"]):
+            columns = {"id": 0, "status": 1, "text": 2}
+            table = lists.setdefault(heading, Checklist(line - 1, 0, columns, 3, heading))
+            text = found["rest"][text_start(found["rest"]) :].strip()
+            box = f"[{found['box']}]"
+            mean = board.words.status(box)[0]
+            struck = mean == "open" and text.endswith("~~")
+            mean = "set aside" if struck else mean
+            cells = {"status": MEANINGS[mean], "text": normal(text)}
+            said = {"status": "struck out" if struck else box}
+            table.rows.append(Row(line, found["id"].rstrip(".-"), cells, said, mean))
+        elif re.match(r"[ \t>]*(?:[-*+]|\d{1,9}[.)])[ \t]+\[.\]", board.lines[line]):
+            other[heading] = line
+    for heading, table in lists.items():
+        if heading in other:
+            why = f"no task list: line {other[heading] + 1} has no id"
+            board.apart[table.rows[0].line] = why
+        else:
+            board.tables.append(table)
 
 
 # ==== SYNC ===================================================================================
@@ -5784,30 +6345,33 @@ def read_rows(board: Board, table: TaskTable, end: int) -> None:
 # the file says, what the queue says, and what both said last, the base.  What changed in the
 # file alone becomes an operation by `file:<name>`; what changed in the queue alone is written;
 # what changed on both sides stays as it is on both, and is told until one of them gives in.
+# A status in a file moves a task forward only, and a cell that says again what the queue has
+# replaced is an older file, no edit: the queue's value is written again, and told as stale.
 #
 # The operations come first, then the file, then the base: whatever is cut off is found out by
 # the next sync.  An edge stands in `depends_on` of one row or in `blocks` of another: each row is
 # told who blocks it, so that all that is known of a task stands in its row and in its base.
 
 MANY = 1000  # changed tasks, from which on the whole project is read
+CIRCLES = 20  # of rows that wait for each other, that are told by name
 TOGETHER = 8  # rows whose edits are under way at a time
 NEW, AWAY = -2, -1  # for the rev of a base
+STATE = ":state"  # among the bases: what is known of the file itself
 BLOCKED_BY = "blocked-by"  # the rows that name a row in `blocks`
-NOTES = ("kept", "skipped", "missing")
+NOTES = ("kept", "skipped", "missing", "words")
 WRONG = ("conflict", "refused", "invalid", "unwritten")  # what somebody has to look at
-KINDS = ("created", "changed", "written", "added", "deleted", *WRONG, *NOTES)
-STAYS = {  # words of a file that the queue takes from nobody, and why
-    "in-progress": "a claim is never taken from a file",
-    DELETED: "a file deletes no task; mosaic-queue delete {}/{}",
-}
+KINDS = ("created", "changed", "written", "added", "deleted", "stale", *WRONG, *NOTES)
+RANK = {"not-started": 0, "blocked": 1, "in-progress": 1, "failed": 2, "done": 3}  # of statuses
+WORDS_TOLD = 200  # words of a file that are not told again
+REPLACED = 4  # values of a cell that are remembered after the queue has replaced them
 
 
 class Difference(TypedDict, total=False):
     """One thing that a sync found.  `line` counts from 1; `file` and `queue` are what they said.
 
-    kind: `created` and `changed` tell of the queue, `written`, `added` and `deleted` of the file;
-    `conflict` `refused` `invalid` `unwritten` need somebody; `kept` `skipped` `missing` are
-    notes."""
+    kind: `created` and `changed` tell of the queue, `written`, `added`, `deleted` and `stale` of
+    the file; `conflict` `refused` `invalid` `unwritten` need somebody; `kept` `skipped` `missing`
+    `words` are notes."""
 
     kind: str
     line: int
@@ -5839,12 +6403,13 @@ class Base(TypedDict):
     """What the file last said of a task, what the queue said where that is something else (an
     empty priority means medium), and the task's rev then: NEW while it is being entered, AWAY
     while nobody looks at it, its row being gone or in two places.  `own` is the rev of what the
-    sync did to it after it was read."""
+    sync did to it after it was read; `old` has digests of what the queue has replaced."""
 
     cells: dict[str, str]
     was: dict[str, str]
     rev: int
     own: int
+    old: NotRequired[dict[str, list[str]]]
 
 
 NOTHING: Base = {"cells": {}, "was": {}, "rev": 0, "own": 0}
@@ -5871,16 +6436,109 @@ def parts_of(text: str) -> dict[str, str]:
     return {"title": cut.rstrip() + "…", "description": text}
 
 
-def value_of(task: Task, name: str) -> str:
-    """What the queue says in a cell."""
-    if name == "status":
+@dataclass(frozen=True)
+class Cell:
+    """A kind of cell: what the queue says in it, how it is compared, and what its edit asks for."""
+
+    name: str
+
+    def value(self, task: Task) -> str:
+        """What the queue says."""
+        return normal(str(task.get(self.name, "")))
+
+    def mine(self, sync: Sync, task: str) -> str:
+        """What the file says."""
+        return sync.rows[task][1].cells[self.name]
+
+    def before(self, sync: Sync, task: str) -> str:
+        """What the file said when the base was made."""
+        return sync.base.get(task, NOTHING)["cells"].get(self.name, "")
+
+    def verdict(self, sync: Sync, task: str, mine: str, theirs: str) -> str:
+        """What follows: same, kept, ours (an edit of the file), theirs, stale or conflict."""
+        if mine == theirs or (self.name == "priority" and mine not in ("", *PRIORITIES)):
+            return "same" if mine == theirs else "kept"
+        if self.name in sync.base.get(task, NOTHING)["cells"]:
+            return sync.three_way(self, task, mine, theirs)
+        return sync.first_meeting(task, mine, self.name in ("priority", "lane", "mission"))
+
+    def fields(self, now: Task, value: str) -> dict[str, Any]:
+        """The fields of the task that the value stands for; None takes one away."""
+        return {self.name: value or None if self.name == "description" else value}
+
+    def write(self, sync: Sync, task: str, value: str) -> None:
+        """Put the queue's value into the file."""
+        table, row = sync.rows[task]
+        sync.board.put(table, row, self.name, value)
+
+
+class StatusCell(Cell):
+    def value(self, task: Task) -> str:
         return said_of(task)
-    if name == "depends_on":
+
+    def verdict(self, sync: Sync, task: str, mine: str, theirs: str) -> str:
+        last, before = sync.last(task, "status"), self.before(sync, task) or "not-started"
+        shown = sync.rows[task][0].shows(theirs)
+        if mine == theirs or (mine, theirs) == ("in-progress", "blocked"):
+            return "same"  # a claim is never taken from a file: its task is kept from others
+        if mine in ("", DELETED):
+            return "kept" if theirs == last else "theirs"
+        if mine == before:
+            return "same" if theirs == last or mine == shown else "theirs"
+        back = theirs != "blocked" and RANK[mine] < RANK[theirs]
+        older = sync.is_older(self, task, mine)
+        if back and not older and sync.rows[task][1].meaning in ("set aside", "unknown"):
+            return "kept"
+        if (back or older) and task not in sync.reopen:
+            return "stale"
+        return sync.three_way(self, task, mine, theirs)
+
+
+class EdgesCell(Cell):
+    def value(self, task: Task) -> str:
         return " ".join(sorted(task["dependencies"]))
-    if name == "text":
+
+    def mine(self, sync: Sync, task: str) -> str:
+        return " ".join(sorted(sync.needs(task)))
+
+    def before(self, sync: Sync, task: str) -> str:
+        return sync.last(task, "depends_on")
+
+    def verdict(self, sync: Sync, task: str, mine: str, theirs: str) -> str:
+        known = sync.base.get(task, NOTHING)["cells"]
+        if mine == theirs:
+            return "same"
+        if "depends_on" in known or "depends_on" not in sync.rows[task][1].cells:
+            return sync.three_way(self, task, mine, theirs)
+        return sync.first_meeting(task, mine, False)
+
+    def fields(self, now: Task, value: str) -> dict[str, Any]:
+        return {"dependencies": value.split()}
+
+    def write(self, sync: Sync, task: str, value: str) -> None:
+        sync.write_needs(task, {*value.split()})
+
+
+class TextCell(Cell):
+    def value(self, task: Task) -> str:
         text = normal(task.get("description", ""))
         return text if text and parts_of(text).items() <= task.items() else normal(task["title"])
-    return normal(str(task.get(name, "")))
+
+    def fields(self, now: Task, value: str) -> dict[str, Any]:
+        # A description of its own is not overwritten.
+        own = "description" in now and self.value(now) == normal(now["title"])
+        return {"title": value} if own else {"description": None} | parts_of(value)
+
+
+STATUS, EDGES = StatusCell("status"), EdgesCell("depends_on")
+CELLS = {name: Cell(name) for name in ("title", "description", "priority", "lane", "mission")} | {
+    "status": STATUS, "depends_on": EDGES, "text": TextCell("text")
+}  # fmt: skip
+
+
+def digest_of(text: str) -> str:
+    """What stands for a text among those that were replaced."""
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=6).hexdigest()
 
 
 @dataclass
@@ -5897,6 +6555,7 @@ class Sync:
     dry: bool
     board: Board
     told: list[Difference]
+    reopen: Collection[str] = ()  # tasks whose status may go back
     takes: bool = True
     writes: bool = True
     locked: str = ""  # why nothing is written, where somebody has to know
@@ -5904,6 +6563,9 @@ class Sync:
     lines: dict[str, int] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)  # with a row in another file
     base: dict[str, Base] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)  # of the file at the last sync
+    known: dict[str, Any] = field(default_factory=dict)  # the state as it was stored
+    older: dict[str, dict[str, str]] = field(default_factory=dict)  # what an older file said
     touched: set[str] = field(default_factory=set)  # whose base is another
     tasks: dict[str, Task] = field(default_factory=dict)
     own: dict[str, int] = field(default_factory=dict)  # revs of what this sync does
@@ -5923,11 +6585,14 @@ class Sync:
         """Compare, tell the queue, and edit the board."""
         raw = await self.queue.base(self.project, self.mark)
         self.since = int(json.loads(raw.pop(":rev", "-1")))
+        self.state = json.loads(raw.pop(STATE, "{}")).get("state", {})
+        self.known = {**self.state}
         self.base = {task: json.loads(text) for task, text in raw.items()}
         for line, why in self.board.apart.items():
             self.tell("skipped", line=line + 1, why=why)
         self.enter_rows()
         await self.leave_shared()
+        await self.know_edges()
         self.turn_blocks()
         await self.read()
         self.ready = self.hidden() if self.dry else []
@@ -5937,6 +6602,7 @@ class Sync:
             self.settle(task)
         self.add_rows()
         self.miss_rows()
+        self.tell_words()
 
     # -- reading both sides --
 
@@ -5976,6 +6642,25 @@ class Sync:
                     if task not in self.base:  # so that the other file sees it too
                         self.base[task] = {"cells": {}, "was": {}, "rev": AWAY, "own": 0}
                         self.touched.add(task)
+
+    async def know_edges(self) -> None:
+        """Take the parts of dependency cells that name known tasks as edges.  Any other part is
+        prose: its task is blocked by hand, with the prose as the reason."""
+        named = {one for _, row in self.rows.values() for _, ids in row.edges for one in ids}
+        known = {*self.lines, *self.base, *self.elsewhere}
+        others = {one for one in named - known if ID.fullmatch(one)}
+        await self.fetch(others)
+        known |= self.tasks.keys()
+        for _, row in self.rows.values():
+            if not row.edges:
+                continue
+            prose = ", ".join(text for text, ids in row.edges if not known.issuperset(ids))
+            row.prose = printable(prose)[:CELL]
+            ids = {one for _, part in row.edges if known.issuperset(part) for one in part}
+            row.cells["depends_on"] = " ".join(sorted(ids))
+            if prose and row.cells["status"] in ("", "not-started"):
+                row.meaning, row.cells["status"] = "unknown", "blocked"
+                row.said["status"] = f"waiting for {row.prose}"
 
     def turn_blocks(self) -> None:
         """Tell each row who blocks it.  A task without a row gets one that says this alone."""
@@ -6043,7 +6728,7 @@ class Sync:
         base = self.base.get(task, NOTHING)
         unknown = "not-started" if name == "status" else ""
         if name == "depends_on" and task in self.tasks and name not in self.rows[task][1].cells:
-            unknown = value_of(self.tasks[task], name)
+            unknown = EDGES.value(self.tasks[task])
         return base["was"].get(name, base["cells"].get(name, unknown))
 
     def needs(self, task: str) -> set[str]:
@@ -6089,8 +6774,9 @@ class Sync:
             return False
         if "status" not in base["cells"] or base["rev"] == NEW:
             return True
-        last = self.last(task, "status")
-        return last == DELETED or (last in ("done", "failed") and word == "not-started")
+        last, older = self.last(task, "status"), self.is_older(STATUS, task, word)
+        back = word == "not-started" and (task in self.reopen or (last == DELETED and not older))
+        return back and last in (DELETED, "done", "failed")
 
     async def enter(self, batch: Mapping[str, set[str]]) -> None:
         """Create tasks; where one is refused, all the others.  Their base comes first: what is
@@ -6132,7 +6818,7 @@ class Sync:
         new["dependencies"] = sorted(needs)
         if cells.get("priority") in PRIORITIES:
             new["priority"] = cells["priority"]
-        if cells["status"] in ("done", "failed", "blocked"):
+        if cells["status"] not in ("", "not-started"):
             new["delay"] = 60
         return cast(NewTask, new)
 
@@ -6147,42 +6833,45 @@ class Sync:
     def names(self, task: str) -> list[str]:
         """The cells of a row that are compared."""
         cells = self.rows[task][1].cells
-        names = [name for name in cells if name not in ("depends_on", "blocks", BLOCKED_BY)]
+        names = [name for name in cells if name in CELLS and name != "depends_on"]
         return names + ["depends_on"] * bool({"depends_on", BLOCKED_BY} & cells.keys())
 
-    def compared(self, task: str) -> Iterator[tuple[str, str, str, str]]:
-        """The cells of a row: name, what the file says, what the queue says, and what follows:
-        same, kept, file, queue or conflict."""
-        cells = self.rows[task][1].cells
+    def compared(self, task: str) -> Iterator[tuple[Cell, str, str, str]]:
+        """The cells of a row: their kind, what the file says, what the queue says, the verdict."""
         for name in self.names(task):
-            theirs = value_of(self.tasks[task], name)
-            mine = " ".join(sorted(self.needs(task))) if name == "depends_on" else cells[name]
-            yield name, mine, theirs, self.verdict(task, name, mine, theirs)
+            kind = CELLS[name]
+            mine, theirs = kind.mine(self, task), kind.value(self.tasks[task])
+            yield kind, mine, theirs, kind.verdict(self, task, mine, theirs)
 
-    def verdict(self, task: str, name: str, mine: str, theirs: str) -> str:
-        """What follows from the three values of a cell."""
-        base, last = self.base.get(task, NOTHING)["cells"], self.last(task, name)
-        if mine == theirs:
-            return "same"
-        if name == "status" and mine in ("", *STAYS):
-            return "kept" if theirs == last else "queue"
-        if mine and mine not in {"status": WORDS, "priority": PRIORITIES}.get(name, (mine,)):
-            return "kept"
-        if name in base or name not in self.rows[task][1].cells:
-            edited = mine != (last if name == "depends_on" else base[name])
-            return ("same", "queue", "file", "conflict")[2 * edited + (theirs != last)]
+    def three_way(self, kind: Cell, task: str, mine: str, theirs: str) -> str:
+        """The verdict of a cell that has a base, in the queue's terms."""
+        last, edited = self.last(task, kind.name), mine != kind.before(self, task)
+        if edited and self.is_older(kind, task, mine) and task not in self.reopen:
+            return "stale"
+        return verdict(last, theirs, mine if edited else last)
+
+    def first_meeting(self, task: str, mine: str, may_be_empty: bool) -> str:
+        """The verdict of a cell without a base.  Nobody knows who is right: the queue is, where
+        somebody has worked on the task."""
         if not mine:
-            return "same" if name in ("priority", "lane", "mission") else "queue"
-        # Nobody knows who is right.  The queue is, where somebody has worked on the task.
-        now = self.tasks[task]
+            return "same" if may_be_empty else "theirs"
+        now, known = self.tasks[task], "status" in self.base.get(task, NOTHING)["cells"]
         worked = said_of(now) != "not-started" or now["updatedAt"] > now["createdAt"] + 1
-        return "queue" if worked and "status" not in base else "conflict"
+        return "theirs" if worked and not known else "conflict"
+
+    def is_older(self, kind: Cell, task: str, mine: str) -> bool:
+        """Whether a cell says what it said in an older file, or what the queue has replaced."""
+        if digest_of(mine) in self.base.get(task, NOTHING).get("old", {}).get(kind.name, ()):
+            return True
+        then, cells = self.older.get(task), self.rows[task][1].cells
+        columns = ("depends_on", BLOCKED_BY) if kind is EDGES else (kind.name,)
+        return then is not None and all(cells.get(c, "") == then.get(c, "") for c in columns)
 
     async def obey_all(self, rows: Sequence[str], last: bool = False) -> list[str]:
         """Make the edits of rows operations, of a few rows at a time.  Returns the rows to ask
         again: an edge that closes a circle is told only when the others have had their turn."""
         able = [task for task in rows if task in self.tasks and self.takes]
-        edited = [task for task in able if any(one[3] == "file" for one in self.compared(task))]
+        edited = [task for task in able if any(one[3] == "ours" for one in self.compared(task))]
         again: list[str] = []
         for at in range(0, len(edited), TOGETHER):
             part = edited[at : at + TOGETHER]
@@ -6196,15 +6885,16 @@ class Sync:
 
     async def obey(self, task: str, last: bool) -> bool:
         """Make the edits of a row operations; whether one closes a circle and is not the last."""
-        edits = [cell for cell in self.compared(task) if cell[3] == "file"]
+        edits = [cell for cell in self.compared(task) if cell[3] == "ours"]
         completed = self.tasks[task]["status"] == "completed"  # then only its status can change
-        edits.sort(key=lambda cell: (cell[0] == "status") != completed)
+        edits.sort(key=lambda cell: (cell[0] is STATUS) != completed)
         again = False
-        for name, mine, theirs, _ in edits:
+        for kind, mine, theirs, _ in edits:
             try:
                 if not self.dry:
-                    await self.act(task, name, mine)
-                self.tell("changed", task, field=name, file=mine, queue=theirs)
+                    await self.act(task, kind, mine)
+                said = self.spelled(task, kind, mine)
+                self.tell("changed", task, field=kind.name, file=said, queue=theirs)
             except Refused as problem:
                 if problem.passes or problem.code == "STALE_REV":
                     raise
@@ -6212,87 +6902,94 @@ class Sync:
                     again = True
                     continue
                 await self.fetch([task])
-                self.refuse(task, name, problem, mine)
+                self.refuse(task, kind.name, problem, mine)
         return again
 
-    async def act(self, task: str, name: str, value: str) -> None:
+    async def act(self, task: str, kind: Cell, value: str) -> None:
         """The operation that an edit of a cell stands for, on the task as it was read."""
         now = self.tasks[task]
-        if name == "status":
+        if kind is STATUS:
             self.tasks[task] = await self.move(now, value)
             return
-        given: dict[str, Any] = {name: value}
-        if name == "depends_on":
-            given = {"dependencies": value.split()}
-        elif name == "text":
-            # A description of its own is not overwritten.
-            own = "description" in now and value_of(now, "text") == normal(now["title"])
-            given = {"title": value} if own else {"description": ""} | parts_of(value)
-        clear = [name for name in given if name == "description" and not given[name]]
-        sent = {name: value for name, value in given.items() if name not in clear}
+        given = kind.fields(now, value)
         done = await self.queue.update(
-            task, project=self.project, if_rev=now["rev"], clear=clear, **sent
+            task, project=self.project, if_rev=now["rev"], **fields_as_arguments(given)
         )
-        self.tasks[task] = cast(Task, {**now, **given, **done})
+        fields = {**now, **given, **done}
+        self.tasks[task] = cast(Task, {n: v for n, v in fields.items() if v is not None})
 
     async def move(self, now: Task, word: str) -> Task:
-        """The operation that a status word stands for."""
-        reason = f"{word} in {self.file.name}"
-        wanted = {"not-started": "pending", "done": "completed"}.get(word, word)
-        operation, how = transition(now["status"], wanted, reason)
+        """The operation that a status word stands for; what is not known as open is blocked."""
+        reason = f"{self.spelled(now['taskId'], STATUS, word)} in {self.file.name}"
+        wanted = {"not-started": "pending", "done": "completed", "in-progress": "blocked"}
+        operation, how = transition(now["status"], wanted.get(word, word), reason)
         done = await getattr(self.queue, operation)(now["taskId"], project=self.project, **how)
         done = done["tasks"][0] if operation == "redrive" else done
-        blocked = {"blockedReason": reason} if word == "blocked" else {}
+        blocked = {"blockedReason": reason} if operation == "block" else {}
         rest = {name: value for name, value in now.items() if name != "blockedReason"}
         self.own[now["taskId"]] = done["rev"]
         # Others may have changed it since it was read: its rev is still that of the reading.
         return cast(Task, {**rest, **done, **blocked, "rev": now["rev"]})
 
+    def spelled(self, task: str, kind: Cell, mine: str) -> str:
+        """What a cell says, in the file's own words."""
+        said = self.rows[task][1].said.get(kind.name, "") if task in self.rows else ""
+        return printable(plain(said))[:CELL] or mine
+
     def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
-        now = value_of(self.tasks[task], name) if task in self.tasks else ""
+        now = CELLS[name].value(self.tasks[task]) if task in self.tasks and name in CELLS else ""
         why = f"{problem.code}: {problem.message}"
         self.tell("refused", task, field=name, file=said, queue=now, why=why)
-        if task in self.tasks:
-            self.write(task, name, said, now)
+        if task in self.tasks and name in CELLS:
+            self.write(task, CELLS[name], said, now)
 
     # -- the queue's side --
 
     def settle(self, task: str) -> None:
         """Write what has changed in the queue, and remember what both agree on."""
         before = compact(self.base.get(task))
-        for name, mine, theirs, verdict in [*self.compared(task)] if task in self.tasks else ():
-            told, agreed = {"field": name, "file": mine, "queue": theirs}, True
-            if verdict == "queue":
-                agreed = self.write(task, name, mine, theirs)
-                if agreed:
+        for kind, mine, theirs, found in [*self.compared(task)] if task in self.tasks else ():
+            said = self.spelled(task, kind, mine)
+            told, agreed = {"field": kind.name, "file": said, "queue": theirs}, True
+            if found in ("theirs", "stale"):
+                agreed = self.write(task, kind, mine, theirs)
+                why = "an older value; a person changes it with mosaic-queue"
+                if found == "stale" and not self.older:
+                    self.tell("stale", task, **told, why=why)
+                elif agreed:
                     self.tell("written", task, **told)
-            elif verdict == "conflict" or (verdict == "file" and not self.takes):
-                why = "both have changed" if verdict == "conflict" else "the queue takes no edits"
+            elif found == "conflict" or (found == "ours" and not self.takes):
+                why = "both have changed" if found == "conflict" else "the queue takes no edits"
                 self.tell("conflict", task, **told, why=why)
                 agreed = False
-            elif verdict == "file":  # what was refused has been put back, where it could be
+            elif found == "ours":  # what was refused has been put back, where it could be
                 agreed = self.writes and not self.dry
-            elif verdict == "kept" and mine:
-                why = STAYS.get(mine, "the queue has no such word").format(self.project, task)
-                told["queue"] = theirs if mine in STAYS else ""
-                self.tell("kept", task, **told, why=why)
+            elif found == "kept" and mine:
+                why = "the queue has no such word"
+                if mine == DELETED:
+                    why = f"a file deletes no task; mosaic-queue delete {self.project}/{task}"
+                self.tell("kept", task, **told | {"queue": ""}, why=why)
             if agreed:
-                self.remember(task, name)
+                self.remember(task, kind.name)
+        if prose := self.rows[task][1].prose:
+            why = "it names no task, so that a person has to unblock this one"
+            self.tell("kept", task, field="depends_on", file=prose, why=why)
         if task not in self.tasks:
             self.gone(task)
         if compact(self.base.get(task)) != before:
             self.touched.add(task)
 
-    def write(self, task: str, name: str, mine: str, theirs: str) -> bool:
+    def write(self, task: str, kind: Cell, mine: str, theirs: str) -> bool:
         """Put the queue's value into a cell; False where the file may not be written."""
-        if not self.may_write(task, field=name, file=mine, queue=theirs):
+        told = {"field": kind.name, "file": self.spelled(task, kind, mine), "queue": theirs}
+        if not self.may_write(task, **told):
             return False
-        table, row = self.rows[task]
-        if name == "depends_on":
-            self.write_needs(task, set(theirs.split()))
-        else:
-            self.board.put(table, row, name, theirs)
+        kind.write(self, task, theirs)
+        if mine and task in self.base:
+            old = self.base[task].setdefault("old", {})
+            gone = [one for one in old.get(kind.name, ()) if one != digest_of(theirs)]
+            old[kind.name] = [*gone, digest_of(mine)][-REPLACED:]
         return True
 
     def may_write(self, task: str, **told: str) -> bool:
@@ -6310,7 +7007,10 @@ class Sync:
         missing = sorted(wanted - {*own, *blockers})
         new = [one for one in own if one in wanted] + missing
         if "depends_on" in row.cells and new != own:
-            self.board.put(table, row, "depends_on", ", ".join(new))
+            spelled = [t for t, ids in row.edges if {*ids} <= wanted or not {*ids} <= {*own}]
+            new = [one for one in new if not any(one in ids for _, ids in row.edges)]
+            self.board.put(table, row, "depends_on", ", ".join([*spelled, *new]))
+            row.cells["depends_on"] = " ".join(sorted(wanted - {*blockers}))
         for other in [*({*blockers} - wanted), *missing]:
             if other in self.rows and "blocks" in self.rows[other][1].cells:
                 its_table, its = self.rows[other]
@@ -6330,8 +7030,11 @@ class Sync:
                 self.refuse(task, "blocks", Refused("NOT_FOUND", why))
             elif not row.cells[BLOCKED_BY]:
                 self.base.pop(task, None)
-        elif "status" not in base["cells"] or word == last in (DELETED, "done", "failed"):
+        elif "status" not in base["cells"] or (word == last and last in ("done", "failed")):
             pass  # it could not be entered, or was forgotten
+        elif last in (DELETED, "done", "failed") and RANK.get(word, 3) < RANK.get(last, 3):
+            if word != base["cells"]["status"] and self.write(task, STATUS, word, last):
+                self.tell("stale", task, field="status", file=word, queue=last)
         elif word not in (DELETED, base["cells"]["status"]):
             why = "the queue has no such task any more"
             self.tell("conflict", task, field="status", file=word, why=why)
@@ -6340,10 +7043,12 @@ class Sync:
                 if name != "status" and said != base["cells"].get(name):
                     why = "edited, but the queue has no such task any more"
                     self.tell("conflict", task, field=name, file=said, why=why)
-            if word == DELETED or self.write(task, "status", word, DELETED):
+            if word == DELETED or self.write(task, STATUS, word, DELETED):
                 if word != DELETED:
                     self.tell("deleted", task, file=word)
-                self.base[task] = {**NOTHING, "cells": cells_of(row), "was": {}}
+                old = self.base[task].get("old", {})
+                was = {} if row.cells["status"] == DELETED else {"status": DELETED}
+                self.base[task] = {**NOTHING, "cells": cells_of(row), "was": was, "old": old}
 
     def remember(self, task: str, name: str) -> None:
         """File and queue agree on a cell, each in its own words."""
@@ -6353,7 +7058,7 @@ class Sync:
             cells.pop(column, None)
             cells |= {column: said[column]} if column in said else {}
         base["was"].pop(name, None)
-        theirs = value_of(self.tasks[task], name)
+        theirs = CELLS[name].value(self.tasks[task])
         if theirs != cells.get(name, ""):
             base["was"][name] = theirs
         if "status" in said or "status" not in cells:
@@ -6380,7 +7085,7 @@ class Sync:
             if home is None or not self.may_write(name):
                 continue
             needs = sorted(task["dependencies"])
-            cells = {column: value_of(task, column) for column in home.columns}
+            cells = {c: CELLS[c].value(task) for c in home.columns if c in CELLS}
             edges = {"depends_on": needs, "blocks": sorted(dependents.get(name, []))}
             cells |= {c: ", ".join(ids) for c, ids in edges.items() if c in home.columns}
             self.board.append(home, cells | {"id": name})
@@ -6390,7 +7095,6 @@ class Sync:
                 if "blocks" in row.cells and row.line >= 0:
                     names = sorted({*row.cells["blocks"].split(), name})
                     self.board.put(table, row, "blocks", ", ".join(names))
-            del said["id"]
             self.rows[name] = (home, Row(-1, name, said))
             for column in self.names(name):
                 self.remember(name, column)
@@ -6407,9 +7111,24 @@ class Sync:
                 if task not in self.lines:
                     self.tell("missing", task, why="its row is gone; the task stays as it is")
 
+    def tell_words(self) -> None:
+        """Say once which of the file's own words were taken for what."""
+        told, new = self.state.get("words", []), dict[str, dict[str, None]]()
+        for table in self.board.tables:
+            for row in table.rows:
+                said = printable(plain(row.said.get("status", "")))[:40]
+                if said and row.meaning and said != MEANINGS[row.meaning] and said not in told:
+                    new.setdefault(row.meaning, {})[said] = None
+        parts = [f"{meaning}: {', '.join([*words][:9])}" for meaning, words in sorted(new.items())]
+        if parts:
+            self.tell("words", why="; ".join(parts))
+            self.state["words"] = [*told, *itertools.chain(*new.values())][-WORDS_TOLD:]
+
     async def keep(self) -> None:
-        """Store the base, and how far the queue was read, for the next sync."""
+        """Store the base, how far the queue was read, and what is known of the file."""
         rows: dict[str, Any] = {task: self.base.get(task) for task in self.touched}
+        if self.state != self.known:
+            rows[STATE] = {**NOTHING, "state": self.state}
         if not self.dry and (rows or self.rev != self.since):
             rows[":rev"] = str(self.rev)
             await self.queue.keep_base(self.project, self.mark, self.file, rows)
@@ -6428,27 +7147,28 @@ def cells_of(row: Row) -> dict[str, str]:
 
 
 def ordered(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[str]]]:
-    """Tasks in their order, but after those that they wait for; and those that wait for
-    themselves, each with the circle it is in."""
-    order: dict[str, None] = {}
+    """Tasks after those that they wait for; and those that wait for themselves, each with the
+    circle it is in, of CIRCLES circles.  Who waits for one of those comes last."""
+    graph = {task: needs & waits.keys() for task, needs in waits.items()}
+    sorter, order = graphlib.TopologicalSorter(graph), dict[str, None]()
     circles: dict[str, list[str]] = {}
-    for first in waits:
-        path: dict[str, None] = {first: None}
-        while path:
-            task = next(reversed(path))
-            left = (one for one in sorted(waits[task]) if one in waits)
-            need = next((one for one in left if one not in order and one not in circles), None)
-            if task in order or task in circles:
-                path.popitem()
-            elif need is None:
-                order[task] = None
-            elif need in path:
-                names = [*path]
-                circle = names[names.index(need) :]
-                circles |= {one: [*circle, need] for one in circle}
-            else:
-                path[need] = None
-    return [*order], circles
+    with contextlib.suppress(graphlib.CycleError):
+        sorter.prepare()
+    while sorter.is_active():
+        ready = sorter.get_ready()
+        order |= dict.fromkeys(ready)
+        sorter.done(*ready)
+    for _ in range(CIRCLES):
+        rest = {task: graph[task] for task in graph if task not in order and task not in circles}
+        try:
+            graphlib.TopologicalSorter(rest).prepare()
+            break
+        except graphlib.CycleError as problem:
+            circle = problem.args[1][:0:-1]
+            first = circle.index(min(circle, key=[*graph].index))
+            circle = circle[first:] + circle[:first]
+            circles |= {one: [*circle, circle[0]] for one in circle}
+    return [*order, *(task for task in graph if task not in order and task not in circles)], circles
 
 
 # ==== WORKSPACE FILES ========================================================================
@@ -6486,6 +7206,7 @@ async def sync_file(
     direction: Direction = "both",
     milestones: bool = False,
     dry_run: bool = False,
+    reopen: Sequence[str] = (),
 ) -> SyncReport:
     """Bring a TASKS.md and a project in step, once.
 
@@ -6512,6 +7233,7 @@ async def sync_file(
             require_mergeable(file, board)
             named = mission or mission_of(board) or mission_from(queue.config, file)
             sync = Sync(acting, file, mark, project, named, milestones, dry_run, board, told)
+            sync.reopen = reopen
             sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
             if sync.writes and not writable(file):
                 sync.writes, sync.locked = False, f"{file} is read-only"
