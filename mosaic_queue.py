@@ -21,8 +21,8 @@ that stands in a later one.
     LIMITS           numbers and words that everything below shares
     TEXT             what people read, so that it cannot steer a terminal
     REFUSALS         the closed list of codes, each with its exit and HTTP status
+    FILES            whose they are; written whole, by one process at a time
     CONFIGURATION    YAML files, environment and flags, and where each value came from
-    FILES            written whole, by one process at a time
     VOCABULARY       what an argument may be, by its name; the results
     OPERATIONS       the one table of what can be done, from which all surfaces are made
     SCRIPTS          the Lua files composed and pinned by their hash
@@ -169,7 +169,7 @@ __version__ = "0.1.0"
 STATUSES = ("pending", "claimed", "in-progress", "completed", "failed", "blocked")
 PRIORITIES = ("critical", "high", "medium", "low")
 WEEK = 7 * 24 * 3600
-KIB = 1024
+KIB, MIB = 1024, 1024**2
 DEADLINE = 5.0  # s in which an operation is answered or given up
 LOADING_DEADLINE = 120.0  # s for a server that is reading its data from disk
 BATCH = 200  # tasks that one `create` enters, all or none
@@ -589,6 +589,256 @@ def log_fault(problem: Exception, **facts: Any) -> None:
     log("bug", message=f"{type(problem).__name__}: {problem}", place=place, **facts)
 
 
+# ==== FILES ==================================================================================
+#
+# Any file may have come with a cloned repository, or be another user's: one function opens all
+# of them.  A file is written beside its place and then moved there, so that whoever reads it
+# finds the old one or the new one, each of them whole.  A lock is a file in a folder that only
+# its user may read; it says who holds it, and ends with that process.
+
+ANYTHING = object()  # where it does not matter what a file has held
+SETTINGS, COORDINATOR, DOCUMENT, RECORDS_FILE = 32 * KIB, MIB, 16 * MIB, 4096 * MIB  # most bytes
+LEVELS = 100  # of lists and objects within each other
+LOCK_WAIT = 60.0  # s that one process waits for another
+ANOTHER_PLACE = "name a folder of yours: XDG_DATA_HOME, or a server: --url redis://HOST:6379"
+
+
+def own_folder(variable: str, default: str) -> Path:
+    """This program's folder in one of the user's places: `variable`, or `default` in the home.
+    A relative value is ignored, as the XDG rule has it."""
+    named = os.environ.get(variable, "")
+    if os.path.isabs(named):
+        return Path(named) / "mosaic-queue"
+    home = os.path.expanduser("~")  # of an empty $HOME it would make the root folder
+    if not os.path.isabs(home) or os.environ.get("HOME") == "":
+        said = "there is no home folder: $HOME is not set, and the system does not know this user"
+        raise Refused("UNFIT", said, f"set HOME or {variable}, or name a server: --url")
+    return Path(home) / default / "mosaic-queue"
+
+
+def data_folder() -> Path:
+    """Where this program keeps the user's data."""
+    return own_folder("XDG_DATA_HOME", ".local/share")
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only its user may read; refuses one that cannot be."""
+    try:
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        require_private(folder)
+    except OSError as problem:
+        said = f"{folder} cannot be made: {problem.strerror}"
+        raise Refused("UNREACHABLE", said, ANOTHER_PLACE) from None
+
+
+def require_private(folder: Path) -> None:
+    """Refuse a folder that is not this user's own, or a link; close one that others may enter."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise Refused("UNFIT", f"{folder} is no directory", ANOTHER_PLACE)
+    if found.st_uid != os.getuid():
+        said = f"{folder} belongs to another user (uid {found.st_uid})"
+        raise Refused("UNFIT", said, ANOTHER_PLACE)
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def require_own(path: Path, found: os.stat_result, limit: int) -> None:
+    """Refuse what is no regular file of ours or of root's, or has more than `limit` bytes."""
+    if not stat.S_ISREG(found.st_mode):
+        why, hint = "it is no regular file", "save what it holds in a file"
+    elif found.st_uid not in (os.getuid(), 0):
+        why = f"it belongs to another user (uid {found.st_uid})"
+        hint = "look at it; if you trust it, make a copy of your own"
+    elif found.st_size > limit:
+        why, hint = f"it has {found.st_size} bytes; accepted: up to {limit}", "make it smaller"
+    else:
+        return
+    raise Refused("INVALID", f"{path} is not read: {why}", hint)
+
+
+def real_path(path: Path, within: Path | None = None) -> Path:
+    """The file that a path stands for, links followed.
+
+    Refuses a link that leads out of `within`, by default the git repository that the path lies
+    in, else its folder: who makes a repository must not choose what is read or written outside.
+    """
+    if within is None:
+        folder = Path(os.path.abspath(path)).parent
+        repositories = (one for one in (folder, *folder.parents) if (one / ".git").exists())
+        within = next(repositories, folder)
+    real = Path(os.path.realpath(path))
+    if not real.is_relative_to(os.path.realpath(within)):
+        said = f"{path} is a link to {real}, outside of {within}"
+        raise Refused("INVALID", said, f"if that is the file you mean, name it: {real}")
+    return real
+
+
+@contextlib.contextmanager
+def open_file(path: Path, limit: int, within: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a regular file of ours or of root's, of at most `limit` bytes, to read it.  Nobody is
+    waited for; a link is followed as `real_path` does."""
+
+    def opener(name: str, _: int) -> int:
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+    try:
+        real = real_path(path, within)
+        require_own(path, real.lstat(), limit)  # before, as opening alone moves some devices
+        with open(real, "rb", opener=opener) as file:
+            require_own(path, os.fstat(file.fileno()), limit)
+            yield file
+    except OSError as problem:
+        hint = "name a file that this user may read"
+        raise Refused("INVALID", f"{path} cannot be read: {problem.strerror}", hint) from None
+
+
+def read_file(path: Path, limit: int, within: Path | None = None) -> bytes:
+    """The bytes of a file, by the rules of `open_file`."""
+    with open_file(path, limit, within) as file:
+        data = file.read(limit + 1)  # it may have grown
+    if len(data) > limit:
+        raise Refused("INVALID", f"{path} has more than {limit} bytes", "make it smaller")
+    return data
+
+
+def bytes_of(path: Path, limit: int, within: Path | None = None) -> bytes | None:
+    """The bytes of a file; None where there is none."""
+    return read_file(path, limit, within) if os.path.lexists(path) else None
+
+
+def read_text(path: Path, limit: int, within: Path | None = None) -> str:
+    """The text of a file; refuses with its line what is no UTF-8."""
+    data = read_file(path, limit, within)
+    try:
+        return data.decode()
+    except UnicodeDecodeError as problem:
+        line = 1 + data.count(b"\n", 0, problem.start)
+        said = f"line {line} of {path} is not UTF-8"
+        raise Refused("INVALID", said, "save it as UTF-8") from None
+
+
+def is_deep(value: Any) -> bool:
+    """Whether lists and objects stand within each other more than LEVELS deep."""
+    level: list[Any] = [[value]]
+    for _ in range(LEVELS + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+    return bool(level)
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a file holds these bytes and no others."""
+    with contextlib.suppress(Refused):
+        return read_file(path, len(data), path.parent) == data
+    return False
+
+
+@contextlib.contextmanager
+def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
+    """A file to write: whole at the end, or as it was before; only its user may read it.  A link
+    is replaced, not followed: a cloned repository must not choose what is written.
+
+    Refuses UNFIT when it cannot be written, STALE_REV when it does not hold `was` at the end.
+    """
+    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}.draft")
+    try:
+        try:
+            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            if isinstance(was, bytes) and not holds(path, was):
+                raise FileExistsError
+            if was is None:
+                os.link(draft, path)  # which replaces nothing
+            else:
+                draft.replace(path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        finally:
+            draft.unlink(missing_ok=True)
+    except FileExistsError:
+        said = f"{path} is being written by somebody else"
+        raise Refused("STALE_REV", said, "try again") from None
+    except OSError as problem:
+        said = f"{path} cannot be written: {problem.strerror}"
+        raise Refused("UNFIT", said, "make room, or name a place where you may write") from None
+
+
+def put(file: Path, data: bytes, was: object = ANYTHING, mode: int = 0o644) -> None:
+    """Replace a file that holds `was` (None: is not there), as `drafted` does; one that is there
+    keeps its rights and its owner, and is not replaced when it is read-only."""
+    with drafted(file, was) as out:
+        found = file.lstat() if os.path.lexists(file) else None
+        if found and stat.S_ISREG(found.st_mode):
+            mode = stat.S_IMODE(found.st_mode)
+            if not mode & 0o222:
+                raise PermissionError(13, "it is read-only")
+            with contextlib.suppress(PermissionError):
+                os.fchown(out.fileno(), found.st_uid, found.st_gid)
+        os.fchmod(out.fileno(), mode)
+        out.write(data)
+
+
+def take_lock(path: Path) -> int | None:
+    """The descriptor of a lock file of ours, None while another process holds the lock.  It lasts
+    until this process, and each that has inherited the descriptor, has closed it or ended."""
+    private_folder(path.parent)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as problem:
+        said = f"{path} cannot be written: {problem.strerror}"
+        raise Refused("UNFIT", said, "make it a file of this user's") from None
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, lock)
+        require_own(path, os.fstat(lock), COORDINATOR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        sign_lock(lock, os.getpid())
+        undo.pop_all()
+    return lock
+
+
+def sign_lock(lock: int, pid: int) -> None:
+    """Write into a lock file who holds it."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{socket.gethostname()} {pid}\n".encode(), 0)
+
+
+def lock_owner(path: Path) -> tuple[str, str]:
+    """Host and pid of who holds a lock, or held it last, as its file says."""
+    with contextlib.suppress(Refused, ValueError):
+        host, pid = read_file(path, COORDINATOR).decode().split()
+        return host, pid
+    return "an unknown host", "?"
+
+
+@contextlib.asynccontextmanager
+async def locked(path: Path) -> AsyncIterator[None]:
+    """Be the one process of this user and host that writes at a path; refuses HELD when another
+    does not end.  The lock lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of repositories."""
+    mark = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).hexdigest()
+    file = own_folder("XDG_STATE_HOME", ".local/state") / "locks" / mark
+    give_up = time.monotonic() + LOCK_WAIT
+    while (lock := take_lock(file)) is None:
+        if time.monotonic() > give_up:
+            said = f"{path} is held by process {{1}} of {{0}}".format(*lock_owner(file))
+            raise Refused("HELD", said, "wait until it ends")
+        await asyncio.sleep(0.02)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
 # ==== CONFIGURATION ==========================================================================
 #
 # One flat table of dotted keys.  Files are read in the order user, project; then come the
@@ -665,10 +915,10 @@ class Config:
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
         fits = fits or (key in OR_A_PATH and isinstance(value, str) and value != "")
         if not text and not fits:
-            shown = type(value).__name__ if key.endswith(SECRET) else repr(value)
+            shown = type(value).__name__ if key.endswith(SECRET) else repr(value)[:60]
             raise ConfigError(f"{source}: {key} is {shown}; accepted: {kind.__name__}")
-        if kind is int and not text and value < 0:
-            raise ConfigError(f"{source}: {key} is {value}; accepted: 0 or more")
+        if kind is int and not text and not 0 <= value < 10**15:
+            raise ConfigError(f"{source}: {key} is {value}; accepted: 0 to {10**15 - 1}")
         self.values[key] = (value, source)
         return self
 
@@ -741,9 +991,9 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
     if tree is None:
         return
     if not isinstance(tree, dict):
-        where = f"{prefix.rstrip('.')} is" if prefix else "the file is"
-        shown = masked(repr(tree))
-        raise ConfigError(f"{source}: {where} {shown}; accepted: a mapping of keys")
+        where = prefix.rstrip(".") or "the file"
+        shown = type(tree).__name__  # no more, as it may be a password
+        raise ConfigError(f"{source}: {where} is {shown}; accepted: a mapping of keys")
     for name, value in tree.items():
         key = f"{prefix}{name}"
         inner = any(known.startswith(key + ".") for known in KEYS)
@@ -753,13 +1003,36 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
             yield key, value
 
 
-def read_yaml(path: Path) -> Any:
-    """The YAML of a file; a file that is not YAML is a ConfigError that names the line."""
+def read_yaml(path: Path, within: Path | None = None) -> Any:
+    """The YAML of a file, of the types that JSON has too; a file that is none is a ConfigError
+    that names the line and never shows it, since it may hold a password."""
+
+    class Plain(yaml.SafeLoader):
+        """Aliases are refused, which may say the same thing a million times; a date is text."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.MarkedYAMLError(problem_mark=cast(Any, self).peek_event().start_mark)
+            return super().compose_node(parent, index)
+
+    kinds = ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+    tags = [f"tag:yaml.org,2002:{kind}" for kind in kinds]
+    makers = yaml.SafeLoader.yaml_constructors
+    Plain.yaml_constructors = {tag: makers[tag] for tag in (*tags[:-1], None)}
+    Plain.yaml_implicit_resolvers = {
+        first: [one for one in pairs if one[0] in tags]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    text = read_text(path, SETTINGS, within)
     try:
-        return yaml.safe_load(path.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as problem:
-        reason = " ".join(str(problem).split())
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+        tree = yaml.load(text, Plain)  # noqa: S506, as Plain is a SafeLoader
+        json.dumps(tree, allow_nan=False)
+    except Exception as problem:  # whatever the parser makes of it
+        mark = getattr(problem, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "it"
+        said = f"{path} cannot be read: {place} is not YAML of text, numbers, lists and mappings"
+        raise ConfigError(said) from None
+    return tree
 
 
 def upward(start: Path | None = None) -> Sequence[Path]:
@@ -788,13 +1061,13 @@ def load_config(
     home = environ.get("MOSAIC_HOME") or f"{environ.get('HOME') or '~'}/.config/mosaic"
     file = Path(named or os.path.join(os.path.expanduser(home), "queue.yaml"))
     # Without a home there is none; a folder named `~` is anybody's.
-    if named or (not str(file).startswith("~") and os.path.isfile(file)):
-        for key, value in flattened(read_yaml(file), str(file)):
+    if named != os.devnull and (named or (str(file)[0] != "~" and os.path.lexists(file))):
+        for key, value in flattened(read_yaml(file, Path("/")), str(file)):  # it may be a link
             config.set(key, value, str(file))
     for folder in upward(start):
         local = folder / ".mosaic" / "queue.yaml"
-        if os.path.isfile(local):
-            for key, value in flattened(read_yaml(local), str(local)):
+        if os.path.lexists(local):
+            for key, value in flattened(read_yaml(local, folder), str(local)):
                 if key not in OF_A_PROJECT_FILE:
                     raise ConfigError(
                         f"{local}: {key} may not stand in a project's file; accepted: "
@@ -811,99 +1084,6 @@ def load_config(
         if value is not None:
             config.set(key, value, "flag")
     return config
-
-
-# ==== FILES ==================================================================================
-#
-# A file is written beside its place and then moved there: whoever reads it finds the old one or
-# the new one, each of them whole.
-
-ANYTHING = object()  # where it does not matter what a file has held
-
-
-def bytes_of(file: Path) -> bytes | None:
-    """What a file holds; None where there is none."""
-    try:
-        return file.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as problem:
-        said = f"{file} cannot be read: {problem.strerror}"
-        raise Refused("UNFIT", said, "make it readable for this user") from None
-
-
-def read_file(path: Path) -> bytes:
-    """The bytes of a file of UTF-8 text; refused when it is none."""
-    try:
-        data = path.read_bytes()
-        data.decode()
-    except OSError as problem:
-        accepted = f"a file that can be read ({problem.strerror})"
-        invalid("FILE", str(path), accepted)
-    except UnicodeDecodeError as problem:
-        said = f"line {1 + data[: problem.start].count(10)} of {path} is not UTF-8"
-        raise Refused("INVALID", said, "save it as UTF-8") from None
-    return data
-
-
-@contextlib.contextmanager
-def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
-    """A file to write: whole at the end, or as it was before; only its user may read it.  A link
-    is replaced, not followed: a cloned repository must not choose what is written.
-
-    Refuses UNFIT when it cannot be written, STALE_REV when it does not hold `was` at the end.
-    """
-    draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}.draft")
-    try:
-        try:
-            with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if was is not ANYTHING and bytes_of(path) != was:
-                said = f"{path} is being written by somebody else"
-                raise Refused("STALE_REV", said, "try again")
-            draft.replace(path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as problem:
-        said = f"{path} cannot be written: {problem.strerror}"
-        raise Refused("UNFIT", said, "make room, or name a place where you may write") from None
-
-
-def put(file: Path, data: bytes, was: bytes | None, mode: int = 0o644) -> None:
-    """Replace a file that holds `was` (None: is not there), as `drafted` does; one that is there
-    keeps its rights and its owner, and is not replaced when it is read-only."""
-    with drafted(file, was) as out:
-        if was is not None:
-            found = file.stat()
-            mode = stat.S_IMODE(found.st_mode)
-            if not mode & 0o222:
-                raise PermissionError(13, "it is read-only")
-            with contextlib.suppress(PermissionError):
-                os.fchown(out.fileno(), found.st_uid, found.st_gid)
-        os.fchmod(out.fileno(), mode)
-        out.write(data)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file of ours, so that one process writes beside it; refuses UNFIT where
-    that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
-    except OSError as problem:
-        said = f"{problem.filename or path} cannot be written: {problem.strerror}"
-        raise Refused("UNFIT", said, "make it writable for this user") from None
 
 
 # ==== VOCABULARY =============================================================================
@@ -1010,20 +1190,9 @@ class Argument:
     def _json(self, name: str, value: Any) -> Mapping[str, Any]:
         if not isinstance(value, dict):
             invalid(name, value, "a JSON object")
-        level: list[Any] = [value]
-        for _ in range(100):
-            level = [
-                inner
-                for outer in level
-                for inner in (outer.values() if isinstance(outer, dict) else outer)
-                if isinstance(inner, (dict, list))
-            ]
-            if not level:
-                break
-        else:
-            raise Refused(
-                "INVALID", f"{name} is nested deeper than 100 levels; accepted: up to 100"
-            )
+        if is_deep(value):
+            said = f"{name} is nested deeper than {LEVELS} levels; accepted: up to {LEVELS}"
+            raise Refused("INVALID", said)
         try:
             text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except (ValueError, TypeError, RecursionError):
@@ -1690,46 +1859,6 @@ def needed(prelude: str, body: str) -> str:
 # server inherits that descriptor: the lock lives exactly as long as the server.
 
 
-def own_folder(variable: str, default: str) -> Path:
-    """This program's folder in one of the user's places: `variable`, or `default` in the home.
-    A relative value is ignored, as the XDG rule has it."""
-    named = os.environ.get(variable, "")
-    if os.path.isabs(named):
-        return Path(named) / "mosaic-queue"
-    home = os.path.expanduser("~")  # of an empty $HOME it would make the root folder
-    if not os.path.isabs(home) or os.environ.get("HOME") == "":
-        said = "there is no home folder: $HOME is not set, and the system does not know this user"
-        raise Refused("UNFIT", said, f"set HOME or {variable}, or name a server: --url")
-    return Path(home) / default / "mosaic-queue"
-
-
-def data_folder() -> Path:
-    """Where this program keeps the user's data."""
-    return own_folder("XDG_DATA_HOME", ".local/share")
-
-
-def private_folder(folder: Path) -> None:
-    """Make a folder that only its user may read; refuses one that cannot be."""
-    try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        require_private(folder)
-    except OSError as problem:
-        said = f"{folder} cannot be made: {problem.strerror}"
-        raise Refused("UNREACHABLE", said, ANOTHER_PLACE) from None
-
-
-def require_private(folder: Path) -> None:
-    """Refuse a folder that is not this user's own, or a link; close one that others may enter."""
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise Refused("UNFIT", f"{folder} is no directory", ANOTHER_PLACE)
-    if found.st_uid != os.getuid():
-        said = f"{folder} belongs to another user (uid {found.st_uid})"
-        raise Refused("UNFIT", said, ANOTHER_PLACE)
-    if found.st_mode & 0o077:
-        folder.chmod(0o700)
-
-
 def peer_of(sock: socket.socket) -> tuple[int, int]:
     """The user id and the process id at the other end of a Unix socket."""
     if sys.platform == "darwin":  # LOCAL_PEERCRED, a struct xucred, and LOCAL_PEERPID
@@ -1740,7 +1869,6 @@ def peer_of(sock: socket.socket) -> tuple[int, int]:
     return uid, pid
 
 
-ANOTHER_PLACE = "name a folder of yours: XDG_DATA_HOME, or a server: --url redis://HOST:6379"
 ROOM = 64 * KIB  # bytes on its disk without which the private server is not started
 GRACE = 2.0  # s in which a server that has the lock has to open its socket
 
@@ -4162,8 +4290,7 @@ async def enter_records(queue: Queue, project: str, meta: Meta, source: Records)
 
 def read_export(path: Path) -> tuple[str, Meta, Records]:
     """Project, facts and records of an exported file; refuses with the number of the line."""
-    with refused_at(path):
-        lines = path.read_bytes().removesuffix(b"\n").split(b"\n")
+    lines = read_file(path, RECORDS_FILE).removesuffix(b"\n").split(b"\n")
     with refused_at(f"line 1 of {path}"):
         header = json.loads(lines[0])
         meta = meta_of(header, "export")
@@ -4267,8 +4394,9 @@ def missions_of(folder: Path) -> Sequence[Path]:
 
 def read_manifest(path: Path, project: str) -> dict[str, Any]:
     """What a manifest says; refuses one that is cut off, foreign or newer."""
+    data = read_file(path, RECORDS_FILE)
     with refused_at(path):
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
         if path.name == "project.json":
             meta_of(value, "manifest")
         elif not isinstance(value, dict) or not isinstance(value.get("tasks"), list):
@@ -4282,7 +4410,7 @@ def read_manifest(path: Path, project: str) -> dict[str, Any]:
 def read_manifests(folder: Path, project: str) -> tuple[Meta, Records]:
     """Facts and records of a project from its manifests, all of which are read before."""
     folder = folder / file_name(project)
-    if not (folder / "project.json").exists():
+    if not os.path.lexists(folder / "project.json"):
         hint = "name an exported file: mosaic-queue restore --from FILE"
         raise Refused("NOT_FOUND", f"{folder} has no record of {project}", hint)
     meta = meta_of(read_manifest(folder / "project.json", project), "manifest")
@@ -6633,7 +6761,7 @@ class Sync:
             both, lines = [task for task in self.rows if task in theirs], dict[str, int]()
             if both:
                 with contextlib.suppress(Refused):
-                    tables = read_board(read_file(Path(path)).decode()).tables
+                    tables = read_board(read_text(Path(path), DOCUMENT)).tables
                     lines = {row.task: row.line + 1 for table in tables for row in table.rows}
             for task in both:
                 if task in lines:
@@ -7178,7 +7306,6 @@ def ordered(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[st
 
 DIRECTIONS = ("both", "to-file", "to-queue")
 TRIES = 20  # that one sync makes while others write the file
-LOCK_WAIT = 60.0  # s that one sync waits for another
 LOOK_EVERY = 0.25  # s between two looks of `watch_file`
 WRITE_EVERY = 1.0  # s
 MISSION = re.compile(  # one word; a sentence is no name
@@ -7218,17 +7345,17 @@ async def sync_file(
     """
     if direction not in DIRECTIONS:
         invalid("direction", direction, ", ".join(DIRECTIONS))
-    file = Path(os.path.realpath(path))
+    file = real_path(Path(path))
     acting = queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name)))
     told: list[Difference] = []
     # The base of a path: another file of the same name has another one.
     mark = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
-            await stack.enter_async_context(file_lock(mark, file))
+            await stack.enter_async_context(locked(file))
             await require_not_lost(queue, project)
         for _ in range(TRIES):
-            data = read_file(file)
+            data = read_text(file, DOCUMENT).encode()
             board = read_board(data.decode())
             require_mergeable(file, board)
             named = mission or mission_of(board) or mission_from(queue.config, file)
@@ -7318,37 +7445,6 @@ def mission_from(config: Config, path: Path) -> str:
     """The mission of a file that names none: the configured one, else the file's name."""
     stem = re.sub(r"[^A-Za-z0-9._@-]+", "-", path.stem).lstrip("._@-")[:128]
     return str(config["mission"] or stem or "tasks")
-
-
-@contextlib.asynccontextmanager
-async def file_lock(mark: str, path: Path) -> AsyncIterator[None]:
-    """Be the one sync of a file on this host.  The lock ends with its process; its file names
-    the owner, and lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of any repository."""
-    folder = own_folder("XDG_STATE_HOME", ".local/state") / "locks"
-    try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
-        lock = os.open(folder / mark, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as problem:
-        said = f"{folder} cannot be used: {problem.strerror}"
-        raise Refused("INVALID", said, "set XDG_STATE_HOME to a folder of yours") from None
-    give_up = time.monotonic() + LOCK_WAIT
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > give_up:
-                    owner = os.pread(lock, 4096, 0).decode(errors="replace").strip()
-                    said = f"{path} is being synced: {owner}"
-                    raise Refused("HELD", said, "wait until that sync ends") from None
-                await asyncio.sleep(0.05)
-        os.ftruncate(lock, 0)
-        owner = f"host {socket.gethostname()}, process {os.getpid()}, {path}\n"
-        os.pwrite(lock, owner.encode(errors="replace"), 0)
-        yield
-    finally:
-        os.close(lock)
 
 
 def writable(path: Path) -> bool:
@@ -7979,24 +8075,19 @@ def mission_file(path: str | None) -> Path:
     """The mission.json of a project's folder, else the one found upward from here."""
     start = Path(path or ".").absolute()
     for folder in (start,) if path else (start, *start.parents):
-        if (file := folder / ORCHESTRATOR / "mission.json").is_file():
+        if os.path.lexists(file := folder / ORCHESTRATOR / "mission.json"):
             return file
     said = f"there is no {ORCHESTRATOR}/mission.json in {start}{'' if path else ' and above'}"
     raise Refused("NOT_FOUND", said, "make it: mosaic-queue mission init --name NAME")
 
 
-def registry(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Alone with the coordinator's files of a mission, for a moment."""
-    return locked(folder / "registry.lock")
-
-
 def read_mission(file: Path) -> Mission:
     """A mission.json whose known parts are what they should be; refuses any other."""
-    raw = bytes_of(file) or b""
+    raw = read_file(file, COORDINATOR, file.parents[2])
     try:
         data = json.loads(raw.decode("utf-8-sig"))
         json.dumps(data, allow_nan=False)  # what is too large for a float could not be kept
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or is_deep(data):
             raise ValueError(f"it holds {type(data).__name__}")
     except (ValueError, RecursionError) as problem:
         hint = "correct the file, or take it back from version control"
@@ -8034,7 +8125,8 @@ def change(file: Path, edit: Callable[[Mission], object], tries: int = 20) -> Mi
     edit(mission)
     try:
         if mission.data != before:  # where it is a link, that stays
-            put(file.resolve(), as_written(mission.raw, mission.data), mission.raw)
+            at = real_path(file, file.parents[2])
+            put(at, as_written(mission.raw, mission.data), mission.raw)
     except Refused as problem:
         if problem.code != "STALE_REV" or tries == 1:
             raise
@@ -8042,15 +8134,15 @@ def change(file: Path, edit: Callable[[Mission], object], tries: int = 20) -> Mi
     return mission
 
 
-def put_json(file: Path, data: Any, was: bytes | None = None) -> None:
-    """Write a file of the coordinator's anew; without `was` it must not be there."""
+def put_json(file: Path, data: Any, was: object = None) -> None:
+    """Write a file of the coordinator's; without `was` it must not be there."""
     text = json.dumps(data, ensure_ascii=False, indent=2) + "\n"
     put(file, text.encode(errors="backslashreplace"), was)
 
 
 def session_lock(folder: Path) -> Entry | None:
     """The session.lock of a mission, whatever it holds; None where there is none."""
-    raw, data = bytes_of(folder / "session.lock"), None
+    raw, data = bytes_of(folder / "session.lock", COORDINATOR, folder.parents[1]), None
     with contextlib.suppress(ValueError, RecursionError):
         data = json.loads(raw or b"")
     return None if raw is None else Entry(data if isinstance(data, dict) else {}, False)
@@ -8089,9 +8181,9 @@ def unlocked(mission: Mission, forced: bool = False) -> tuple[Entry | None, list
     return lock, [one for one in left if one["session_id"] == own or state_of(one) == "dead"]
 
 
-def begin(file: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Entry]]:
+async def begin(file: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Entry]]:
     """Enter a session and take session.lock: what it says, and the dead sessions before it."""
-    with registry(file.parent):
+    async with locked(file.parent):
         mission = read_mission(file)
         _, dead = unlocked(mission)
         known = [one.text("session_id") for one in mission.entries("sessions")]
@@ -8103,9 +8195,9 @@ def begin(file: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[En
     return own, dead
 
 
-def end(file: Path, own: Mapping[str, Any], **facts: Any) -> None:
+async def end(file: Path, own: Mapping[str, Any], **facts: Any) -> None:
     """Say how a session ended, and let its lock go, if it is still its own."""
-    with registry(file.parent):
+    async with locked(file.parent):
         lock = session_lock(file.parent)
         if lock and lock.data == own:
             (file.parent / "session.lock").unlink()
@@ -8349,11 +8441,10 @@ async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> 
             mission.note(now.lock.text("session_id"), {"last_task": now.mine["taskId"]})
 
     try:
-        with registry(file.parent):
+        async with locked(file.parent):
             now = now._replace(mission=change(file, edit))
             if now.mine or not (now.lock and state_of(now.lock) == "alive"):
-                path = file.parent / "next-task.json"
-                put_json(path, capsule(now, runtime), bytes_of(path))
+                put_json(file.parent / "next-task.json", capsule(now, runtime), ANYTHING)
     except Refused as problem:
         if problem.code != "UNFIT":
             raise
@@ -8370,7 +8461,7 @@ class MissionFile(TypedDict):
 
 
 @operation("mission init", local=True)
-def mission_init(
+async def mission_init(
     queue: Queue,
     *,
     path: str | None = None,
@@ -8397,8 +8488,9 @@ def mission_init(
         title = ARGUMENTS["title"].check("name of a milestone", title.strip())
         data["milestones"].append({"id": own, "name": title, "status": "pending"})
     file = folder / ORCHESTRATOR / "mission.json"
-    with registry(file.parent):
-        if bytes_of(file) is not None:
+    real_path(file, folder).parent.mkdir(parents=True, exist_ok=True)
+    async with locked(file.parent):
+        if os.path.lexists(file):
             raise Refused("EXISTS", f"{file} is there already", "mosaic-queue mission status")
         put_json(file, data)
     return {"id": mission, "name": name, "file": str(file)}
@@ -8531,7 +8623,7 @@ async def cleaned(queue: Queue, file: Path, dead: Sequence[Entry]) -> list[Clean
                     raise  # else it ended in this moment
         answer.append({"sessionId": name, "released": released})
     facts = {"ended_at": stamp(), "ended_reason": "crashed"}
-    with registry(file.parent):
+    async with locked(file.parent):
         for done in answer:
             change(file, functools.partial(Mission.note, session=done["sessionId"], facts=facts))
     return answer
@@ -8553,7 +8645,7 @@ async def mission_resume(
     """
     file = mission_file(path)
     await standing(queue, file)  # what would stop us stops us before the lock is broken
-    with registry(file.parent):
+    async with locked(file.parent):
         lock, dead = unlocked(read_mission(file), clean_lock)
     answer: HandOver = {"lock": named(lock)} if lock else {}
     answer["cleaned"] = await cleaned(queue, file, dead)
@@ -8601,7 +8693,7 @@ async def mission_run(
     facts["process_began"] = process_began(os.getpid())
     if current := now.current():
         facts["milestone_id"] = current.text("id")
-    own, dead = begin(file, facts)
+    own, dead = await begin(file, facts)
 
     @contextlib.asynccontextmanager
     async def around(task: Task) -> AsyncIterator[Sequence[str]]:
@@ -8622,7 +8714,7 @@ async def mission_run(
         await written(queue, file, runtime)
         return status
     finally:
-        end(file, own, ended_reason=reason, duration=round(time.monotonic() - began))
+        await end(file, own, ended_reason=reason, duration=round(time.monotonic() - began))
 
 
 # ==== SURFACES ===============================================================================
@@ -9289,17 +9381,16 @@ def file_of_client(client: str, named: str | None) -> Path:
         raise Refused(
             "INVALID", f"--write and --dry-run need --file for {client}", "--file .cursor/mcp.json"
         )
+    if named:
+        return real_path(Path(named).expanduser())
     variable, folder = CLIENTS[client].folder
     own = Path(os.environ.get(variable) or folder) / CLIENTS[client].file
-    return (Path(named) if named else own).expanduser().resolve()
+    return Path(os.path.realpath(own.expanduser()))
 
 
 def merged(client: str, path: Path, entry: Mapping[str, Any], name: str) -> tuple[str, str]:
     """The text of a client's file before and with the entry; all else in it stays as it is."""
-    try:
-        before = path.read_bytes().decode() if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as problem:
-        raise Refused("INVALID", f"{path} cannot be read: {problem}") from None
+    before = read_text(path, DOCUMENT) if os.path.lexists(path) else ""
     key, hint = (
         CLIENTS[client].key,
         f"mosaic-queue mcp-config {client} prints what to enter by hand",
@@ -9313,7 +9404,7 @@ def merged(client: str, path: Path, entry: Mapping[str, Any], name: str) -> tupl
         else:
             tree = json.loads(before.removeprefix("\ufeff") or "{}")
         tree.setdefault(key, {})[name] = dict(entry)
-    except (ValueError, AttributeError, TypeError) as problem:
+    except (ValueError, AttributeError, TypeError, RecursionError) as problem:
         kind = "TOML" if path.suffix == ".toml" else "JSON without comments"
         said = f"{path} is not {kind} with an object {key}: {problem}"
         raise Refused("INVALID", said, hint) from None
@@ -9331,7 +9422,7 @@ def replaced(path: Path, before: str, text: str) -> Path | None:
         backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
         with drafted(backup) as file:
             file.write(before.encode())
-    put(path, text.encode(), before.encode() or bytes_of(path), 0o600)
+    put(path, text.encode(), before.encode() if path.exists() else None, 0o600)
     return backup
 
 
@@ -9698,28 +9789,22 @@ def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
     """The tasks of a file of JSON lines (`-`: standard input), checked, by project."""
     groups: dict[str, list[NewTask]] = {}
     number = 0
-    try:
-        stdin = contextlib.nullcontext(sys.stdin.buffer)
-        with stdin if source == "-" else open(source, "rb") as lines:
-            for line in lines:
-                number += 1
+    stdin = contextlib.nullcontext(sys.stdin.buffer)
+    with stdin if source == "-" else open_file(Path(source), RECORDS_FILE) as file:
+        for line in iter(functools.partial(file.readline, DOCUMENT), b""):
+            number += 1
+            with refused_at(f"line {number} of {source}"):
                 if line.strip():
-                    task = {**defaults, **json.loads(line.decode())}
+                    row = json.loads(line.decode())
+                    if not isinstance(row, dict):
+                        invalid("it", row, "a JSON object")
+                    task = {**defaults, **row}
                     project = task.get("project")
                     new_task_row(cast(NewTask, task), project)
                     if project is None:
                         raise Refused("INVALID", "there is no project", "name it: --project P")
                     ARGUMENTS["project"].check("project", project)
                     groups.setdefault(project, []).append(cast(NewTask, task))
-    except OSError as problem:
-        raise Refused("INVALID", f"{source} cannot be read: {problem.strerror}") from None
-    except UnicodeDecodeError:
-        raise Refused("INVALID", f"line {number} of {source} is not UTF-8") from None
-    except (ValueError, TypeError, RecursionError):
-        raise Refused("INVALID", f"line {number} of {source} is not a JSON object") from None
-    except Refused as problem:
-        message = f"line {number} of {source}: {problem.message}"
-        raise Refused(problem.code, message, problem.hint) from None
     return groups
 
 

@@ -182,7 +182,7 @@ def test_a_file_that_is_not_utf_8_is_left_alone(tell: Tell, tmp_path: Path) -> N
     (tmp_path / ".claude.json").write_bytes(b'{"a": "\xff"}')
     done = tell("mcp-config", "claude", "--write")
     assert done.returncode == 2
-    assert "cannot be read" in done.stderr
+    assert "is not UTF-8" in done.stderr
 
 
 def test_no_password_reaches_a_clients_file(tell: Tell, tmp_path: Path) -> None:

@@ -163,8 +163,10 @@ def test_init_refuses_what_is_no_name(
     folder: Path, name: str, mission: str | None, milestones: list[str]
 ) -> None:
     with pytest.raises(mq.Refused) as refused:
-        mq.mission_init(
-            mq.Queue(), path=str(folder), name=name, mission_id=mission, milestone=milestones
+        asyncio.run(
+            mq.mission_init(
+                mq.Queue(), path=str(folder), name=name, mission_id=mission, milestone=milestones
+            )
         )
     assert refused.value.code == "INVALID"
     assert not (folder / HERE / "mission.json").exists()
@@ -260,10 +262,7 @@ def test_links_lead_nobody_to_write_elsewhere(tell: Tell, server: Server, folder
     assert tell("mission", "continue")[0] == 0
     assert read(folder, "next-task.json")["mission_id"] == "m-1"
     assert statuses(folder) == ["in-progress", "pending"]
-    (folder / HERE / "registry.lock").unlink()
-    (folder / HERE / "registry.lock").symlink_to(folder / "made")
-    assert tell("mission", "resume")[0] == 6
-    assert (own.read_text(), (folder / "made").exists()) == ("mine", False)
+    assert own.read_text() == "mine"
 
 
 def test_text_that_is_no_unicode_is_shown_escaped(tell: Tell, server: Server, folder: Path) -> None:
@@ -327,11 +326,10 @@ def test_a_file_that_is_written_meanwhile_is_edited_again(folder: Path) -> None:
             write(folder, MISSION | {"theirs": 1})
         mission["ours"] = 2
 
-    with mq.registry(file.parent):
-        mq.change(file, edit)
+    mq.change(file, edit)
     assert len(times) == 2
     assert (read(folder)["theirs"], read(folder)["ours"]) == (1, 2)
-    assert sorted(one.name for one in file.parent.iterdir()) == ["mission.json", "registry.lock"]
+    assert sorted(one.name for one in file.parent.iterdir()) == ["mission.json"]
 
 
 def test_who_writes_all_the_time_is_left_alone(folder: Path) -> None:
@@ -341,7 +339,7 @@ def test_who_writes_all_the_time_is_left_alone(folder: Path) -> None:
         write(folder, MISSION | {"theirs": time.monotonic_ns()})
         mission["ours"] = 2
 
-    with mq.registry(file.parent), pytest.raises(mq.Refused) as refused:
+    with pytest.raises(mq.Refused) as refused:
         mq.change(file, edit)
     assert refused.value.code == "STALE_REV"
 
@@ -361,10 +359,13 @@ def test_a_read_only_file_is_not_replaced(tell: Tell, server: Server, folder: Pa
 
 
 def add_sessions(file: Path, mark: str) -> None:
+    async def add(n: int) -> None:
+        edit = functools.partial(mq.Mission.note, session=f"{mark}-{n}", facts={"pid": n})
+        async with mq.locked(file.parent):
+            mq.change(file, edit)
+
     for n in range(5):
-        name = f"{mark}-{n}"
-        with mq.registry(file.parent):
-            mq.change(file, functools.partial(mq.Mission.note, session=name, facts={"pid": n}))
+        asyncio.run(add(n))
 
 
 def test_ten_writers_lose_nothing(folder: Path) -> None:
@@ -932,10 +933,10 @@ def test_a_lock_that_cannot_be_filled_is_taken_back(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(mq.Refused) as refused:
-        mq.begin(file, {"pid": os.getpid()})
+        asyncio.run(mq.begin(file, {"pid": os.getpid()}))
     assert (refused.value.code, "No space left" in refused.value.message) == ("UNFIT", True)
     assert file.read_bytes() == before
-    assert sorted(one.name for one in file.parent.iterdir()) == ["mission.json", "registry.lock"]
+    assert sorted(one.name for one in file.parent.iterdir()) == ["mission.json"]
 
 
 def breaker(file: Path, ready: Any, tried: Any, won: Any) -> None:
@@ -943,7 +944,7 @@ def breaker(file: Path, ready: Any, tried: Any, won: Any) -> None:
     facts = {"pid": os.getpid(), "process_began": mq.process_began(os.getpid())}
     ready.wait(LIMIT)
     try:
-        mq.begin(file, facts)
+        asyncio.run(mq.begin(file, facts))
         won.put(os.getpid())
     except mq.Refused as refused:
         if refused.code != "HELD":

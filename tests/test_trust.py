@@ -1,0 +1,252 @@
+"""Whose bytes are these?  Files of a cloned repository and of another user of the host.
+
+The attacker's side is real: links, FIFOs and devices on a real file system, files of a second
+uid, git repositories.  Every command runs in a process of its own, with a bound on its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import Server, one_engine
+
+import mosaic_queue as mq
+
+PROGRAM = [sys.executable, str(Path(mq.__file__))]
+NOBODY = 65534
+HERE = ".mosaic/orchestrator"
+
+server = one_engine()
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user as well")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A clone of a repository, with a file outside of it."""
+    folder = tmp_path / "clone"
+    (folder / HERE).mkdir(parents=True)
+    (folder / "docs").mkdir()
+    (folder / ".git").mkdir()
+    (tmp_path / "home").mkdir()
+    return folder
+
+
+Tell = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def bounded() -> None:
+    """A process that takes more memory than this has read what it should not have."""
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+
+
+@pytest.fixture
+def tell(server: Server, db: redis.Redis, folder: Path) -> Tell:
+    """Runs a command line in the clone."""
+    home = str(folder.parent / "home")
+    environ = {"PATH": os.environ["PATH"], "HOME": home, "MOSAIC_VALKEY_URL": server.url}
+    environ |= {"MOSAIC_PROJECT": "p"}
+
+    def run(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        given = {"cwd": folder, "env": environ | more.pop("env", {}), **more}
+        done = subprocess.run(
+            [*PROGRAM, *words], text=True, timeout=60, capture_output=True, check=False,
+            stdin=subprocess.DEVNULL, preexec_fn=bounded, **given,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run
+
+
+# ---- files that are none, or not ours ----
+
+BOARD = "| id | status | description |\n|---|---|---|\n| B1 | not-started | x |\n"
+TASK = '{"taskId": "C1", "mission": "m", "title": "t"}\n'
+EXPORT = '{"v": 1, "project": "p"}\n'
+PLACES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # file, good content, command
+    "mission.json": (f"{HERE}/mission.json", '{"mission_id": "m-1"}', ("mission", "status")),
+    "session.lock": (f"{HERE}/session.lock", '{"session_id": "s"}', ("mission", "status")),
+    "TASKS.md": ("docs/TASKS.md", BOARD, ("sync", "docs/TASKS.md")),
+    "import": ("web.jsonl", EXPORT, ("import", "web.jsonl")),
+    "restore": ("web.jsonl", EXPORT, ("restore", "--from", "web.jsonl")),
+    "manifests": ("kept/p/project.json", EXPORT, ("restore", "--from", "kept")),
+    "create": ("new.jsonl", TASK, ("create", "--from", "new.jsonl")),
+    "--config": ("own.yaml", "project: p\n", ("config", "--config", "own.yaml")),
+    "a client's": ("mcp.json", "{}", ("mcp-config", "generic", "--write", "--file", "mcp.json")),
+}
+
+
+def a_fifo(file: Path, good: str) -> None:
+    os.mkfifo(file)
+
+
+def a_device(file: Path, good: str) -> None:
+    file.symlink_to("/dev/zero")
+
+
+def a_folder(file: Path, good: str) -> None:
+    file.mkdir()
+
+
+def a_link_to_itself(file: Path, good: str) -> None:
+    file.symlink_to(file.name)
+
+
+def endless(file: Path, good: str) -> None:
+    with file.open("wb") as out:
+        out.truncate(5 << 30)
+
+
+def of_another_user(file: Path, good: str) -> None:
+    file.write_text(good)
+    os.chown(file, NOBODY, NOBODY)
+
+
+BAD_FILES = [a_fifo, a_device, a_folder, a_link_to_itself, endless]
+
+
+def require_refused(done: subprocess.CompletedProcess[str], file: Path) -> None:
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stderr.startswith("INVALID: "), done.stderr
+    assert file.name in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("bad", [*BAD_FILES, pytest.param(of_another_user, marks=as_root)])
+def test_what_is_no_file_of_ours_is_refused_at_once(
+    tell: Tell, folder: Path, place: str, bad: Callable[[Path, str], None]
+) -> None:
+    name, good, words = PLACES[place]
+    if (place, bad) == ("restore", a_folder):
+        return  # which is one of manifests then
+    (folder / HERE / "mission.json").write_text('{"mission_id": "m-1"}')
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    bad(file, good)
+    require_refused(tell(*words), file)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACES if place not in ("--config",)])
+@pytest.mark.parametrize("by", ["the file", "its folder"])
+def test_a_link_out_of_the_repository_is_not_followed(
+    tell: Tell, folder: Path, place: str, by: str
+) -> None:
+    """Neither read nor written, whoever owns what it leads to."""
+    name, good, words = PLACES[place]
+    (folder / HERE / "mission.json").write_text('{"mission_id": "m-1"}')
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / file.name).write_text(good)
+    if by == "the file":
+        file.symlink_to(outside / file.name)
+    elif file.parent == folder:
+        (folder / "sub").symlink_to(outside)
+        words = tuple(f"sub/{file.name}" if word == file.name else word for word in words)
+    else:
+        for one in file.parent.iterdir():
+            (outside / one.name).write_bytes(one.read_bytes())
+            one.unlink()
+        file.parent.rmdir()
+        file.parent.symlink_to(outside)
+    done = tell(*words)
+    assert done.returncode == 2, done.stdout
+    assert "outside of" in done.stderr
+    assert str(outside) in done.stderr, "the hint names the file itself"
+    assert (outside / file.name).read_text() == good
+
+
+def test_a_link_inside_of_the_repository_is_followed(tell: Tell, folder: Path) -> None:
+    (folder / "BOARD.md").write_text(BOARD)
+    (folder / "docs/TASKS.md").symlink_to("../BOARD.md")
+    assert tell("sync", "docs/TASKS.md").returncode == 0
+    assert tell("complete", "B1", "--force").returncode == 0
+    assert tell("sync", "docs/TASKS.md").returncode == 0
+    assert "done" in (folder / "BOARD.md").read_text()
+    assert (folder / "docs/TASKS.md").is_symlink()
+
+
+def test_ones_own_configuration_may_be_a_link(tell: Tell, folder: Path) -> None:
+    """As managers of dotfiles make them."""
+    home = folder.parent / "home"
+    (home / ".config/mosaic").mkdir(parents=True)
+    (home / "dotfiles.yaml").write_text("project: linked\n")
+    (home / ".config/mosaic/queue.yaml").symlink_to(home / "dotfiles.yaml")
+    done = tell("config", "--json", env={"MOSAIC_PROJECT": ""})
+    assert json.loads(done.stdout)["config"]["project"]["value"] == "linked"
+
+
+# ---- YAML ----
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n"
+    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+BAD_YAML = {
+    "aliases": BOMB,
+    "one alias": "project: &a web\nmission: *a\n",
+    "deep": "[" * 20_000,
+    "deep keys": "{a: " * 8_000,
+    "large": "a: 1\n" * 1_000_000,
+    "a set": "project: !!set {a}\n",
+    "binary": "project: !!binary aGk=\n",
+    "python": "!!python/object/apply:os.system ['true']",
+    "an int of many digits": "watchdog: {interval: " + "9" * 5000 + "}\n",
+    "a hex of many digits": "watchdog: {interval: 0x" + "f" * 5000 + "}\n",
+    "a float out of range": "watchdog: {interval: 1" + ":59" * 5000 + ".0}\n",
+    "no text": "\x00\x01",
+    "a list as a key": "? [a]\n: b\n",
+    "infinity": "watchdog: {interval: .inf}\n",
+}
+
+
+@pytest.mark.parametrize("name", BAD_YAML)
+def test_yaml_that_is_no_configuration_is_a_sentence_at_once(
+    tell: Tell, folder: Path, name: str
+) -> None:
+    file = folder / "own.yaml"
+    file.write_text(BAD_YAML[name])
+    require_refused(tell("config", "--config", "own.yaml"), file)
+
+
+def test_a_date_is_text(tell: Tell, folder: Path) -> None:
+    """As missions are called."""
+    (folder / "own.yaml").write_text("mission: 2026-03-12\n")
+    done = tell("config", "--config", "own.yaml", "--json")
+    assert json.loads(done.stdout)["config"]["mission"]["value"] == "2026-03-12"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "openbrain: {token: hunter2\n",
+        "openbrain:\n  token: hunter2: x\n",
+        "openbrain: hunter2\n",
+        "redis: {url: redis://u:hunter2@h\n",
+        "hunter2",
+        "a: !hunter2 x\n",
+        "a: *hunter2\n",
+        "a: 'hunter2\n",
+        "a: |hunter2\n",
+        'a: "\\hunter2"\n',
+        "http: {tokens: {a: hunter2}}\n",
+        "redis: [hunter2]\n",
+    ],
+)
+def test_an_error_shows_where_and_never_what(tell: Tell, folder: Path, text: str) -> None:
+    (folder / "own.yaml").write_text(text)
+    done = tell("config", "--config", "own.yaml")
+    require_refused(done, folder / "own.yaml")
+    assert "hunter2" not in done.stdout + done.stderr
