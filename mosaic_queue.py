@@ -179,6 +179,7 @@ LOADING_DEADLINE = 120.0  # s for a server that is reading its data from disk
 BATCH = 200  # tasks that one `create` enters, all or none
 PURGE = 100  # tasks that one `purge` forgets
 RECORDS = 100  # tasks that one `records` shows
+REPAIR = 10  # tasks that one `repair` sets right
 FOLLOW = 1000  # events that a follower gets at once
 SILENT = 60  # s without a word from a follower after which doctor says so
 BEHIND = 10_000  # changes that a follower has not seen after which doctor says so
@@ -189,7 +190,9 @@ ID_RULE = "a letter or digit, then up to 127 of letters, digits, '.', '_', '@' a
 REGISTRY = "mosaic:queue:projects"
 LEADER = "mosaic:queue:leader"
 CAPTURE_HEARD = 90_000  # ms after which a follower that was not heard of is taken for gone
+REGISTER = 20  # changes of a project after which its name is entered in the registry again
 REGISTERED = 60.0  # s for which a name in the registry is believed to be there
+LOOK_FOR = 0.1  # s for which `list` goes on until it has found a task
 LOOK_BACK = 5.0  # s after which `next` looks again for what an earlier session left behind
 
 
@@ -1270,7 +1273,7 @@ ARGUMENTS: dict[str, Argument] = {  # of the queue; a later chapter enters what 
     "apply": Argument("bool", "store the policy of the configuration"),
     "resume": Argument("bool", "also take what you hold already"),
     "wait": Argument("duration", "seconds to wait for work", 0, 3600),
-    "text": Argument("text", "the finding, up to 4 KiB", 1, SHORT),
+    "text": Argument("text", "the finding; in a list: words to look for", 1, SHORT),
     "if_rev": Argument("int", "refuse if the task has another rev", 0, 10**15 - 1),
     "clear": Argument("words", "fields to take away", words=CLEARABLE),
     "older": Argument("duration", "seconds since it ended; default: 30 days", 0, 10 * 365 * 86400),
@@ -1430,10 +1433,11 @@ class Explanation(TypedDict, total=False):
 
 
 class Findings(TypedDict, total=False):
-    """What `doctor` found; `repaired` counts the tasks that `repair` set right."""
+    """What `doctor` found; `repairable` counts the tasks and names that `repair` sets right."""
 
     findings: list[str]
     checked: int
+    repairable: int
     repaired: int
 
 
@@ -2684,6 +2688,8 @@ class Queue:
         task = task_from(project, reply)
         if "claimTTL" in task and name in ("start", "heartbeat") and not arguments["force"]:
             self._hold(task, arguments["agent"] or self.agent or self.actor)
+        if name == "complete":
+            await self._register_again(project, task["rev"])
         return task
 
     async def _insist(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
@@ -2757,6 +2763,8 @@ class Queue:
                 reply = await self.call(name, project, arguments)
                 # A cancellation that came together with the reply is delivered here.
                 await asyncio.sleep(0)
+                if reply[0] != "NOTHING":
+                    await self._register_again(project, task_from(project, reply)["rev"])
                 if reply[0] != "NOTHING" or not (again and reply[2]):
                     return reply
             except asyncio.CancelledError:
@@ -2870,6 +2878,11 @@ class Queue:
         self._registered[project] = time.monotonic()
         return [task_from(project, ["OK", row]) for row in reply[1:]]
 
+    async def _register_again(self, project: str, rev: int) -> None:
+        """Enter a project's name after each REGISTER changes, since Valkey may have lost it."""
+        if rev % REGISTER == 0:
+            await self.register(project)
+
     async def register(self, project: str) -> None:
         """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
         Again each minute, since Valkey may have been emptied."""
@@ -2892,13 +2905,14 @@ class Queue:
         lane: str | None = None,
         agent: str | None = None,
         priority: Priority | None = None,
+        text: str | None = None,
         limit: int = 25,
         cursor: str | None = None,
         full: bool = False,
     ) -> TaskList:
         """List tasks, running first; agent me: what you hold. Not for picking work: use next.
 
-        Without a project, over all of them. Looks at 1,000 tasks at most and says where to go on.
+        Without a project, over all of them. Looks for 0.1 s at most and says where to go on.
 
         Example: mosaic-queue list --project web --status pending --lane coding
         """
@@ -2950,14 +2964,27 @@ class Queue:
         return answer
 
     async def page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
-        """One answer of list.lua."""
+        """A page of one project.  A script looks at a part of the tasks; where few of them are as
+        asked it is asked again, for LOOK_FOR seconds."""
         keys = ("mission", "status", "lane", "agent", "priority", "limit", "cursor", "full")
-        reply = await self.call("list", project, {key: asked[key] for key in keys})
-        answer: TaskList = {"tasks": [task_from(project, row) for row in reply[3]]}
-        if reply[2]:
-            answer["cursor"] = reply[2]
-        if reply[1] != "":
-            answer["total"] = int(reply[1])
+        given = {key: asked[key] for key in keys} | {"text": spellings(asked["text"] or "")}
+        give_up = time.monotonic() + LOOK_FOR
+        answer: TaskList = {"tasks": []}
+        total: Any = None
+        while True:
+            _, count, cursor, rows = await self.call("list", project, given)
+            total = count if total is None else total
+            answer["tasks"] += [task_from(project, row) for row in rows]
+            left = asked["limit"] - len(answer["tasks"])
+            if not cursor or asked["full"] or left <= 0 or time.monotonic() > give_up:
+                break
+            given |= {"cursor": cursor, "limit": left}
+        if cursor:
+            answer["cursor"] = cursor
+        elif total == "" and not asked["cursor"]:
+            total = len(answer["tasks"])
+        if total != "":
+            answer["total"] = int(total)
         return answer
 
     @operation(reads=True)
@@ -3459,9 +3486,11 @@ class Queue:
         is as it was at one moment, none older than `rev` of the answer."""
         found: dict[str, Record] = {}
         meta: dict[str, Any] = {}
-        for at in range(0, len(ids) or 1, RECORDS):
+        at = 0
+        while at < len(ids) or not meta:
             part = " ".join(ids[at : at + RECORDS])
-            _, facts, rows = await self.call("records", project, {"ids": part})
+            _, facts, rows, count = await self.call("records", project, {"ids": part})
+            at += count
             meta = meta or {"epoch": "", **paired(facts)}
             found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
         return cast(Meta, meta), found
@@ -3559,6 +3588,12 @@ class Queue:
 def compact(value: Any) -> str:
     """JSON without white space."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def spellings(text: str) -> str:
+    """Words to look for as list.lua takes them: a line each, its spellings between tabs."""
+    ways = (str.lower, str.upper, str.capitalize)
+    return "\n".join("\t".join({way(word) for way in ways}) for word in text.split())
 
 
 def as_text(value: Any) -> str:
@@ -3795,7 +3830,8 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
 
 async def held_in(queue: Queue, project: str, lane: str | None = None) -> Sequence[Task]:
     """The held tasks of a project, up to 2,000."""
-    asked = dict.fromkeys(("mission", "priority", "cursor", "full")) | {"agent": "", "limit": 1000}
+    asked = dict.fromkeys(("mission", "priority", "text", "cursor", "full"))
+    asked |= {"agent": "", "limit": 1000}
     pages = [
         await queue.page(project, asked | {"status": status, "lane": lane})
         for status in ("claimed", "in-progress")
@@ -3829,7 +3865,8 @@ async def setting_of(queue: Queue, name: str) -> str:
 
 
 async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, Any]]:
-    """All ids that any key of a project knows, 100 at a time, with what is wrong with them."""
+    """All ids that any key of a project knows, 100 at most at a time, with what is wrong with
+    them."""
     await queue.link.check()
     root = f"mosaic:queue:project:{{{project}}}"
     ids: set[str] = set()
@@ -3840,23 +3877,44 @@ async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, An
         if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
             ids |= {row[0] async for row in queue.link.members(key)}
     known = sorted(ids)
-    for at in range(0, len(known), 100):
-        part = known[at : at + 100]
-        yield part, (await queue.call("check", project, {"ids": " ".join(part)}))[1]
+    at = 0
+    while at < len(known):
+        ids_there = " ".join(known[at : at + 100])
+        _, problems, count = await queue.call("check", project, {"ids": ids_there})
+        yield known[at : at + count], problems
+        at += count
+
+
+async def unregistered(queue: Queue, project: str | None) -> list[str]:
+    """The projects, or this one, that are there and missing in the registry; a failover may have
+    lost their names, and nobody sees a project that nobody names."""
+    await queue.link.check()
+    prefix = "mosaic:queue:project:"
+    keys = [key async for key in queue.link.scan(f"{prefix}{{{project or '*'}}}")]
+    names = {key[len(prefix) + 1 : -1] for key in keys}
+    listed = await queue.link.send("SMEMBERS", REGISTRY)
+    return sorted(name for name in names.difference(listed) if ID.fullmatch(name))
 
 
 async def examine(queue: Queue, project: str | None, answer: Findings) -> Findings:
     """Hold a project, or all, against the rules; set right what is wrong where the answer counts
     repairs."""
+    repairs, faults = "repaired" in answer, 0
     project = project or queue.config["project"]
-    for one in [project] if project else await queue.projects():
+    unlisted = await unregistered(queue, project)
+    for one in unlisted:
+        answer["findings"].append(f"project {one} is missing in {REGISTRY}: no overview shows it")
+        if repairs:
+            await queue.link.send("SADD", REGISTRY, one)
+    for one in [project] if project else sorted({*await queue.projects(), *unlisted}):
         async for ids, problems in problems_in(queue, one):
             answer["checked"] += len(ids)
             answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
             wrong = sorted({task for task, _ in problems})
-            if wrong and "repaired" in answer:
-                await queue.call("repair", one, {"ids": " ".join(wrong)})
-                answer["repaired"] += len(wrong)
+            faults += len(wrong)
+            for at in range(0, len(wrong) if repairs else 0, REPAIR):
+                await queue.call("repair", one, {"ids": " ".join(wrong[at : at + REPAIR])})
+    answer["repaired" if repairs else "repairable"] = len(unlisted) + faults
     return answer
 
 
@@ -8846,7 +8904,7 @@ def findings_text(answer: Findings) -> str:
     """What does not hold, and what to do about it."""
     fixed = f", {answer['repaired']} repaired" if "repaired" in answer else ""
     faults = f"findings: {len(answer['findings'])}, tasks: {answer['checked']}{fixed}"
-    todo = ["-> mosaic-queue repair"] if answer["findings"] and not fixed else []
+    todo = ["-> mosaic-queue repair"] if answer.get("repairable") else []
     return lines_of([*answer["findings"], faults, *todo])
 
 

@@ -7,6 +7,7 @@ happens, the key space is sound afterwards.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -1076,3 +1077,108 @@ async def test_a_project_with_one_mission_needs_none_named(
     assert await refused(server, queue.create("p", title="a task")) == "INVALID"
     config.set("mission", "another", "test")
     assert (await queue.create("p", title="a task"))["mission"] == "another"
+
+
+# ---- lists ----
+
+
+async def test_a_list_of_what_has_these_words(queue: mq.Queue) -> None:
+    """In taskId, title or description, each of them, whatever its case."""
+    await queue.create("p", "m", "API-1", title="Write the page", description="über/all \"quoted\"")
+    await queue.create("p", "m", "API-2", title="ÜBER the top")
+    await queue.create("p", "n", "UI-1", title="nothing", metadata={"note": "page"})
+
+    async def named(text: str, **more: Any) -> list[str]:
+        page = await queue.list(project="p", text=text, **more)
+        assert page["total"] == len(page["tasks"])
+        return sorted(task["taskId"] for task in page["tasks"])
+
+    assert await named("PAGE") == ["API-1"]
+    assert await named("api the") == ["API-1", "API-2"]
+    assert await named("über") == ["API-1", "API-2"]
+    assert await named("über/all \"quoted\"") == ["API-1"]
+    assert await named("%a+ .*") == []
+    assert await named("1", mission="n") == ["UI-1"]
+
+
+async def test_a_list_shows_titles_and_dependencies_of_every_text(
+    queue: mq.Queue, db: redis.Redis
+) -> None:
+    """Of a text whose beginning has neither, of quotes and backslashes, and of an older program."""
+    titles = ['plain', 'a "quote"', 'back\\', '\\"', "\x01" * 500, "ü" * 250]
+    for n, title in enumerate(titles):
+        other = [f"T{n - 1}"] if n else []
+        await queue.create("p", "m", f"T{n}", title=title, description="x" * 2000,
+                           dependencies=other)
+    many = [f"dependency-with-a-long-name-{n}" for n in range(200)]
+    for name in many:
+        await create(queue, name)
+    await queue.create("p", "m", "many", title="many", dependencies=many)
+    old = {"dependencies": "T0", "description": "d", "title": "old"}
+    await queue.create("p", "m", "old", title="old", dependencies=["T0"])
+    db.set("mosaic:queue:project:{p}:text:old", json.dumps(old))
+    found = {task["taskId"]: task for task in (await queue.list(project="p", limit=1000))["tasks"]}
+    for task in [*(f"T{n}" for n in range(len(titles))), "many", "old"]:
+        whole = await queue.get(task)
+        assert found[task]["title"] == whole["title"]
+        assert found[task]["dependencies"] == whole["dependencies"], task
+
+
+async def test_a_list_ends_after_4_mib_of_texts(queue: mq.Queue) -> None:
+    size = 60_000
+    for n in range(100):
+        await queue.create("p", "m", f"T{n:03}", title="a task", description="x" * size)
+    first = await queue.list(project="p", mission="m", limit=1000, full=True)
+    assert len(first["tasks"]) < 4 * 2**20 / size + 3
+    rest = await queue.list(
+        project="p", mission="m", limit=1000, full=True, cursor=first["cursor"]
+    )
+    assert len({task["id"] for page in (first, rest) for task in page["tasks"]}) == 101
+    _, records = await queue.records("p", [f"T{n:03}" for n in range(100)])
+    assert len(records) == 100
+
+
+async def test_a_list_goes_on_until_it_has_a_page(queue: mq.Queue) -> None:
+    rows: list[mq.NewTask] = [{"mission": "m", "title": "a task"} for _ in range(200)]
+    for _ in range(6):
+        await queue.create_all(rows, project="p")
+    await queue.create("p", "m", "rare", title="a task", priority="low")
+    page = await queue.list(project="p", priority="low")
+    assert ([task["taskId"] for task in page["tasks"]], page["total"]) == (["rare"], 1)
+
+
+# ---- what doctor finds, and repair sets right ----
+
+
+async def test_a_lost_lease_is_that_of_the_lock(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    """A living agent's entry among the running was lost: it goes on with its task."""
+    await create(queue, "T")
+    claimed = await queue.claim("T", "alice", ttl=600)
+    db.zrem("mosaic:queue:project:{p}:running:any", "T")
+    assert (await mq.repair(queue, project="p"))["repaired"] == 1
+    assert abs((await queue.get("T"))["leaseExpiresAt"] - claimed["leaseExpiresAt"]) < 50
+    assert (await queue.reap())["reaped"] == []
+    assert sound(db, shim) == []
+
+
+async def test_a_name_that_the_registry_lost(queue: mq.Queue, db: redis.Redis) -> None:
+    """doctor finds its project by its root, repair enters it, and so does work now and then."""
+    await queue.create("web", "m", "T1", title="a task")
+    registry = "mosaic:queue:projects"
+    db.srem(registry, "web")
+    queue.config.values.pop("project")
+    found = await mq.doctor(queue)
+    assert [line for line in found["findings"] if "project web" in line]
+    assert found["repairable"] == 1
+    await mq.repair(queue)
+    assert db.sismember(registry, "web")
+    assert (await mq.doctor(queue))["repairable"] == 0
+    db.srem(registry, "web")
+    async with mq.Queue(queue.config) as other:
+        for _ in range(mq.REGISTER):
+            await other.note("web/T1", "seen")
+            await other.claim("web/T1", "alice")
+            await other.release("web/T1")
+    assert db.sismember(registry, "web")

@@ -1,14 +1,16 @@
--- list.lua -- List tasks by mission, status, lane, agent and priority.
+-- list.lua -- List tasks by mission, status, lane, agent, priority and words.
 --
 -- State    any -> (unchanged)
--- Args     mission status lane agent priority limit cursor full
+-- Args     mission status lane agent priority text limit cursor full
 -- Returns  total where an index knows it, cursor when there is more, the tasks
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
 --
--- Reads the smallest index that has all the tasks asked for, looks at LOOK of them at most, and
--- goes on at the cursor: `<index>,<score>,<id>` of the last one it looked at.
+-- Reads the smallest index that has all the tasks asked for, looks at LOOK of them and TEXTS bytes at
+-- most, and goes on at the cursor: `<index>,<score>,<id>` of the last one it looked at.  `text` has a
+-- word in a line, its spellings between tabs: each word stands in taskId, title or description; small
+-- letters of ASCII are as good as capitals.
 
 meta = project()
 local limit = require_integer(arg.limit, 'limit', 1, LOOK)
@@ -52,7 +54,7 @@ if arg.mission ~= '' then
     indexes, total = {'mission:' .. arg.mission}, size
   end
 end
-local known = arg.lane == '' and arg.agent == '' and arg.priority == '' and
+local known = arg.text == '' and arg.lane == '' and arg.agent == '' and arg.priority == '' and
               (arg.mission == '' and wanted ~= 'claimed' and wanted ~= 'in-progress' or
                any and arg.mission ~= '')
 
@@ -91,9 +93,29 @@ local function matches(task)
          (arg.priority == '' or task.priority == arg.priority)
 end
 
+local read_so_far = 0          -- bytes of texts
+
+local function has_words(task)
+  local text = read('GET', key('text', task.id)) or '{}'
+  read_so_far = read_so_far + #text
+  local values = cjson.decode(text)
+  text = (task.id .. '\n' .. (values.title or '') .. '\n' .. (values.description or '')):lower()
+  for word in arg.text:lower():gmatch('[^\n]+') do
+    local found = false
+    for spelling in word:gmatch('[^\t]+') do found = found or text:find(spelling, 1, true) end
+    if not found then return false end
+  end
+  return true
+end
+
 local function line(task, ends)
-  if arg.full == '1' then return whole(task) end
-  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
+  if arg.full == '1' then
+    local reply = whole(task)
+    read_so_far = read_so_far + #reply[4] + #reply[5] + #reply[6]
+    return reply
+  end
+  local title, dependencies, size = head_of(task)
+  read_so_far = read_so_far + size
   local brief = row('taskId', task.id, 'status', task.status, 'lane', task.lane,
                     'mission', task.mission, 'priority', task.priority,
                     'claimedBy', task.claimedBy, 'claimedAt', task.claimedAt,
@@ -101,8 +123,8 @@ local function line(task, ends)
                     'retryCount', task.retryCount, 'notBefore', task.notBefore,
                     'leaseExpiresAt', ends, 'claimTTL', task.claimTTL,
                     'orphaned', task.orphaned,
-                    'dependencies', text.dependencies or '')
-  return {'OK', brief, '', cjson.encode({title = text.title or ''})}
+                    'dependencies', dependencies)
+  return {'OK', brief, '', '{"title":' .. title .. '}'}
 end
 
 local rows, looked, cursor, last = {}, 0, '', ''
@@ -111,13 +133,13 @@ while at <= #indexes and cursor == '' do
   local found = read(latest_first(index) and 'ZREVRANGE' or 'ZRANGE', root .. ':' .. index,
                      start, start + limit, 'WITHSCORES')
   for i = 1, #found, 2 do
-    if looked == LOOK then
+    if looked == LOOK or read_so_far > TEXTS then
       cursor = last
       break
     end
     local task = fields(found[i], 'mission', 'priority', 'claimedBy', 'claimedAt', 'order',
-                        'rev', 'updatedAt', 'retryCount', 'notBefore', 'claimTTL', 'orphaned')
-    if matches(task) then
+                        'rev', 'updatedAt', 'retryCount', 'notBefore', 'claimTTL', 'orphaned', 'edges')
+    if matches(task) and (arg.text == '' or has_words(task)) then
       if #rows == limit then
         cursor = last
         break

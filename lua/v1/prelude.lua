@@ -177,6 +177,23 @@ local function held(task)
   return task.status == 'claimed' or task.status == 'in-progress'
 end
 
+-- The title of a task as JSON, its dependencies between spaces, and how much was read for it: a text
+-- begins with both.  One of an older program has them in any order.
+local function head_of(task)
+  local text = read('GETRANGE', key('text', task.id), 0, 1023)
+  local at = text:find('^{"title":"') and 11
+  while at do
+    at = text:find('["\\]', at)
+    if not at or text:byte(at) == 34 then break end
+    at = at + 2
+  end
+  local edges = at and text:match('^,"dependencies":"([^"]*)"', at + 1)
+  if at and (edges or task.edges == '') then return text:sub(10, at), edges or '', #text end
+  text = read('GET', key('text', task.id)) or '{}'
+  local values = cjson.decode(text)
+  return cjson.encode(values.title or ''), values.dependencies or '', #text
+end
+
 local function append(list, ...)
   for _, value in ipairs({...}) do list[#list + 1] = value end
 end

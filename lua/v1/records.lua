@@ -2,18 +2,20 @@
 --
 -- State    any -> (unchanged)
 -- Args     ids
--- Returns  epoch, rev, fence, limits and lanes; each task, but those that are gone
+-- Returns  epoch, rev, fence, limits and lanes; each task, but those that are gone; how many ids it
+--          got to
 -- Rejects  SCHEMA INVALID NOT_FOUND TOO_LARGE
 -- Emits    nothing
 -- Flags    no-writes
 --
--- `ids` stand between spaces, BATCH of them at most.  With each task come the dependencies that it
+-- `ids` stand between spaces, BATCH of them at most; after TEXTS bytes it stops.  With each task come the dependencies that it
 -- waits for, and those that it has freed, LOOK at most, though it is not completed.
 
 meta = project()
-local tasks, count = {}, 0
+local tasks, count, size = {}, 0, 0
 for id in arg.ids:gmatch('%S+') do
   require_id(id, 'taskId')
+  if size > TEXTS then break end
   count = count + 1
   if count > BATCH then reject('TOO_LARGE', 'accepted: up to ' .. BATCH .. ' ids') end
   local task = fields(id, '*')
@@ -21,9 +23,9 @@ for id in arg.ids:gmatch('%S+') do
     local freed = task.status ~= 'completed' and
                   read('ZRANGEBYSCORE', key('dependents', id), 1, 1, 'LIMIT', 0, LOOK) or {}
     local waits = task.edges ~= '' and read('SMEMBERS', key('waits', id)) or {}
-    tasks[#tasks + 1] = whole(task, 'waits', table.concat(waits, ' '),
-                              'freed', table.concat(freed, ' '))
+    local reply = whole(task, 'waits', table.concat(waits, ' '), 'freed', table.concat(freed, ' '))
+    tasks[#tasks + 1], size = reply, size + #reply[4] + #reply[5] + #reply[6]
   end
 end
 return {'OK', row('epoch', read('HGET', root, 'epoch') or '', 'rev', meta.rev, 'fence', meta.fence,
-                  'limits', meta.limits, 'lanes', meta.lanes), tasks}
+                  'limits', meta.limits, 'lanes', meta.lanes), tasks, count}

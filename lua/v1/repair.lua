@@ -6,8 +6,8 @@
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    update for each task that is blocked, or no longer, and free
 --
--- A task without a hash is taken out of everything; a held one without a lease gets one that has
--- ended, so that reap gives it back.
+-- A task without a hash is taken out of everything.  A held one without a lease gets that of its
+-- lock; without a lock one that has ended, so that reap gives it back.
 
 meta = project()
 local repaired = 0
@@ -33,7 +33,10 @@ for id in arg.ids:gmatch('%S+') do
       write('SET', key('text', id), cjson.encode(text))
     end
     write('ZADD', key('mission', task.mission), task.order, id)
-    if held(task) then write('ZADD', key('running', task.lane), 'NX', now, id) end
+    if held(task) then
+      local left = math.max(0, read('PTTL', key('lock', id)))
+      write('ZADD', key('running', task.lane), 'NX', now + left, id)
+    end
     if heal(task) then write('ZADD', root .. ':unsettled', now, id) end
   end
   repaired = repaired + 1
