@@ -99,7 +99,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import (
@@ -9004,6 +9004,13 @@ JSON_TYPES: dict[str, dict[str, Any]] = {
 }
 TOOL_SETS = ("default", "orchestrator")
 ARGUMENTS["tools"] = Argument("word", "default or orchestrator", words=TOOL_SETS)
+SAID_TO_MODELS = {  # where the words for a command line are no help, or too long for each tool
+    "task": "taskId or project/taskId",
+    "agent": "default: you",
+    "lane": "planning, coding, any, or the policy's",
+    "mission": "name of a mission",
+    "cursor": "from the last answer",
+}
 MCP_WAIT = 25  # s; clients give up on a tool after 60
 PROGRESS_EVERY = 5  # s
 
@@ -9021,8 +9028,8 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
             schema.get("items", schema)["enum"] = list(argument.words)
         if name == "wait":
             schema["maximum"] = MCP_WAIT
-        if argument.kind in ("int", "duration", "bool", "ids"):
-            schema["description"] = argument.help
+        if name in SAID_TO_MODELS or argument.kind in ("int", "duration", "bool", "ids"):
+            schema["description"] = SAID_TO_MODELS.get(name, argument.help)
         properties[camel(name)] = schema
         optional = name in ("project", "mission") and config[name]
         if parameter.default is parameter.empty and not optional:
@@ -9046,10 +9053,25 @@ def tool_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
     for name in given:
         if name not in names:
             invalid(f"argument of queue_{of.name}", name, ", ".join(names))
-    arguments = {names[name]: value for name, value in given.items() if value is not None}
-    if isinstance(arguments.get("wait"), int) and arguments["wait"] > MCP_WAIT:
-        invalid("wait", arguments["wait"], f"0 to {MCP_WAIT}")
+    arguments = {
+        names[name]: as_meant(ARGUMENTS[names[name]], value)
+        for name, value in given.items()
+        if value is not None
+    }
+    if "wait" in arguments:
+        replace(ARGUMENTS["wait"], high=MCP_WAIT).check("wait", arguments["wait"])
     return fill_in(of, arguments, config, f"queue_{of.name}", camel)
+
+
+def as_meant(argument: Argument, value: Any) -> Any:
+    """A value as its schema has it: 300.0 is an integer in JSON Schema, and some clients send a
+    list or an object as its JSON text."""
+    if argument.kind in ("int", "duration") and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if argument.kind in ("ids", "words", "json") and isinstance(value, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def tool_call(operation: str, arguments: Mapping[str, Any]) -> str:
@@ -9079,25 +9101,62 @@ def as_tool_text(of: Operation, result: Any) -> str:
         return compact(for_models(result["tasks"][0])) if result["tasks"] else str(result["why"])
     if of.result is Task:
         return compact(for_models(result))
-    if of.result is not TaskList:
-        return compact(result)
+    if of.result is TaskList:
+        return task_lines(result)
+    if of.result is QueueStatus and len(result["projects"]) > 1:
+        return project_counts(result)
+    return compact(with_times(result))
+
+
+def task_lines(page: TaskList) -> str:
+    """A page of tasks, a line for each, and what it does not show."""
     lines = []
-    for task in result["tasks"]:
+    for task in page["tasks"]:
         words = [task["id"], task["status"], task["priority"], task["lane"]]
         if "claimedBy" in task:
             words.append("by " + task["claimedBy"])
+        if "orphaned" in task:
+            words.append("(its session has ended)")
         if task["status"] == "blocked":
             words.append("after " + ",".join(task["dependencies"]))
         lines.append(" ".join(words) + ": " + printable(task["title"]))
-    shown = f"{len(result['tasks'])} of {result['total']}" if "total" in result else len(lines)
-    more = f"; more: cursor {result['cursor']}" if "cursor" in result else ""
+    shown = f"{len(page['tasks'])} of {page['total']}" if "total" in page else len(lines)
+    more = f"; more: cursor {page['cursor']}" if "cursor" in page else ""
     return "\n".join([*lines, f"{shown} tasks{more}"])
+
+
+def project_counts(answer: QueueStatus) -> str:
+    """The counts of many projects, a line for each; one that is named is shown whole."""
+    lines = []
+    for one in answer["projects"][:PROJECTS_SHOWN]:
+        counts = ", ".join(f"{n} {of}" for of, n in one["tasks"].items() if n) or "no tasks"
+        lines.append(f"{one['project']}: {counts}" + "; paused" * ("pausedAt" in one))
+    shown = f"{len(lines)} of {len(answer['projects'])} projects"
+    return "\n".join([*lines, f"{shown}; name one for its lanes and what is late"])
 
 
 def for_models(task: Task) -> dict[str, Any]:
     """A task in the order in which one reads, without what `id` says already or nobody needs."""
     names = [name for name in Task.__annotations__ if name not in ("project", "taskId", "session")]
-    return {name: task[name] for name in names if name in task}  # type: ignore[literal-required]
+    shown = {name: task[name] for name in names if name in task}  # type: ignore[literal-required]
+    return cast(dict[str, Any], with_times(shown))
+
+
+def with_times(value: Any, name: str = "") -> Any:
+    """A result with its times as people write them: a model does not reckon in milliseconds."""
+    if isinstance(value, dict):
+        if "taskId" in value:
+            return for_models(cast(Task, value))
+        return {key: value[key] if key == "metadata" else with_times(value[key], key)
+                for key in value}  # fmt: skip
+    if isinstance(value, list):
+        return [with_times(one) for one in value]
+    is_time = name in TIMES or name.endswith("At")
+    return moment(value) if is_time and isinstance(value, int) else value
+
+
+TIMES = ("at", "now", "notBefore", "oldestReadySince", "lastHeard")
+PROJECTS_SHOWN = 25  # by one `queue_status`
 
 
 def mcp_agent(config: Config, minted: bool = True) -> str | None:
@@ -9108,8 +9167,75 @@ def mcp_agent(config: Config, minted: bool = True) -> str | None:
     return f"{user_at_host()[:120]}-{os.urandom(2).hex()}" if minted else None
 
 
-def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
-    """The MCP server of a queue, for any transport; `orchestrator` adds the tools of that set."""
+def tool_from(of: Operation, config: Config) -> Any:
+    """An operation as a tool."""
+    import mcp_types as types
+
+    return types.Tool(
+        name=f"queue_{of.name}",
+        title=f"Queue {of.name}",
+        description=of.summary,
+        input_schema=input_schema(of, config),
+        annotations=types.ToolAnnotations(
+            read_only_hint=of.reads,
+            destructive_hint=of.destroys,
+            idempotent_hint=of.reads or of.name in ("heartbeat", "start"),
+            open_world_hint=False,
+        ),
+        _meta={
+            "anthropic/alwaysLoad": True,
+            "anthropic/searchHint": "task queue: claim, complete and list shared tasks",
+        },
+    )
+
+
+async def answer_tool(queue: Queue, of: Operation, given: Mapping[str, Any], context: Any) -> Any:
+    """The result of a tool call, or the refusal as one; what was lost meanwhile is said first."""
+    import mcp_types as types
+
+    refused = False
+    try:
+        arguments = tool_arguments(of, given, queue.config)
+        work = of.call(queue, **arguments)
+        text = as_tool_text(of, await with_progress(context, arguments.get("wait", 0), work))
+    except Refused as refusal:
+        refusal.reader = queue.reader
+        refused, text = True, f"{refusal.code}: {refusal.message}"
+        text += f"\nnext: {refusal.hint}" * bool(refusal.hint)
+    while queue.lost:
+        text = f"{queue.lost.pop()}\n{text}"
+    return types.CallToolResult(content=[types.TextContent(text=text)], is_error=refused)
+
+
+async def board_resources(queue: Queue) -> Any:
+    """The boards of all projects."""
+    import mcp_types as types
+
+    names = [queue.config["project"]]
+    # A client asks at its start, and Valkey may be down.
+    with contextlib.suppress(Refused), anyio.move_on_after(2):
+        names = list(await queue.projects())
+    boards = [
+        types.Resource(
+            uri=f"mosaic://{name}", name=name, title=f"Board of {name}", mime_type=MARKDOWN
+        )
+        for name in filter(None, names)
+    ]
+    return types.ListResourcesResult(resources=boards)
+
+
+MARKDOWN = "text/markdown"
+RESOURCES = {  # templates of their addresses
+    "board": ("Board of a project", "mosaic://{project}"),
+    "task": ("A task, and why it does not move", "mosaic://{project}/tasks/{taskId}"),
+}
+
+
+def mcp_server(
+    queue: Queue, tool_set: str = "default", caller: Callable[[Any], Queue] | None = None
+) -> Any:
+    """The MCP server of a queue, for any transport; `orchestrator` adds the tools of that set.
+    `caller` gives the queue of who makes a request, from its context."""
     import mcp_types as types
     from mcp.server.caching import CacheHint
     from mcp.server.lowlevel import Server as McpServer
@@ -9117,77 +9243,36 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
 
     offered = {"queue_" + of.name: of for of in offered_operations(tool_set)}
     queue.reader = tool_reader(tool_set)
-    tools = [
-        types.Tool(
-            name=name,
-            title=name.replace("_", " ").capitalize(),
-            description=of.summary,
-            input_schema=input_schema(of, queue.config),
-            annotations=types.ToolAnnotations(
-                read_only_hint=of.reads,
-                destructive_hint=of.destroys,
-                idempotent_hint=of.reads or of.name in ("heartbeat", "start"),
-                open_world_hint=False,
-            ),
-            _meta={
-                "anthropic/alwaysLoad": True,
-                "anthropic/searchHint": "task queue: claim, complete and list shared tasks",
-            },
-        )
-        for name, of in offered.items()
-    ]
+    of_caller = caller or (lambda _context: queue)
 
     async def list_tools(_context: Any, _page: Any) -> types.ListToolsResult:
-        return types.ListToolsResult(tools=tools)
+        return types.ListToolsResult(tools=[tool_from(of, queue.config) for of in offered.values()])
 
     async def call_tool(context: Any, call: types.CallToolRequestParams) -> types.CallToolResult:
         of = offered.get(call.name)
         if of is None:
             raise MCPError(-32602, f"there is no tool {call.name}; there are: {', '.join(offered)}")
-        refused = False
-        try:
-            arguments = tool_arguments(of, call.arguments or {}, queue.config)
-            work = of.call(queue, **arguments)
-            text = as_tool_text(of, await told_of(context, arguments.get("wait", 0), work))
-        except Refused as refusal:
-            refusal.reader = queue.reader
-            refused, text = True, f"{refusal.code}: {refusal.message}"
-            if refusal.hint:
-                text += f"\nnext: {refusal.hint}"
-        while queue.lost:
-            text = f"{queue.lost.pop()}\n{text}"
-        return types.CallToolResult(content=[types.TextContent(text=text)], is_error=refused)
+        answer = await answer_tool(of_caller(context), of, call.arguments or {}, context)
+        return cast(types.CallToolResult, answer)
 
-    async def list_resources(_context: Any, _page: Any) -> types.ListResourcesResult:
-        names = [queue.config["project"]]
-        # A client asks at its start, and Valkey may be down.
-        with contextlib.suppress(Refused), anyio.move_on_after(2):
-            names = list(await queue.projects())
-        boards = [
-            types.Resource(uri=f"mosaic://{name}", name=name, title=f"Board of {name}",
-                           mime_type="text/markdown")
-            for name in filter(None, names)
-        ]  # fmt: skip
-        return types.ListResourcesResult(resources=boards)
+    async def list_resources(context: Any, _page: Any) -> types.ListResourcesResult:
+        return cast(types.ListResourcesResult, await board_resources(of_caller(context)))
 
     async def list_templates(_context: Any, _page: Any) -> types.ListResourceTemplatesResult:
-        kinds = {"Board of a project": "mosaic://{project}"}
-        kinds["A task, and why it does not move"] = "mosaic://{project}/tasks/{taskId}"
         templates = [
-            types.ResourceTemplate(name=title.split()[0].lower() if "Board" in title else "task",
-                                   title=title, uri_template=uri, mime_type="text/markdown")
-            for title, uri in kinds.items()
-        ]  # fmt: skip
+            types.ResourceTemplate(name=name, title=title, uri_template=uri, mime_type=MARKDOWN)
+            for name, (title, uri) in RESOURCES.items()
+        ]
         return types.ListResourceTemplatesResult(resource_templates=templates)
 
     async def read_resource(
-        _context: Any, asked: types.ReadResourceRequestParams
+        context: Any, asked: types.ReadResourceRequestParams
     ) -> types.ReadResourceResult:
         try:
-            text = await page_of(queue, asked.uri)
+            text = await page_of(of_caller(context), asked.uri)
         except Refused as refusal:
             raise MCPError(-32602, f"{refusal.code}: {refusal.message}") from None
-        page = types.TextResourceContents(uri=asked.uri, mime_type="text/markdown", text=text)
+        page = types.TextResourceContents(uri=asked.uri, mime_type=MARKDOWN, text=text)
         return types.ReadResourceResult(contents=[page])
 
     return McpServer(
@@ -9204,7 +9289,7 @@ def mcp_server(queue: Queue, tool_set: str = "default") -> Any:
     )
 
 
-async def told_of(context: Any, wait: int, work: Awaitable[R]) -> R:
+async def with_progress(context: Any, wait: int, work: Awaitable[R]) -> R:
     """What the work of a tool returns; a client that asked for progress hears every PROGRESS_EVERY
     seconds of a wait that it goes on."""
 
@@ -9282,65 +9367,74 @@ async def mcp(queue: Queue, *, tools: str = "default") -> int:
     return await serve_stdio(queue.config, queue.link.unsafe, tools)
 
 
-async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> int:
-    """Serve MCP on standard input and output until the input ends or the parent is gone; the exit
-    status.
+class StdioTransport:
+    """Lines of JSON-RPC between an MCP server and the client that started this process.
 
-    A transport of our own: the SDK's tells nobody when it cannot parse a line, and the caller
-    would wait for ever.  Whatever else prints to standard output goes to standard error.
+    Ours, since the SDK's own transport drops a line that it cannot parse, and whoever sent it
+    waits for ever; and since it reads and writes in threads that cannot be left, so that the
+    process would outlive a signal, its parent, or a client that reads no more.  Here both threads
+    are daemons, and the end of the input, or of the parent, ends the process within a second.
     """
-    import mcp_types as types
-    from mcp.shared.message import SessionMessage
 
-    config = Config(dict(config.values), config.environ)
-    known = mcp_agent(config, minted=False)
-    minted = None if known else mcp_agent(config)
-    config.set("agent", known or minted, "minted")
-    parent, heard, status = os.getppid(), time.monotonic(), 0
-    wire = os.dup(1)
-    os.dup2(2, 1)
-    from_client, to_server = anyio.create_memory_object_stream[SessionMessage | Exception](0)
-    from_server, to_client = anyio.create_memory_object_stream[SessionMessage](0)
+    def __init__(self, stop: Callable[[], object]) -> None:
+        from mcp.shared.message import SessionMessage
 
-    async def write(text: str) -> None:
-        data = text.encode() + b"\n"
-        try:
-            while data:
-                data = data[await anyio.to_thread.run_sync(os.write, wire, data) :]
-        except OSError:
-            tasks.cancel_scope.cancel()  # nobody reads us any more
+        self.stop = stop  # called when there is nobody to serve any more
+        self.heard = time.monotonic()  # when the client said something last
+        self.parent = os.getppid()
+        self.token = anyio.lowlevel.current_token()
+        # Whatever else prints to standard output goes to standard error.
+        self.wire = os.dup(1)
+        os.dup2(2, 1)
+        incoming = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+        self.from_client, self.to_server = incoming
+        self.from_server, self.to_client = anyio.create_memory_object_stream[SessionMessage](0)
+        self.turn = anyio.Lock()  # of those who write
+        self.ended = anyio.Event()  # the input
 
-    async def take(line: bytes) -> None:
-        nonlocal heard
-        heard = time.monotonic()
-        try:
-            message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
-        except ValueError as problem:
-            reason = " ".join(str(problem).split("[type=")[0].split("\n", 1)[-1].split())
-            error = {"code": -32700, "message": f"the message cannot be read: {reason[:200]}"}
-            await write(json.dumps({"jsonrpc": "2.0", "id": id_of(line), "error": error}))
-        else:
-            await from_client.send(SessionMessage(message))
+    def idle(self) -> float:
+        """Seconds since the client said something."""
+        return time.monotonic() - self.heard
 
-    async def obey_signals() -> None:
-        nonlocal status
-        async for number in received:
-            status = 130 if number == signal.SIGINT else 0
-            tasks.cancel_scope.cancel()
+    async def serve(self) -> None:
+        """Read, write, and watch the parent, until cancelled."""
+        threading.Thread(target=self.read, daemon=True).start()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.watch_parent)
+            tasks.start_soon(self.watch_input)
+            async for sent in self.to_client:
+                await self.send(sent.message.model_dump_json(by_alias=True, exclude_unset=True))
 
-    async def watch_parent() -> None:
-        while os.getppid() == parent:
+    async def watch_parent(self) -> None:
+        """Stop when the process that started this one is gone."""
+        while os.getppid() == self.parent:
             await anyio.sleep(0.3)
-        tasks.cancel_scope.cancel()
+        self.stop()
 
-    async def answer() -> None:
-        async for sent in to_client:
-            await write(sent.message.model_dump_json(by_alias=True, exclude_unset=True))
+    async def send(self, text: str) -> None:
+        """Write a line, in a thread that nobody waits for: a client may have ceased to read."""
+        written = anyio.Event()
 
-    def read() -> None:
-        # A thread that nobody waits for: a blocked read cannot be cancelled.
+        def write(data: bytes) -> None:
+            try:
+                while data:
+                    data = data[os.write(self.wire, data) :]
+                then: Callable[[], object] = written.set
+            except OSError:
+                then = self.stop
+            with contextlib.suppress(RuntimeError):
+                anyio.from_thread.run_sync(then, token=self.token)
+
+        async with self.turn:
+            threading.Thread(target=write, args=(text.encode() + b"\n",), daemon=True).start()
+            await written.wait()
+
+    def read(self) -> None:
+        """Read lines, in a thread that nobody waits for: a blocked read cannot be cancelled."""
+        from concurrent.futures import CancelledError
+
         pieces: list[bytes] = []
-        over = (RuntimeError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+        over = (RuntimeError, anyio.BrokenResourceError, anyio.ClosedResourceError, CancelledError)
         with contextlib.suppress(*over):
             while chunk := os.read(0, 65536):
                 pieces.append(chunk)
@@ -9348,38 +9442,80 @@ async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "def
                     *lines, rest = b"".join(pieces).split(b"\n")
                     pieces = [rest]
                     for line in filter(bytes.strip, lines):
-                        anyio.from_thread.run(take, line, token=token)
-            anyio.from_thread.run(from_client.aclose, token=token)
+                        anyio.from_thread.run(self.take, line, token=self.token)
+            anyio.from_thread.run_sync(self.ended.set, token=self.token)
 
-    token = anyio.lowlevel.current_token()
+    async def take(self, line: bytes) -> None:
+        """Hand a line to the server, or answer one that cannot be read."""
+        import mcp_types as types
+        from mcp.shared.message import SessionMessage
+
+        self.heard = time.monotonic()
+        try:
+            message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+            if isinstance(message, types.JSONRPCNotification) and id_of(line)[0]:
+                raise ValueError("it\nhas an id that is no string and no integer")
+        except ValueError as problem:
+            reason = " ".join(str(problem).split("[type=")[0].split("\n", 1)[-1].split())
+            error = {"code": -32700, "message": f"the message cannot be read: {reason[:200]}"}
+            answer = {"jsonrpc": "2.0", "id": id_of(line)[1], "error": error}
+            await self.send(json.dumps(answer))
+        else:
+            await self.from_client.send(SessionMessage(message))
+
+    async def watch_input(self) -> None:
+        """Stop when the client has said all it had to say; what is under way has half a second."""
+        await self.ended.wait()
+        await self.from_client.aclose()
+        await anyio.sleep(0.5)
+        self.stop()
+
+
+async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> int:
+    """Serve MCP on standard input and output until the input ends or the parent is gone; the exit
+    status."""
+    config = Config(dict(config.values), config.environ)
+    known = mcp_agent(config, minted=False)
+    minted = None if known else mcp_agent(config)
+    config.set("agent", known or minted, "minted")
+    status = 0
+
+    async def obey_signals() -> None:
+        nonlocal status
+        async for number in received:
+            status = 130 if number == signal.SIGINT else 0
+            tasks.cancel_scope.cancel()
+
     # Open to the end: clients send a second signal 0.1 s after the first, while leases are left.
     with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as received:
         async with Queue(config, session=new_session(), unsafe=unsafe) as queue:
             queue.ttl, queue.patience = config["defaults.mcpTTL"], MCP_WAIT - DEADLINE
             server = mcp_server(queue, tool_set)
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(watch_parent)
+                wire = StdioTransport(tasks.cancel_scope.cancel)
                 tasks.start_soon(obey_signals)
-                tasks.start_soon(answer)
-                tasks.start_soon(renew_leases, queue, lambda: time.monotonic() - heard)
-                threading.Thread(target=read, daemon=True).start()
-                await server.run(to_server, from_server, server.create_initialization_options())
+                tasks.start_soon(wire.serve)
+                tasks.start_soon(renew_leases, queue, wire.idle)
+                options = server.create_initialization_options()
+                await server.run(wire.to_server, wire.from_server, options)
                 tasks.cancel_scope.cancel()
             with anyio.move_on_after(0.5):
                 await leave(queue, minted)
     return status
 
 
-def id_of(line: bytes) -> str | int | None:
-    """The id of a JSON-RPC message that cannot be read as one; None where it is not certain."""
+def id_of(line: bytes) -> tuple[bool, str | int | float | None]:
+    """Whether a JSON-RPC message has an id, and the id where it is certain."""
     try:
         message = json.loads(line.decode(errors="replace"))
-        found = message.get("id") if isinstance(message, dict) else None
+        message = message if isinstance(message, dict) else {}
+        has_one, found = "id" in message, message.get("id")
     except (ValueError, RecursionError):
         version, own = rb'"jsonrpc"\s*:\s*"2.0"\s*,\s*', rb'(\d{1,15}|"[^"\\]{0,100}")\s*,'
         first = re.match(rb"\s*\{\s*(?:" + version + rb')?"id"\s*:\s*' + own, line)
-        found = json.loads(first[1]) if first else None
-    return found if isinstance(found, (str, int)) and not isinstance(found, bool) else None
+        has_one, found = bool(first), json.loads(first[1]) if first else None
+    fits = isinstance(found, (str, int, float)) and not isinstance(found, bool)
+    return has_one, found if fits else None
 
 
 # ==== AGENT HOSTS ============================================================================

@@ -84,6 +84,17 @@ async def test_the_default_tools_cost_1500_tokens_at_most(
     assert together <= 1500, f"{together} tokens: {costs}"
 
 
+async def test_what_a_model_may_get_wrong_has_a_description(
+    connect: Callable[..., Client],
+) -> None:
+    async with connect("--tools", "orchestrator") as client:
+        for tool in (await client.list_tools()).tools:
+            for name, schema in tool.input_schema["properties"].items():
+                plain = name in ("title", "description", "progress", "checkpoint", "reason",
+                                 "summary", "text", "project", "metadata")  # fmt: skip
+                assert plain or "enum" in schema.get("items", schema) or schema.get("description")
+
+
 async def test_instructions_are_below_1_kb_and_name_real_tools(
     connect: Callable[..., Client],
 ) -> None:

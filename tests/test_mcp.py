@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import select
 import shlex
@@ -251,6 +252,52 @@ async def test_what_gemini_adds_for_itself_is_no_argument(connect: Connect) -> N
         assert text_of(result) == "0 of 0 tasks"
 
 
+async def test_arguments_are_taken_as_clients_send_them(connect: Connect) -> None:
+    """300.0 is an integer in JSON Schema; a list or an object comes as its JSON text, too."""
+    async with connect() as client:
+        new = {"mission": "m", "task": "T1", "title": "t"}
+        await client.call_tool("queue_create", new)
+        texts = {"task": "T2", "dependencies": '["T1"]', "metadata": '{"a": 1}'}
+        assert not (await client.call_tool("queue_create", new | texts)).is_error
+        task = task_of(await client.call_tool("queue_get", {"task": "T2"}))
+        assert (task["dependencies"], task["metadata"]) == (["T1"], {"a": 1})
+        claim = await client.call_tool("queue_claim", {"task": "T1", "ttl": 300.0})
+        assert task_of(claim)["claimTTL"] == 300
+        for ttl in (300.5, "300", True):
+            refused = await client.call_tool("queue_claim", {"task": "T1", "ttl": ttl})
+            assert text_of(refused).startswith("INVALID: ttl is "), ttl
+        refused = await client.call_tool("queue_next", {"wait": "5"})
+        assert "0 to 25" in text_of(refused)
+
+
+async def test_times_are_written_out(connect: Connect) -> None:
+    async with connect() as client:
+        new = {"mission": "m", "task": "T1", "title": "t", "metadata": {"at": 5, "dueAt": 7}}
+        await client.call_tool("queue_create", new)
+        claim = task_of(await client.call_tool("queue_claim", {"task": "T1"}))
+        moment = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ \(\d+ (s|min) (ago|from now)\)"
+        assert re.fullmatch(moment, claim["claimedAt"])
+        assert re.fullmatch(moment, claim["leaseExpiresAt"])
+        assert claim["metadata"] == new["metadata"]
+        why = json.loads(text_of(await client.call_tool("queue_explain", {"task": "T1"})))
+        assert re.fullmatch(moment, why["events"][0]["at"])
+        assert re.fullmatch(moment, why["task"]["createdAt"])
+
+
+async def test_the_status_of_many_projects_is_short(
+    connect: Connect, environ: dict[str, str]
+) -> None:
+    async with connect(MOSAIC_PROJECT="") as client:
+        for i in range(40):
+            new = {"project": f"p{i}", "mission": "m", "task": "T1", "title": "t"}
+            await client.call_tool("queue_create", new)
+        *lines, last = text_of(await client.call_tool("queue_status", {})).splitlines()
+        assert lines[0] == "p0: 1 pending"
+        assert last.startswith("25 of 40 projects; name one")
+        one = task_of(await client.call_tool("queue_status", {"project": "p7"}))
+        assert [project["project"] for project in one["projects"]] == ["p7"]
+
+
 async def test_wrong_arguments_are_a_tool_error(connect: Connect, server: Server) -> None:
     async with connect() as client:
         await client.call_tool("queue_create", {"mission": "m", "task": "T1", "title": "t"})
@@ -422,6 +469,8 @@ BAD_LINES: dict[str, tuple[bytes, Any]] = {
     "params are text": (b'{"jsonrpc":"2.0","id":7,"method":"tools/call","params":"x"}', 7),
     "no params": (b'{"jsonrpc":"2.0","id":7,"method":"tools/call"}', 7),
     "unknown method": (b'{"jsonrpc":"2.0","id":7,"method":"frobnicate"}', 7),
+    "an id that is no integer": (call_line(1.5, '{"task":"T1"}'), 1.5),
+    "an id that is null": (b'{"jsonrpc":"2.0","id":null,"method":"tools/list"}', None),
     "no JSON": (b"hello", None),
     "a list": (b"[]", None),
     "a number": (b"7", None),
@@ -477,6 +526,23 @@ def test_a_line_of_40_mb_is_read_in_linear_time(environ: dict[str, str], tmp_pat
         assert pipe.receive()["error"]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 8
+
+
+@pytest.mark.parametrize("how", ["end of input", "SIGTERM"])
+def test_it_ends_when_a_client_has_ceased_to_read(
+    environ: dict[str, str], tmp_path: Path, how: str
+) -> None:
+    """The pipe to it is full, and a write to it never returns."""
+    with piped(environ, tmp_path) as pipe:
+        for i in range(40):
+            pipe.send(b'{"jsonrpc":"2.0","id":%d,"method":"tools/list"}' % i)
+        assert pipe.process.stdin
+        if how == "SIGTERM":
+            time.sleep(1)  # until it writes
+            pipe.process.send_signal(signal.SIGTERM)
+        else:
+            pipe.process.stdin.close()
+        assert pipe.process.wait(timeout=10) == 0
 
 
 def test_lines_with_crlf_blank_lines_and_two_at_once(pipe: Pipe) -> None:
