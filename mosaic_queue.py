@@ -1300,6 +1300,14 @@ class NewTask(TypedDict, total=False):
     maxRuntime: int
 
 
+class Note(TypedDict):
+    """A finding that somebody left on a task; `at` in ms."""
+
+    agent: str
+    at: int
+    text: str
+
+
 class Task(TypedDict, total=False):
     """A task; fields that have no value are absent.  Times: ms since the epoch by the server's
     clock.  claimTTL, maxRuntime: seconds.  A call that changes a task returns what it changed."""
@@ -1323,6 +1331,8 @@ class Task(TypedDict, total=False):
     rev: int
     progress: str
     checkpoint: str
+    notes: list[Note]  # the last 20, 16 KiB of text in all; newest last
+    noteCount: int  # how many were written
     summary: str
     completedAt: int
     failedAt: int
@@ -1535,21 +1545,81 @@ class QueueStatus(TypedDict):
     projects: list[ProjectStatus]
 
 
-INTEGERS = frozenset(STATUSES) | {
-    *("claimedAt", "claimTTL", "leaseExpiresAt", "fence", "rev", "completedAt", "failedAt"),
-    *("notBefore", "maxRuntime", "retryCount", "expiryCount", "updatedAt", "opFence", "opRev"),
-    *("ready", "delayed", "held", "due", "now", "pausedAt", "oldestReadySince", "maxConcurrent"),
-    *("maxRetries", "deadLetterAfter", "retryDelay", "assign", "storedAt", "place", "soonest"),
-    *("settled", "grace", "lag", "lastHeard"),
-}
 HELD, ENDED = ("claimed", "in-progress"), ("completed", "failed")
-SHOWN = {  # in which statuses a field has a meaning; the others have it always
-    **dict.fromkeys(("claimTTL", "leaseExpiresAt", "session", "orphaned"), HELD),
-    **dict.fromkeys(("claimedBy", "claimedAt", "fence"), HELD + ENDED),
-    **dict.fromkeys(("progress", "checkpoint"), (*HELD, "pending", "blocked", "failed")),
-    **dict.fromkeys(("summary", "completedAt", "late"), ("completed",)),
-    "failedAt": (*HELD, "pending", "blocked", "failed"),
+OPEN = (*HELD, "pending", "blocked", "failed")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a task: what its value is (`ms` since the epoch, `s`: a length of time), which
+    key holds it, in which statuses it means something, whether a person may edit it."""
+
+    kind: Literal["id", "word", "text", "ids", "json", "count", "ms", "s", "mark"]
+    where: Literal["hash", "text", "work", "summary", "notes", "running", "reply"] = "hash"
+    shown: tuple[str, ...] = STATUSES
+    editable: bool = False
+
+
+FIELDS = {  # in the order in which a task is shown: who it is, then what one reads
+    "id": Field("text", "reply"),
+    "project": Field("id", "reply"),
+    "taskId": Field("id", "reply"),
+    "status": Field("word"),
+    "title": Field("text", "text", editable=True),
+    "description": Field("text", "text", editable=True),
+    "mission": Field("id", editable=True),
+    "priority": Field("word", editable=True),
+    "dependencies": Field("ids", "text", editable=True),
+    "lane": Field("id", editable=True),
+    "claimedBy": Field("id", shown=HELD + ENDED),
+    "claimedAt": Field("ms", shown=HELD + ENDED),
+    "claimTTL": Field("s", shown=HELD),
+    "leaseExpiresAt": Field("ms", "running", shown=HELD),
+    "session": Field("id", shown=HELD),
+    "fence": Field("count", shown=HELD + ENDED),
+    "rev": Field("count"),
+    "progress": Field("text", "work", shown=OPEN),
+    "checkpoint": Field("text", "work", shown=OPEN),
+    "notes": Field("json", "notes"),
+    "noteCount": Field("count"),
+    "summary": Field("text", "summary", shown=("completed",)),
+    "completedAt": Field("ms", shown=("completed",)),
+    "failedAt": Field("ms", shown=OPEN),
+    "failureReason": Field("text", "work"),
+    "blockedReason": Field("text", "work"),
+    "notBefore": Field("ms", editable=True),
+    "maxRuntime": Field("s"),
+    "retryCount": Field("count"),
+    "expiryCount": Field("count"),
+    "metadata": Field("json", "text", editable=True),
+    "createdAt": Field("ms", "reply"),
+    "updatedAt": Field("ms"),
+    "orphaned": Field("mark", shown=HELD),
+    "late": Field("mark", shown=("completed",)),
+    "freed": Field("ids", "reply"),
+    "superseded": Field("mark", "reply"),
+    # What the hash keeps besides: age in us, block by hand, an assignment that was not picked up,
+    # whose lease was reaped, how many dependencies there are.
+    "order": Field("count", shown=()),
+    "blocked": Field("mark", shown=()),
+    "assigned": Field("mark", shown=()),
+    "reaped": Field("text", shown=()),
+    "edges": Field("count", shown=()),
 }
+NUMBERS = {name for name, one in FIELDS.items() if one.kind in ("count", "ms", "s")} - {"order"}
+INTEGERS = NUMBERS.union(STATUSES) | {  # of a task, and of the other rows that scripts give
+    *("opFence", "opRev", "ready", "delayed", "held", "due", "now", "pausedAt", "maxConcurrent"),
+    *("oldestReadySince", "maxRetries", "deadLetterAfter", "retryDelay", "assign", "storedAt"),
+    *("place", "soonest", "settled", "grace", "lag", "lastHeard"),
+}
+
+
+DECODERS: dict[str, Callable[[str], Any]] = {"ids": str.split, "json": json.loads, "mark": bool}
+
+
+def stored_in(where: str) -> tuple[str, ...]:
+    """The fields that one kind of key holds."""
+    return tuple(name for name, one in FIELDS.items() if one.where == where)
 
 
 def cells(row: str) -> dict[str, str]:
@@ -1582,7 +1652,7 @@ def values_of(reply: Sequence[Any]) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for text in reply[3:5]:
         pairs |= json.loads(text or "{}")
-    pairs |= dict(zip(("summary",), reply[5:], strict=False))
+    pairs |= dict(zip(("summary", "notes"), reply[5:], strict=False))
     for row in reversed(reply[1:3]):
         pairs |= cells(row)
     return paired(pairs)
@@ -1598,18 +1668,12 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
     task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
     status = pairs.get("status")
     for name, value in pairs.items():
-        if name in SHOWN and status is not None and status not in SHOWN[name]:
-            continue
+        one = FIELDS.get(name)
         if name == "order":
             task["createdAt"] = int(value) // 1000
-        elif name in ("dependencies", "freed"):
-            task[name] = value.split()
-        elif name == "metadata":
-            task[name] = json.loads(value)
-        elif name in ("late", "orphaned"):
-            task[name] = True
-        elif name in Task.__annotations__:
-            task[name] = value
+        elif one and (status in one.shown or (status is None and one.shown)):
+            read = DECODERS.get(one.kind)
+            task[name] = read(value) if read else value
     if "failedAt" not in task:
         task.pop("failureReason", None)
     if "blocked" not in pairs:
@@ -1622,7 +1686,7 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
             task["fence"] = pairs["opFence"]
     if reply[0] == "SUPERSEDED":
         task["superseded"] = True
-    return cast(Task, task)
+    return cast(Task, {name: task[name] for name in FIELDS if name in task})
 
 
 def record_from(project: str, reply: Sequence[Any]) -> Record:
@@ -2883,10 +2947,11 @@ class Queue:
         if rev % REGISTER == 0:
             await self.register(project)
 
-    async def register(self, project: str) -> None:
+    async def register(self, project: str, anew: bool = False) -> None:
         """Enter a name for those who list all projects: a hint, which an ACL may keep from us.
         Again each minute, since Valkey may have been emptied."""
-        if time.monotonic() < self._registered.get(project, -REGISTERED) + REGISTERED:
+        known = time.monotonic() < self._registered.get(project, -REGISTERED) + REGISTERED
+        if known and not anew:
             return
         await self.link.check()
         try:
@@ -3872,7 +3937,7 @@ async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, An
     ids: set[str] = set()
     async for key in queue.link.scan(f"{root}:*"):
         kind, _, name = key[len(root) + 1 :].partition(":")
-        if kind in ("task", "text", "work", "waits", "dependents", "lock"):
+        if kind in ("task", "text", "work", "notes", "waits", "dependents", "lock"):
             ids.add(name)
         if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
             ids |= {row[0] async for row in queue.link.members(key)}
@@ -4198,14 +4263,6 @@ ARGUMENTS |= {
 }
 Records = AsyncIterator[Sequence[Record]]
 VERSION = 1  # of the files with records
-IN_HASH = (
-    *("status", "priority", "lane", "mission", "order", "rev", "updatedAt", "notBefore"),
-    *("claimedBy", "claimedAt", "claimTTL", "session", "fence", "maxRuntime", "retryCount"),
-    *("expiryCount", "completedAt", "failedAt", "blocked", "assigned", "orphaned", "late"),
-    *("reaped", "edges"),
-)
-IN_TEXT = ("title", "description", "metadata", "dependencies")
-IN_WORK = ("progress", "checkpoint", "failureReason", "blockedReason")
 NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "order", "rev", "updatedAt")
 NEEDED_IN = {
     **dict.fromkeys(HELD, ("claimedBy", "claimedAt", "claimTTL", "fence", "leaseExpiresAt")),
@@ -4213,7 +4270,7 @@ NEEDED_IN = {
     "failed": ("failedAt",),
 }
 NUMBER = Argument("int", "", 0, 2**51 - 1)
-FIELDS: dict[str, Argument | str] = {  # what a value may be; a pattern is one for its JSON
+RECORD_RULES: dict[str, Argument | str] = {  # what a value may be; a pattern is one for its JSON
     **{name: ARGUMENTS[name] for name in Record.__annotations__ if name in ARGUMENTS},
     **dict.fromkeys(INTEGERS & Record.__annotations__.keys(), NUMBER),
     **dict.fromkeys(("order", "createdAt"), NUMBER),
@@ -4224,6 +4281,7 @@ FIELDS: dict[str, Argument | str] = {  # what a value may be; a pattern is one f
     **dict.fromkeys(("epoch", "limits", "lanes"), '"[ -~]*"'),
     "reaped": r'"\d{1,15} \S{0,128} \S{1,128}"',
     "hidden": r"\{.*\}",
+    "notes": r"\[\{.*\}\]",
     "id": ".*",
     "project": ".*",  # one may be entered under another name
 }
@@ -4238,7 +4296,7 @@ def restored_row(record: Record) -> dict[str, str]:
     values |= {"metadata": compact(values["metadata"])} if "metadata" in values else {}
     pairs, text, work = (
         {name: values[name] for name in names if values.get(name)}
-        for names in (IN_HASH, IN_TEXT, IN_WORK)
+        for names in map(stored_in, ("hash", "text", "work"))
     )
     return {
         "task": record["taskId"],
@@ -4246,6 +4304,7 @@ def restored_row(record: Record) -> dict[str, str]:
         "text": compact(text),
         "work": compact(work) if work and record["status"] != "completed" else "",
         "summary": values.get("summary", ""),
+        "notes": compact(values["notes"]) if "notes" in values else "",
         "ends": str(record.get("leaseExpiresAt", "")),
     }
 
@@ -4281,12 +4340,12 @@ class Unsettled:
 
 
 def check_fields(given: Mapping[str, Any], *needed: str) -> None:
-    """Hold fields against FIELDS; refuses what does not fit, and what is missing."""
+    """Hold fields against RECORD_RULES; refuses what does not fit, and what is missing."""
     for name in needed:
         if name not in given:
             raise Refused("INVALID", f"{name} is missing", "")
     for name, value in given.items():
-        rule = FIELDS.get(name)
+        rule = RECORD_RULES.get(name)
         if rule is None:
             invalid("field of a record", name, ", ".join(Record.__annotations__))
         elif isinstance(rule, Argument):
@@ -4375,7 +4434,7 @@ async def enter_records(queue: Queue, project: str, meta: Meta, source: Records)
     rows = last.rows()
     for at in range(0, len(rows), RECORDS):
         await step("settle", rows[at : at + RECORDS])
-    await queue.register(project)
+    await queue.register(project, anew=True)
     await step("open")
     return count
 
@@ -4761,9 +4820,7 @@ def thought_text(answer: Thought) -> str:
 # `theirs`, which the queue has now; `ours`, which they want.  Fields become one `update`, and the
 # status one operation of TRANSITIONS.  What has changed on both sides is a conflict.
 
-EDITABLE = frozenset(
-    ("title", "description", "priority", "lane", "mission", "dependencies", "metadata", "notBefore")
-)
+EDITABLE = frozenset(name for name, one in FIELDS.items() if one.editable)
 SAID = frozenset(  # what may come with a status, to say more of it
     ("claimedBy", "claimedAt", "completedAt", "failedAt", "failureReason", "blockedReason")
 ) | {"summary"}
@@ -8830,7 +8887,7 @@ def ago(at: float) -> str:
 
 def facts_text(result: Mapping[str, Any]) -> str:
     """A line for each field that says something, those of a task in its order."""
-    places = {key: place for place, key in enumerate(Task.__annotations__)}
+    places = {key: place for place, key in enumerate(FIELDS)}
     lines = []
     for key in sorted(result, key=lambda key: places.get(key, len(places))):
         value = result[key]
@@ -8840,6 +8897,8 @@ def facts_text(result: Mapping[str, Any]) -> str:
             continue
         if key.endswith("At") or key == "notBefore":
             value = moment(value)
+        elif key == "notes":
+            value = "".join(f"\n  {moment(n['at'])} {n['agent']}: {n['text']}" for n in value)
         elif isinstance(value, list):
             value = ", ".join(map(str, value)) or "nothing"
         elif isinstance(value, dict):

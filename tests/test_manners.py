@@ -102,6 +102,11 @@ def test_arguments_are_all_in_use() -> None:
     assert used == set(mq.ARGUMENTS)
 
 
+def test_a_task_has_the_fields_of_the_table() -> None:
+    """In the same order; what no status shows is the hash's own."""
+    assert [*mq.Task.__annotations__] == [name for name, one in mq.FIELDS.items() if one.shown]
+
+
 def test_sections_stand_in_the_order_of_the_docstring() -> None:
     module = Path(mq.__file__).read_text()
     banners = re.findall(r"^# ==== ([A-Z ]+?) =+$", module, re.MULTILINE)

@@ -1182,3 +1182,36 @@ async def test_a_name_that_the_registry_lost(queue: mq.Queue, db: redis.Redis) -
             await other.claim("web/T1", "alice")
             await other.release("web/T1")
     assert db.sismember(registry, "web")
+
+
+# ---- notes ----
+
+
+async def test_whoever_claims_a_task_reads_its_notes(
+    queue: mq.Queue, db: redis.Redis, shim: Shim
+) -> None:
+    """The last 20, newest last; each way to a task shows them, and they outlive its completion."""
+    await create(queue, "T", lane="coding")
+    for n in range(25):
+        await queue.note("T", f"finding {n}", agent="alice")
+    (task,) = (await queue.next("bob", lane="coding"))["tasks"]
+    assert [note["text"] for note in task["notes"]] == [f"finding {n}" for n in range(5, 25)]
+    assert task["noteCount"] == 25
+    assert {note["agent"] for note in task["notes"]} == {"alice"}
+    assert abs(task["notes"][-1]["at"] - task["claimedAt"]) < 60_000
+    await queue.complete("T")
+    for whole in (await queue.get("T"), (await queue.records("p", ["T"]))[1]["T"]):
+        assert whole["notes"] == task["notes"]
+    assert (await mq.explain(queue, "T"))["task"]["notes"] == task["notes"]
+    await queue.delete("T")
+    assert not db.keys("*:notes:T")
+    assert sound(db, shim) == []
+
+
+async def test_notes_take_16_kib_at_most(queue: mq.Queue) -> None:
+    await create(queue, "T")
+    for n in range(6):
+        await queue.note("T", f"{n}" * 4000)
+    task = await queue.get("T")
+    assert [note["text"][0] for note in task["notes"]] == ["2", "3", "4", "5"]
+    assert task["noteCount"] == 6

@@ -87,6 +87,7 @@ async def populate(queue: mq.Queue) -> None:
     await create(queue, "again")
     await queue.claim("again", "dan")
     await queue.fail("again", reason="broken", delay=300)
+    await queue.note("again", "it needs a key")
     await create(queue, "waits", "ready", "held", "dead")
     await create(queue, "freed", "ready")
     await queue.complete("ready", force=True)
@@ -211,7 +212,6 @@ async def test_nobody_sees_half_a_project(queue: mq.Queue, db: redis.Redis) -> N
     calls: list[Callable[[], Awaitable[Any]]] = [
         lambda: queue.get("ready", project="p"),
         lambda: queue.claim("p/ready", "eve"),
-        lambda: queue.next("eve", project="p"),
         lambda: queue.create("p", "m", "new", title="t"),
         lambda: queue.reap(project="p"),
         lambda: queue.policy(project="p", apply=True),
@@ -225,6 +225,8 @@ async def test_nobody_sees_half_a_project(queue: mq.Queue, db: redis.Redis) -> N
                 with pytest.raises(mq.Refused, match="it is being restored") as refused:
                     await call()
                 assert refused.value.code == "NOT_FOUND"
+            nothing = await queue.next("eve", project="p")
+            assert nothing["why"].endswith("it is being restored")
         assert (await mq.status(queue))["projects"] == []
 
     await mq.enter_records(queue, "p", meta, watched())

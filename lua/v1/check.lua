@@ -90,7 +90,7 @@ for id in arg.ids:gmatch('%S+') do
     check(id, task, indexes)
   else
     for name in pairs(indexes) do problem(id, 'is in ' .. name .. ' and does not exist') end
-    for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents', 'lock'}) do
+    for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents', 'lock'}) do
       if read('EXISTS', key(kind, id)) == 1 then problem(id, 'left its ' .. kind .. ' behind') end
     end
   end

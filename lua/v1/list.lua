@@ -111,7 +111,7 @@ end
 local function line(task, ends)
   if arg.full == '1' then
     local reply = whole(task)
-    read_so_far = read_so_far + #reply[4] + #reply[5] + #reply[6]
+    read_so_far = read_so_far + #reply[4] + #reply[5] + #reply[6] + #reply[7]
     return reply
   end
   local title, dependencies, size = head_of(task)

@@ -16,7 +16,9 @@ require_id(arg.agent, 'agent')
 local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
 if not meta.limits then
   local bells = arg.lane == '' and LANES or arg.lane .. ' any'
-  return {'NOTHING', 'there is no project ' .. root:match('{(.*)}') .. ' yet', 0, '', bells, 0, 1}
+  local why = 'there is no project ' .. root:match('{(.*)}') .. ' yet' ..
+              (meta.rev > 0 and ': it is being restored' or '')
+  return {'NOTHING', why, 0, '', bells, 0, 1}
 end
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end

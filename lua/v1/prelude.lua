@@ -19,6 +19,7 @@
 --   <root>:work:<id>        string  JSON object of strings: progress checkpoint failureReason
 --                                   blockedReason
 --   <root>:summary:<id>     string  what the last completion said
+--   <root>:notes:<id>       string  JSON array of the last notes: agent at (ms) text
 --   <root>:waits:<id>       set     the dependencies of a task that are not completed
 --   <root>:dependents:<id>  zset    tasks that depend on it and are not completed; score 0:
 --                                   waiting for it, 1: freed
@@ -48,6 +49,8 @@
 local SCHEMA = 1
 local BATCH = 100              -- the most tasks that one call reaps or frees
 local LOOK = 1000              -- the most tasks that one call looks at
+local NOTES = 20               -- the last notes of a task that are kept
+local NOTE_BYTES = 16384       -- and what their texts take at most
 local EDGES = 5000             -- the most dependencies that one call brings
 local TEXTS = 4194304          -- bytes of texts after which an answer goes on in the next call
 local GRACE = 60               -- s after a start of the server in which no earlier lease is reaped
@@ -208,10 +211,11 @@ end
 local function whole(task, ...)
   local ends = rawget(task, 'leaseExpiresAt') or
                held(task) and read('ZSCORE', key('running', task.lane), task.id)
-  local texts = read('MGET', key('text', task.id), key('work', task.id), key('summary', task.id))
+  local texts = read('MGET', key('text', task.id), key('work', task.id), key('summary', task.id),
+                     key('notes', task.id))
   return {'OK', table.concat({'taskId', task.id, 'leaseExpiresAt', ends or '', ...}, '\t'),
           table.concat(rawget(task, 'before') or read('HGETALL', task.key), '\t'),
-          texts[1] or '', texts[2] or '', texts[3] or ''}
+          texts[1] or '', texts[2] or '', texts[3] or '', texts[4] or ''}
 end
 
 local function row(...)
@@ -804,7 +808,7 @@ local function bury(task)
   end
   if task.edges ~= '' then remove_edges(task) end
   write('ZREM', key('mission', task.mission), task.id)
-  for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents'}) do
+  for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents'}) do
     write('DEL', key(kind, task.id))
   end
   keep_receipt(task)

@@ -24,7 +24,7 @@ for id in arg.ids:gmatch('%S+') do
                   read('ZRANGEBYSCORE', key('dependents', id), 1, 1, 'LIMIT', 0, LOOK) or {}
     local waits = task.edges ~= '' and read('SMEMBERS', key('waits', id)) or {}
     local reply = whole(task, 'waits', table.concat(waits, ' '), 'freed', table.concat(freed, ' '))
-    tasks[#tasks + 1], size = reply, size + #reply[4] + #reply[5] + #reply[6]
+    tasks[#tasks + 1], size = reply, size + #reply[4] + #reply[5] + #reply[6] + #reply[7]
   end
 end
 return {'OK', row('epoch', read('HGET', root, 'epoch') or '', 'rev', meta.rev, 'fence', meta.fence,

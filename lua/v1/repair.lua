@@ -23,7 +23,7 @@ for id in arg.ids:gmatch('%S+') do
   end
   if not task then
     remove_edges({id = id})
-    for _, kind in ipairs({'text', 'work', 'summary', 'waits', 'dependents', 'lock'}) do
+    for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents', 'lock'}) do
       write('DEL', key(kind, id))
     end
   else

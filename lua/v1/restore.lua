@@ -2,7 +2,7 @@
 --
 -- State    - -> any
 -- Args     actor mark step epoch rev fence limits lanes keys
--- Each     task hash text work summary ends freed
+-- Each     task hash text work summary notes ends freed
 -- Returns  nothing; REPEATED, with the project's rev, when it lives with this epoch already
 -- Rejects  SCHEMA INVALID TOO_LARGE EXISTS
 -- Emits    update for each task that is blocked, or no longer, and its record says otherwise
@@ -123,6 +123,7 @@ local function enter(task)
   write('SET', key('text', task.id), task.new.text)
   if task.new.work ~= '' then write('SET', key('work', task.id), task.new.work) end
   if task.new.summary ~= '' then write('SET', key('summary', task.id), task.new.summary) end
+  if task.new.notes ~= '' then write('SET', key('notes', task.id), task.new.notes) end
   write('ZADD', key('mission', task.mission), task.order, task.id)
   write('HSET', task.key, unpack(task.fields))
   if held(task) then
