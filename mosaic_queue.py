@@ -1374,7 +1374,13 @@ class Meta(TypedDict):
     lanes: str  # `any coding=4 planning`
 
 
-class TaskList(TypedDict, total=False):
+class Overview(TypedDict, total=False):
+    """An answer that is of one project, or else of all."""
+
+    project: str
+
+
+class TaskList(Overview, total=False):
     """A page of tasks; `cursor` when there is more, `total` where it is known."""
 
     tasks: list[Task]
@@ -1409,7 +1415,7 @@ class Event(TypedDict, total=False):
     text: str
 
 
-class EventList(TypedDict, total=False):
+class EventList(Overview, total=False):
     """Events in order; `since` continues after the last, `lost` counts those that were trimmed."""
 
     events: list[Event]
@@ -1426,7 +1432,7 @@ class Agent(TypedDict, total=False):
     note: str
 
 
-class AgentList(TypedDict):
+class AgentList(Overview):
     """All agents that hold tasks."""
 
     agents: list[Agent]
@@ -1442,7 +1448,7 @@ class Explanation(TypedDict, total=False):
     events: list[Event]
 
 
-class Findings(TypedDict, total=False):
+class Findings(Overview, total=False):
     """What `doctor` found; `repairable` counts the tasks and names that `repair` sets right."""
 
     findings: list[str]
@@ -1451,7 +1457,7 @@ class Findings(TypedDict, total=False):
     repaired: int
 
 
-class Reaped(TypedDict):
+class Reaped(Overview):
     """What `reap` did: ids whose lease it ended, how many cut-off transitions it finished, and
     seconds in which it ends no lease because the server has just started."""
 
@@ -1538,7 +1544,7 @@ class Server(TypedDict):
     roundTripMs: float
 
 
-class QueueStatus(TypedDict):
+class QueueStatus(Overview):
     """The server and all projects, or the one that was asked for."""
 
     server: Server
@@ -2633,6 +2639,8 @@ class Queue:
     ) -> None:
         self.config = config or load_config()
         self.agent: str | None = self.config["agent"]
+        flagged = self.config.source("project") == "flag"
+        self.only: str | None = self.config["project"] if flagged else None  # of overviews
         self.session = session
         self.actor = user_at_host()
         self.reader = SHELL  # of the answers
@@ -2847,6 +2855,16 @@ class Queue:
             raise Refused("INVALID", "no project is named", case="no project")
         return project
 
+    def scope(self, project: str | None) -> str | None:
+        """The project that an overview is of: of the call, or of --project; None: of all.  One
+        that is configured fills in for the project of a task or a claim alone."""
+        return project or self.only
+
+    def overview(self, project: str | None, answer: R) -> R:
+        """An answer that says which project it is of, where it is not of all."""
+        own = self.scope(project)
+        return cast(R, {**cast(Any, answer), "project": own}) if own else answer
+
     async def projects(self) -> list[str]:
         """The names of all projects, sorted; those that the server's ACL shows."""
         try:
@@ -2874,9 +2892,9 @@ class Queue:
     async def everywhere(
         self, project: str | None, ask: Callable[[str], Awaitable[R]]
     ) -> AsyncIterator[tuple[str, R]]:
-        """The answer of a project, else of the configured one, else of each; where none was named
+        """The answer of the project that an overview is of, or of each.  Where the call names none,
         those are passed over that are known by name and not there."""
-        own = project or self.config["project"]
+        own = self.scope(project)
         for one in [own] if own else await self.projects():
             try:
                 answer = await ask(one)
@@ -2982,15 +3000,15 @@ class Queue:
         Example: mosaic-queue list --project web --status pending --lane coding
         """
         agent = (self.agent or self.actor) if agent == "me" else agent
-        named, project = project, project or self.config["project"]
+        named, project = project, self.scope(project)
         if project:
             asked = locals() | {"full": int(full), "agent": agent or ""}
             try:
-                return await self.page(project, asked)
+                return await self.page(project, asked) | {"project": project}
             except Refused as problem:
                 if named or problem.code != "NOT_FOUND":
                     raise
-                return {"tasks": [], "total": 0}
+                return {"tasks": [], "total": 0, "project": project}
         projects = await self.projects()
         at, _, cursor = (cursor or "").partition("/")
         if at:
@@ -3380,6 +3398,7 @@ class Queue:
         if task is not None:
             given = {"self": self, "task": task, "project": project, "delay": delay, "op": op}
             return {"tasks": [await self._change("redrive", given)]}
+        project = project or self.config["project"]
         page = await self.list(project=project, mission=mission, status="failed", limit=limit)
         answer: Batch = {"tasks": []}
         for one in page["tasks"]:
@@ -3422,6 +3441,7 @@ class Queue:
         Example: mosaic-queue reap
         """
         answer: Reaped = {"reaped": [], "settled": 0, "grace": 0, "soonest": 0}
+        answer = self.overview(project, answer)
         async for one, reply in self.everywhere(project, lambda one: self.call("reap", one, {})):
             values = paired(reply[1])
             answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
@@ -3489,24 +3509,19 @@ class Queue:
         """
         if task is not None:
             project, task = await self.locate(task, project)
-        project = project or self.config["project"]
+        project = self.scope(project)
+        if project is None and (since is not None or wait):
+            project = self.own(None)  # a rev is one of a project
         if project is None:
-            if since is not None or wait:
-                self.own(None)
-            pages = [await self.events(project=one, limit=limit) for one in await self.projects()]
+            ask = functools.partial(self.page_of_events, limit=limit)
+            pages = [page async for _, page in self.everywhere(None, ask)]
             merged = [event for page in pages for event in page["events"]]
             return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
+        if since is None:
+            return await self.page_of_events(project, limit, task)
         await self.link.check()
         stream = f"mosaic:queue:project:{{{project}}}:events"
         found: list[Event] = []
-        if since is None:
-            most = 1000 if task else limit
-            rows = await self.link.send("XREVRANGE", stream, "+", "-", "COUNT", most)
-            found = [event for row in reversed(rows) if (event := event_from(project, row, task))]
-            if not found:
-                await self.call("records", project, {"ids": ""})  # refuses one that is not there
-            last = found[-1]["rev"] if found else 0
-            return {"events": found[-limit:], "since": last}
         first = await self.link.send("XRANGE", stream, "-", "+", "COUNT", 1)
         lost = max(0, int(first[0][0].partition("-")[0]) - since - 1) if first else 0
         give_up = time.monotonic() + wait
@@ -3521,6 +3536,18 @@ class Queue:
             if not rows:
                 block = round(min(left, 1) * 1000)
                 await self.link.send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
+
+    async def page_of_events(self, project: str, limit: int, task: str | None = None) -> EventList:
+        """The last events of a project, or those of a task among its last 1,000."""
+        await self.link.check()
+        stream = f"mosaic:queue:project:{{{project}}}:events"
+        most = 1000 if task else limit
+        rows = await self.link.send("XREVRANGE", stream, "+", "-", "COUNT", most)
+        found = [event for row in reversed(rows) if (event := event_from(project, row, task))]
+        if not rows:
+            await self.call("records", project, {"ids": ""})  # refuses one that is not there
+        since = int(rows[0][0].partition("-")[0]) if rows else 0
+        return {"events": found[-limit:], "since": since, "project": project}
 
     async def lead(self, token: str, ttl: int, part: str = "watchdog") -> bool:
         """Be the one monitor that leads in a part of its work, for `ttl` seconds; 0 steps down."""
@@ -3965,7 +3992,7 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
     """Hold a project, or all, against the rules; set right what is wrong where the answer counts
     repairs."""
     repairs, faults = "repaired" in answer, 0
-    project = project or queue.config["project"]
+    project = queue.scope(project)
     unlisted = await unregistered(queue, project)
     for one in unlisted:
         answer["findings"].append(f"project {one} is missing in {REGISTRY}: no overview shows it")
@@ -3980,7 +4007,7 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
             for at in range(0, len(wrong) if repairs else 0, REPAIR):
                 await queue.call("repair", one, {"ids": " ".join(wrong[at : at + REPAIR])})
     answer["repaired" if repairs else "repairable"] = len(unlisted) + faults
-    return answer
+    return queue.overview(project, answer)
 
 
 @operation(reads=True)
@@ -4006,7 +4033,7 @@ async def status(queue: Queue, *, project: str | None = None) -> QueueStatus:
     ask = functools.partial(queue.call, "status", arguments={"soon": 60})
     async for one, reply in queue.everywhere(project, ask):
         answer["projects"].append(project_status(queue, one, reply))
-    return answer
+    return queue.overview(project, answer)
 
 
 def project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
@@ -4059,7 +4086,8 @@ async def agents(queue: Queue, *, project: str | None = None) -> AgentList:
             agent["lastHeard"] = max(agent["lastHeard"], heard)
             if name in said:
                 agent["note"] = said[name]
-    return {"agents": [found[name] for name in sorted(found)]}
+    answer: AgentList = {"agents": [found[name] for name in sorted(found)]}
+    return queue.overview(project, answer)
 
 
 @operation(tool="", group="operators")
@@ -7706,6 +7734,7 @@ async def monitor(queue: Queue, *, assign: bool = False, only: Sequence[str] = (
 
     Example: mosaic-queue monitor --assign
     """
+    queue.only = None  # a project that is named is that of its files
     await until_stopped(watch_all(queue, assign, only))
 
 
@@ -8908,6 +8937,11 @@ def facts_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def of_which(answer: Overview) -> str:
+    """Which projects an overview is of."""
+    return f"of project {answer['project']}" if "project" in answer else "of all projects"
+
+
 @renders(TaskList)
 def task_table(page: TaskList) -> str:
     """A page of tasks, and what it does not show."""
@@ -8924,7 +8958,7 @@ def task_table(page: TaskList) -> str:
         for task in page["tasks"]
     ]
     total = f" of {page['total']}" if "total" in page else ""
-    shown = f"{len(rows)}{total} tasks"
+    shown = f"{len(rows)}{total} tasks {of_which(page)}"
     if "cursor" in page:
         shown += f"; more: --cursor {page['cursor']}"
     head = ("ID", "STATUS", "PRIORITY", "LANE", "HOLDER", "AGE", "TITLE")
@@ -8946,7 +8980,8 @@ def offer_text(offer: Offer) -> str:
 @renders(EventList)
 def events_text(answer: EventList) -> str:
     """A line for each change."""
-    return lines_of([*map(event_line, answer["events"])] or ["nothing has happened"])
+    nothing = f"nothing has happened: no events {of_which(answer)}"
+    return lines_of([*map(event_line, answer["events"])] or [nothing])
 
 
 @renders(Explanation)
@@ -8963,6 +8998,7 @@ def findings_text(answer: Findings) -> str:
     """What does not hold, and what to do about it."""
     fixed = f", {answer['repaired']} repaired" if "repaired" in answer else ""
     faults = f"findings: {len(answer['findings'])}, tasks: {answer['checked']}{fixed}"
+    faults += f", {of_which(answer)}"
     todo = ["-> mosaic-queue repair"] if answer.get("repairable") else []
     return lines_of([*answer["findings"], faults, *todo])
 
@@ -8981,7 +9017,7 @@ def agents_text(answer: AgentList) -> str:
         for one in answer["agents"]
     ]
     columns = ("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE")
-    return table(columns, holders) if holders else "nobody holds a task"
+    return table(columns, holders) if holders else f"nobody holds a task {of_which(answer)}"
 
 
 def project_lines(one: ProjectStatus) -> list[str]:
@@ -9024,6 +9060,8 @@ def status_text(answer: QueueStatus) -> str:
         f"{server['version']} ({server['backend']}) at {server['address']}, "
         f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
     ]
+    if "project" not in answer:
+        lines += ["", f"all projects: {len(answer['projects'])}"]
     for one in answer["projects"]:
         lines += ["", *project_lines(one)]
     return lines_of(lines)
@@ -9781,7 +9819,7 @@ async def prime(queue: Queue) -> str:
     Example: mosaic-queue prime --project web
     """
     agent = mcp_agent(queue.config, minted=False)
-    lines = []
+    queue.only, lines = queue.config["project"], []  # a session is of one project
     for one in (await status(queue))["projects"]:
         counts = ", ".join(f"{n} {status}" for status, n in one["tasks"].items() if n)
         paused = "; paused, no claims are granted" if "pausedAt" in one else ""
@@ -10109,28 +10147,58 @@ async def create_groups(queue: Queue, groups: Mapping[str, Sequence[NewTask]]) -
 
 @operation("events --follow", local=True, reads=True, group="operators")
 async def follow_events(
-    queue: Queue, *, project: str | None = None, task: str | None = None, since: int | None = None
+    queue: Queue,
+    *,
+    project: str | None = None,
+    task: str | None = None,
+    since: int | None = None,
+    limit: int = 10,
 ) -> AsyncIterator[EventList]:
-    """Show every change as it happens, until it is stopped.
+    """Show the last ten changes, then every one as it happens.
 
-    Example: mosaic-queue events --project web --follow
+    Example: mosaic-queue events --follow
     """
-    if not (project or task or queue.config["project"]):
-        hint = "name it: mosaic-queue events --project P --follow"
-        raise Refused("INVALID", "--follow needs a project", hint)
-    page = await queue.events(project=project, task=task, since=since)
-    while True:
-        if page["events"]:
-            yield page
-        since = page.get("since", since)
-        try:
-            page = await queue.events(project=project, task=task, since=since, wait=60, limit=1000)
-        except Refused as problem:
-            if not problem.passes:
-                raise
-            log_fault(problem)
-            page = {"events": []}
-            await asyncio.sleep(1)  # whoever follows goes on where it was
+    if task is not None:
+        project, task = await queue.locate(task, project)
+    project = queue.own(project) if since is not None else queue.scope(project)
+    names = [project] if project else await queue.projects()
+    cursors = {one: await queue.revision(one) if since is None else since for one in names}
+    if since is None:
+        page = await queue.events(project=project, task=task, limit=limit)
+        seen = [one for one in page["events"] if one["rev"] <= cursors.get(one["project"], 0)]
+        yield {"events": seen}
+    changed = asyncio.Event()
+    waking = asyncio.create_task(set_when_changed(queue, project or "*", changed))
+    try:
+        while True:
+            changed.clear()
+            for one in [project] if project else await projects_of(queue):
+                page = await events_after(queue, one, task, cursors.get(one, 0))
+                cursors[one] = page["since"]
+                if page["events"]:
+                    yield page
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOW_EVERY):
+                    await changed.wait()
+    finally:
+        waking.cancel()
+
+
+async def set_when_changed(queue: Queue, project: str, changed: asyncio.Event) -> None:
+    """Set an event at every change of a project, or of any (`*`), until cancelled."""
+    async for _ in queue.link.told(f"mosaic:queue:project:{{{project}}}:events"):
+        changed.set()
+
+
+async def events_after(queue: Queue, project: str, task: str | None, rev: int) -> EventList:
+    """The next events of a project; none while Valkey does not answer."""
+    try:
+        return await queue.events(project=project, task=task, since=rev, limit=1000)
+    except Refused as problem:
+        if not problem.passes:
+            raise
+        log_fault(problem)
+        return {"events": [], "since": rev}
 
 
 @operation("status --watch", local=True, reads=True)

@@ -435,7 +435,7 @@ def test_a_table_says_what_it_does_not_show(tell: Tell) -> None:
     for i in range(30):
         tell(f"create web launch T{i} --title t")
     last = tell("list --project web")[1].splitlines()[-1]
-    found = re.fullmatch(r"25 of 30 tasks; more: --cursor (\S+)", last)
+    found = re.fullmatch(r"25 of 30 tasks of project web; more: --cursor (\S+)", last)
     assert found
     assert len(tell(f"list --project web --cursor {found[1]}")[1].splitlines()) == 1 + 5 + 1
 
@@ -744,8 +744,8 @@ def test_events_of_what_is_not_there(tell: Tell) -> None:
     story(
         tell,
         """
-        events --follow -> 2 --follow needs a project
         events --project nowhere -> 3 there is no project nowhere
+        events --project nowhere --follow -> 3 there is no project nowhere
         events -> 0 nothing has happened
         """,
     )
@@ -791,3 +791,78 @@ def test_a_folder_of_somebody_else_is_not_on_the_path(tmp_path: Path) -> None:
             check=False,
         )  # fmt: skip
         assert (done.returncode, "foreign" in done.stdout + done.stderr) == (0, False), done.stderr
+
+
+# ---- which projects ----
+
+
+@pytest.fixture
+def two_projects(tell: Tell, monkeypatch: pytest.MonkeyPatch) -> Tell:
+    """A task in each of two projects, one of which is configured."""
+    for project in ("web", "app"):
+        tell(f"create {project} launch T1 --title t")
+    monkeypatch.setenv("MOSAIC_PROJECT", "web")
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("line", "all_of_them", "one"),
+    [
+        ("list", "2 of 2 tasks of all projects", "1 of 1 tasks of project app"),
+        ("list --status failed", "0 of 0 tasks of all projects", "0 of 0 tasks of project app"),
+        ("status", "all projects: 2", "project app: 1 pending"),
+        ("agents", "nobody holds a task of all projects", "nobody holds a task of project app"),
+        ("doctor", "tasks: 2, of all projects", "tasks: 1, of project app"),
+        ("repair", "tasks: 2, 0 repaired, of all projects", "tasks: 1, 0 repaired, of project app"),
+    ],
+)
+def test_an_overview_is_of_all_projects(
+    two_projects: Tell, line: str, all_of_them: str, one: str
+) -> None:
+    """A configured project fills in for that of a task or a claim alone; and the answer says which
+    projects it is of, to programs too."""
+    assert all_of_them in two_projects(line)[1]
+    assert one in two_projects(f"{line} --project app")[1]
+    assert "project" not in json.loads(two_projects(f"{line} --json")[1])
+    assert json.loads(two_projects(f"{line} --json --project app")[1])["project"] == "app"
+
+
+def test_events_are_of_all_projects(two_projects: Tell) -> None:
+    assert {"web/T1", "app/T1"} <= set(two_projects("events")[1].split())
+    assert "web/T1" not in two_projects("events --project app")[1]
+    assert len(json.loads(two_projects("events --since 0 --json")[1])["events"]) == 1
+
+
+def test_a_claim_is_of_the_configured_project(two_projects: Tell) -> None:
+    assert "web/T1" in two_projects("next --agent al")[1]
+    assert two_projects("next --agent al")[0] == 5
+    assert two_projects("redrive")[1].strip() == "0 tasks"
+
+
+def test_reap_ends_leases_of_all_projects(two_projects: Tell) -> None:
+    for project in ("web", "app"):
+        two_projects(f"claim {project}/T1 --agent al --ttl 1")
+    give_up, reaped = time.monotonic() + 60, set()
+    while len(reaped) < 2:
+        assert time.monotonic() < give_up
+        reaped |= set(json.loads(two_projects("reap --json")[1])["reaped"])
+
+
+def test_follow_shows_the_last_ten_and_then_every_change(
+    run: Run, environ: dict[str, str], tmp_path: Path
+) -> None:
+    tasks = [new(f"N{i}") for i in range(12)]
+    assert run([*PYTHON, "create", "--from", "-"], lines(*tasks)).returncode == 0
+    words = [*PYTHON, "events", "--follow", "--json"]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, env=environ | {"MOSAIC_PROJECT": "web"}, cwd=tmp_path
+    ) as process:
+        assert process.stdout
+        shown = json.loads(process.stdout.readline())["events"]
+        assert [event["task"] for event in shown] == [f"N{i}" for i in range(2, 12)]
+        for project in ("app", "web"):
+            run([*PYTHON, "create", project, "m", "new", "--title", "t"])
+            (event,) = json.loads(process.stdout.readline())["events"]
+            assert (event["project"], event["task"]) == (project, "new")
+        process.terminate()
+        assert process.wait(60) == 0

@@ -439,3 +439,19 @@ def test_a_repository_names_no_file_outside_of_it(tmp_path: Path) -> None:
     config = mq.load_config(environ={"HOME": str(tmp_path)}, start=repository)
     (given,) = mq.workspace_files(config)
     assert given["path"] == repository / "docs/TASKS.md"
+
+
+async def test_the_monitor_watches_all_projects_whatever_is_configured(
+    start: Start, queue: mq.Queue
+) -> None:
+    """Also where a flag names one."""
+    for project in ("p", "other"):
+        await queue.create(project, "m", "A", title="a")
+        await queue.claim("A", "al", project=project, ttl=1)
+    start("--project", "p")
+
+    async def all_pending() -> bool:
+        tasks = (await queue.list())["tasks"]
+        return [task["status"] for task in tasks] == ["pending", "pending"]
+
+    await until(all_pending)
