@@ -875,6 +875,7 @@ KEYS: dict[str, tuple[type, Any]] = {
     "manifests": (bool, False),
     "events.keep": (int, 1_000_000),
     "files": (list, []),
+    "trust": (list, []),
     "http.tokens": (list, []),
 }
 ENVIRONMENT = {
@@ -910,6 +911,9 @@ class Config:
     values: dict[str, tuple[Any, str]] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     file: str | None = None  # that --config names
+    untrusted: Path | None = None  # the project's file that says nothing,
+    unsaid: Mapping[str, Any] = field(default_factory=dict)  # what it would set,
+    unread: str = ""  # and why that cannot be said
 
     def set(self, key: str, value: Any, source: str) -> Config:
         """Set one key; refuses unknown keys and values of the wrong type."""
@@ -952,6 +956,16 @@ class Config:
     def source(self, key: str) -> str:
         """Where the value came from: a flag, $VARIABLE, a file's path, or default."""
         return self.values.get(key, (None, "default"))[1]
+
+    def left_out(self) -> str:
+        """What a project's file would set if it was trusted, as a sentence; "" for nothing."""
+        missing = [key for key, value in self.unsaid.items() if self[key] != value]
+        if self.unread:
+            return f"{self.untrusted} is left out: {self.unread}"
+        if not missing:
+            return ""
+        said = f"{self.untrusted} is not trusted, so that it sets no {', '.join(missing)}"
+        return f"{said}; to use it as it is now: mosaic-queue trust"
 
     def policy(self) -> tuple[str, str]:
         """What a file says of the policy, as the scripts take it: numbers, then lanes."""
@@ -1033,7 +1047,7 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
             yield key, value
 
 
-def read_yaml(path: Path, within: Path | None = None) -> Any:
+def parse_yaml(path: Path, text: str) -> Any:
     """The YAML of a file, of the types that JSON has too; a file that is none is a ConfigError
     that names the line and never shows it, since it may hold a password."""
 
@@ -1053,7 +1067,6 @@ def read_yaml(path: Path, within: Path | None = None) -> Any:
         first: [one for one in pairs if one[0] in tags]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    text = read_text(path, SETTINGS, within)
     try:
         tree = yaml.load(text, Plain)  # noqa: S506, as Plain is a SafeLoader
         json.dumps(tree, allow_nan=False)
@@ -1074,6 +1087,73 @@ def upward(start: Path | None = None) -> Sequence[Path]:
     return (here, *here.parents)
 
 
+def project_file(start: Path | None = None) -> Path | None:
+    """The nearest .mosaic/queue.yaml upward from a folder, by default the working directory."""
+    files = (folder / ".mosaic" / "queue.yaml" for folder in upward(start))
+    return next(filter(os.path.lexists, files), None)
+
+
+def read_project_file(file: Path) -> str:
+    """The text of a project's file, which no link may lead elsewhere."""
+    return read_text(file, SETTINGS, file.parents[1])
+
+
+def project_settings(file: Path, text: str) -> dict[str, Any]:
+    """What the text of a project's file sets; refuses what it may not set, and variables."""
+    settings = dict(flattened(parse_yaml(file, text), str(file)))
+    for key, value in settings.items():
+        if key not in OF_A_PROJECT_FILE:
+            accepted = ", ".join(OF_A_PROJECT_FILE)
+            said = f"{file}: {printable(key)[:60]} may not stand in a project's file"
+            raise ConfigError(f"{said}; accepted: {accepted}")
+        if "${" in json.dumps(value):
+            raise ConfigError(f"{file}: {key} may not use a variable")
+        Config().set(key, value, str(file))
+    return settings
+
+
+def trust_mark(file: Path, text: str) -> Path:
+    """The file that says that its user trusts a project's file with this text in this place."""
+    bound = f"{os.path.realpath(file)}\0{text}".encode(errors="surrogateescape")
+    return data_folder() / "trusted" / hashlib.sha256(bound).hexdigest()
+
+
+def in_trusted_folder(file: Path, trust: Sequence[Any]) -> bool:
+    """Whether a file lies in a folder that its user's own configuration lists."""
+    folders = (os.path.expanduser(one) for one in map(str, trust) if one[:1] in ("/", "~"))
+    return any(file.resolve().is_relative_to(os.path.realpath(one)) for one in folders)
+
+
+def is_trusted(file: Path, text: str, settings: Mapping[str, Any], trust: Sequence[Any]) -> bool:
+    """Whether what a project's file sets counts: `mosaic-queue trust` was said of it as it is now,
+    or the user's own configuration lists its folder, or each project that it names."""
+    own = settings.get("project")
+    boards = (one for one in settings.get("files", ()) if isinstance(one, dict))
+    projects = {own, *(str(one.get("project", own)) for one in boards)}
+    if in_trusted_folder(file, trust) or projects <= {*map(str, trust)}:
+        return True
+    with contextlib.suppress(Refused):  # as of a user without a home
+        return trust_mark(file, text).exists()
+    return False
+
+
+def take_project_file(config: Config, file: Path) -> None:
+    """Set what a project's file sets, or note it where the file is not trusted."""
+    try:
+        text = read_project_file(file)
+        settings = project_settings(file, text)
+    except Refused as problem:
+        if in_trusted_folder(file, config["trust"]):
+            raise
+        config.untrusted, config.unread = file, problem.message
+        return
+    if is_trusted(file, text, settings, config["trust"]):
+        for key, value in settings.items():
+            config.set(key, value, str(file))
+    else:
+        config.untrusted, config.unsaid = file, settings
+
+
 def load_config(
     path: str | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -1084,7 +1164,8 @@ def load_config(
 
     `path` is --config; without it $MOSAIC_QUEUE_CONFIG or $MOSAIC_HOME/queue.yaml is read if it
     is there.  A `.mosaic/queue.yaml` found upward from `start` may set `project mission lane
-    files` and no variables: a cloned repository must not choose servers, tokens or limits.
+    files` and no variables: a cloned repository must not choose servers, tokens or limits, and
+    none of these until its user trusts it.
     """
     config = Config(environ=environ, file=path)
     named = path or environ.get("MOSAIC_QUEUE_CONFIG")
@@ -1092,21 +1173,11 @@ def load_config(
     file = Path(named or os.path.join(os.path.expanduser(home), "queue.yaml"))
     # Without a home there is none; a folder named `~` is anybody's.
     if named != os.devnull and (named or (str(file)[0] != "~" and os.path.lexists(file))):
-        for key, value in flattened(read_yaml(file, Path("/")), str(file)):  # it may be a link
+        text = read_text(file, SETTINGS, Path("/"))  # it may be a link
+        for key, value in flattened(parse_yaml(file, text), str(file)):
             config.set(key, value, str(file))
-    for folder in upward(start):
-        local = folder / ".mosaic" / "queue.yaml"
-        if os.path.lexists(local):
-            for key, value in flattened(read_yaml(local, folder), str(local)):
-                if key not in OF_A_PROJECT_FILE:
-                    raise ConfigError(
-                        f"{local}: {key} may not stand in a project's file; accepted: "
-                        + ", ".join(OF_A_PROJECT_FILE)
-                    )
-                if "${" in json.dumps(value):
-                    raise ConfigError(f"{local}: {key} may not use a variable")
-                config.set(key, value, str(local))
-            break
+    if local := project_file(start):
+        take_project_file(config, local)
     for key, variable in ENVIRONMENT.items():
         if environ.get(variable):
             config.set(key, environ[variable], "$" + variable)
@@ -2852,7 +2923,8 @@ class Queue:
         """The project that is meant; refused when none is."""
         project = project or self.config["project"]
         if not project:
-            raise Refused("INVALID", "no project is named", case="no project")
+            why = "; ".join(filter(None, ("no project is named", self.config.left_out())))
+            raise Refused("INVALID", why, case="no project")
         return project
 
     def scope(self, project: str | None) -> str | None:
@@ -10317,6 +10389,50 @@ def settings_text(answer: Settings) -> str:
     return table(("KEY", "VALUE", "FROM"), rows)
 
 
+ARGUMENTS["revoke"] = Argument("bool", "trust it no more")
+
+
+class Trusted(TypedDict):
+    """A project's file, what it sets, and whether that counts from now on."""
+
+    file: str
+    sets: dict[str, Any]
+    trusted: bool
+
+
+@operation(local=True, group="operators")
+def trust(queue: Queue, *, path: str | None = None, revoke: bool = False) -> Trusted:
+    """Let a repository's .mosaic/queue.yaml count, as it is now; with revoke no more.
+
+    Once the file changes, it has to be trusted again.
+
+    Example: mosaic-queue trust
+    """
+    file = project_file(Path(path) if path else None)
+    if file is None:
+        said = "there is no .mosaic/queue.yaml here and above"
+        raise Refused("NOT_FOUND", said, "it may set project, mission, lane and files")
+    text = read_project_file(file)
+    settings = project_settings(file, text)
+    mark = trust_mark(file, text)
+    for folder in (mark.parents[1], mark.parent):
+        private_folder(folder)
+    if revoke:
+        mark.unlink(missing_ok=True)
+    else:
+        with drafted(mark) as out:
+            out.write(f"{file}\n".encode(errors="surrogateescape"))
+    return {"file": str(file), "sets": settings, "trusted": not revoke}
+
+
+@renders(Trusted)
+def trusted_text(answer: Trusted) -> str:
+    """What a project's file sets, and whether it counts."""
+    sets = [f"  {key}: {json_text(value)}" for key, value in answer["sets"].items()]
+    counts = "counts as it is now" if answer["trusted"] else "counts no more"
+    return lines_of([f"{answer['file']} {counts}; it sets", *(sets or ["  nothing"])])
+
+
 @operation("version", local=True, reads=True, group="operators")
 def show_version(queue: Queue) -> str:
     """Show the version.
@@ -10363,6 +10479,8 @@ def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
     }
     start = Path(arguments["path"]) if "path" in arguments else None
     config = load_config(file, flags, start=start)
+    if of.name != "trust" and not in_json and (left_out := config.left_out()):
+        say(f"mosaic-queue: {left_out}", sys.stderr)
     for name in ("project", "agent"):
         if config[name] is not None:
             ARGUMENTS[name].check(f"{name} ({config.source(name)})", config[name])

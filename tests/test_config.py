@@ -55,8 +55,13 @@ class Files:
         return self
 
     def project(self, text: str) -> Files:
+        """A project's file that its user trusts."""
         (self.checkout / ".mosaic").mkdir(exist_ok=True)
         (self.checkout / ".mosaic" / "queue.yaml").write_text(text)
+        (self.home / "queue.yaml").touch()
+        with (self.home / "queue.yaml").open("r+") as own:
+            if "trust:" not in own.read():
+                own.write(f"trust: [{self.checkout}]\n")
         return self
 
     def load(self, flags: dict[str, Any] | None = None, **environ: str) -> mq.Config:

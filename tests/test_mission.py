@@ -176,6 +176,7 @@ def test_a_mission_is_found_upward_or_by_path(tell: Tell, folder: Path, tmp_path
     write(folder)
     (folder / "src/deep").mkdir(parents=True)
     (folder / ".mosaic/queue.yaml").write_text("mission: other\n")
+    assert tell("trust")[0] == 0
     status, out, _ = tell("mission", "status", "--json", cwd=folder / "src/deep")
     assert (status, json.loads(out)["mission"]) == (0, "other"), "the project's file may name it"
     status, out, _ = tell("mission", "status", "--json", "--path", str(folder), cwd=tmp_path)

@@ -429,6 +429,9 @@ def test_a_repository_names_no_file_outside_of_it(tmp_path: Path) -> None:
     repository = tmp_path / "cloned"
     (repository / ".mosaic").mkdir(parents=True)
     (repository / "out").symlink_to(tmp_path)
+    own = tmp_path / ".config/mosaic/queue.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"trust: [{repository}]\n")
     local = repository / ".mosaic" / "queue.yaml"
     for name in ("../../etc/passwd", "/etc/passwd", "out/TASKS.md"):
         local.write_text(f"project: p\nfiles: [{name}]\n")

@@ -250,3 +250,163 @@ def test_an_error_shows_where_and_never_what(tell: Tell, folder: Path, text: str
     done = tell("config", "--config", "own.yaml")
     require_refused(done, folder / "own.yaml")
     assert "hunter2" not in done.stdout + done.stderr
+
+
+# ---- what a repository may set ----
+
+EVIL = "project: prod\nmission: theirs\nfiles: [docs/TASKS.md]\n"
+
+
+@pytest.fixture
+def clone(folder: Path) -> Path:
+    """A real clone of a real repository with a file of the project."""
+    origin = folder.parent / "origin"
+    (origin / ".mosaic").mkdir(parents=True)
+    (origin / ".mosaic/queue.yaml").write_text(EVIL)
+    (origin / "TASKS.md").write_text(BOARD)
+    run = {"check": True, "capture_output": True, "cwd": origin}
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run(["git", *who, *words], **run)
+    clone = folder.parent / "cloned"
+    subprocess.run(["git", "clone", "-q", str(origin), str(clone)], **run)
+    return clone
+
+
+def settings(tell: Tell, folder: Path, **more: str) -> dict[str, Any]:
+    done = tell("config", "--json", cwd=folder, env={"MOSAIC_PROJECT": "", **more})
+    assert done.returncode == 0, done.stderr
+    config = json.loads(done.stdout)["config"]
+    return {key: config[key]["value"] for key in ("project", "mission", "files")}
+
+
+NOTHING = {"project": None, "mission": None, "files": []}
+ALL = {"project": "prod", "mission": "theirs", "files": ["docs/TASKS.md"]}
+
+
+def test_a_repository_sets_nothing_until_its_user_trusts_it(tell: Tell, clone: Path) -> None:
+    assert settings(tell, clone) == NOTHING
+    done = tell("next", cwd=clone, env={"MOSAIC_PROJECT": ""})
+    file = clone / ".mosaic/queue.yaml"
+    said = f"{file} is not trusted, so that it sets no project, mission, files"
+    assert done.returncode == 2
+    assert f"no project is named; {said}" in done.stderr
+    assert "mosaic-queue trust" in done.stderr
+    done = tell("trust", cwd=clone / ".git")
+    assert (done.returncode, "  project: \"prod\"" in done.stdout) == (0, True)
+    assert settings(tell, clone) == ALL
+    assert tell("status", cwd=clone).stderr == ""
+    file.write_text(EVIL + "lane: coding\n")
+    assert settings(tell, clone) == NOTHING, "it is another file now"
+    file.write_text(EVIL)
+    assert settings(tell, clone) == ALL
+    assert tell("trust", "--revoke", cwd=clone).returncode == 0
+    assert settings(tell, clone) == NOTHING
+
+
+def test_the_same_file_elsewhere_is_another_one(tell: Tell, clone: Path) -> None:
+    assert tell("trust", cwd=clone).returncode == 0
+    other = clone.rename(clone.with_name("elsewhere"))
+    assert settings(tell, other) == NOTHING
+
+
+def test_a_project_that_is_named_otherwise_needs_no_trust(tell: Tell, clone: Path) -> None:
+    """But the repository's board is kept in step with it only where the repository is trusted."""
+    more = {"MOSAIC_PROJECT": "prod"}
+    assert settings(tell, clone, **more) == NOTHING | {"project": "prod"}
+    assert "sets no mission, files" in tell("status", cwd=clone, env=more).stderr
+    (clone / ".mosaic/queue.yaml").write_text("project: prod\n")
+    assert tell("status", cwd=clone, env=more).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("trust", "sets"),
+    [
+        ("[prod]", ALL),
+        ("[other]", NOTHING),
+        ("[{parent}]", ALL),
+        ("[{clone}/]", ALL),
+        ("[{clone}x]", NOTHING),
+        ("[~/../cloned]", ALL),
+        ("[~]", NOTHING),
+    ],
+)
+def test_ones_own_configuration_may_trust_folders_and_projects(
+    tell: Tell, clone: Path, trust: str, sets: dict[str, Any]
+) -> None:
+    own = clone.parent / "home/.config/mosaic/queue.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("trust: " + trust.format(clone=clone, parent=clone.parent))
+    assert settings(tell, clone) == sets
+
+
+def test_a_project_is_trusted_with_all_the_others_that_a_file_names(
+    tell: Tell, clone: Path
+) -> None:
+    own = clone.parent / "home/.config/mosaic/queue.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("trust: [prod]")
+    text = "project: prod\nfiles: [{path: TASKS.md, project: bank}]\n"
+    (clone / ".mosaic/queue.yaml").write_text(text)
+    assert settings(tell, clone) == NOTHING
+    own.write_text("trust: [prod, bank]")
+    assert settings(tell, clone)["project"] == "prod"
+
+
+def test_a_commit_completes_nothing_of_another_project(
+    tell: Tell, server: Server, clone: Path
+) -> None:
+    """The monitor in a clone keeps no board of it in step."""
+    tell("create", "prod", "m", "B1", "--title", "t")
+    tell("claim", "prod/B1", "--agent", "alice")
+    (clone / "TASKS.md").write_text(BOARD.replace("not-started", "done"))
+    (clone / ".mosaic/queue.yaml").write_text("project: prod\nfiles: [TASKS.md]\n")
+    monitor = subprocess.Popen(
+        [*PROGRAM, "monitor"], cwd=clone, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(clone.parent / "home"),
+             "MOSAIC_VALKEY_URL": server.url},
+    )  # fmt: skip
+    assert monitor.stderr
+    assert "is not trusted" in monitor.stderr.readline()
+    while '"lead"' not in monitor.stderr.readline():
+        pass
+    monitor.terminate()
+    monitor.communicate(timeout=60)
+    assert json.loads(tell("show", "prod/B1", "--json").stdout)["tasks"][0]["status"] == "claimed"
+
+
+@as_root
+@pytest.mark.parametrize("text", ["project: prod\n", BOMB])
+def test_a_file_of_another_user_stops_nobody(tell: Tell, folder: Path, text: str) -> None:
+    """As /tmp/.mosaic/queue.yaml of another user, above the folders of all."""
+    theirs = folder.parent / ".mosaic/queue.yaml"
+    (folder / ".mosaic").rename(folder / "x")
+    theirs.parent.mkdir()
+    theirs.write_text(text)
+    for one in (theirs, theirs.parent):
+        os.chown(one, NOBODY, NOBODY)
+    done = tell("list")
+    assert (done.returncode, "belongs to another user" in done.stderr) == (0, True)
+    assert tell("trust").returncode == 2
+    assert settings(tell, folder) == NOTHING
+
+
+@pytest.mark.parametrize("bad", [*BAD_FILES, "aliases", "deep", "large", "link"])
+def test_a_broken_file_of_a_repository_stops_no_command(
+    tell: Tell, folder: Path, bad: Any
+) -> None:
+    file = folder / ".mosaic/queue.yaml"
+    if bad == "link":
+        outside = folder.parent / "secret"
+        outside.write_text("project: hunter2\n")
+        file.symlink_to(outside)
+    elif isinstance(bad, str):
+        file.write_text(BAD_YAML[bad])
+    else:
+        bad(file, "")
+    done = tell("list")
+    assert done.returncode == 0
+    assert f"mosaic-queue: {file} is left out: " in done.stderr
+    assert "hunter2" not in done.stderr
+    assert tell("trust").returncode == 2
