@@ -629,9 +629,12 @@ def data_folder() -> Path:
 
 
 def private_folder(folder: Path) -> None:
-    """Make a folder that only its user may read; refuses one that cannot be."""
+    """Make a folder that only its user may read, and those above it where they are missing; refuses
+    one that cannot be."""
     try:
-        folder.mkdir(0o700, parents=True, exist_ok=True)
+        for one in (*reversed(folder.parents), folder):
+            if not one.exists():
+                one.mkdir(0o700, exist_ok=True)
         require_private(folder)
     except OSError as problem:
         said = f"{folder} cannot be made: {problem.strerror}"
@@ -794,8 +797,9 @@ def put(file: Path, data: bytes, was: object = ANYTHING, mode: int = 0o644) -> N
 
 
 def take_lock(path: Path) -> int | None:
-    """The descriptor of a lock file of ours, None while another process holds the lock.  It lasts
-    until this process, and each that has inherited the descriptor, has closed it or ended."""
+    """The descriptor of a lock file of ours; None while another process holds the lock, and where
+    it has removed the file.  The lock lasts until this process, and each that has inherited the
+    descriptor, has closed it or ended."""
     private_folder(path.parent)
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
@@ -809,7 +813,8 @@ def take_lock(path: Path) -> int | None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
-        sign_lock(lock, os.getpid())
+        if not os.fstat(lock).st_nlink:
+            return None
         undo.pop_all()
     return lock
 
@@ -841,6 +846,7 @@ async def locked(path: Path) -> AsyncIterator[None]:
             raise Refused("HELD", said, "wait until it ends")
         await asyncio.sleep(0.02)
     try:
+        sign_lock(lock, os.getpid())
         yield
     finally:
         os.close(lock)
@@ -1028,6 +1034,15 @@ def masked(url: str) -> str:
             for name, _, value in pairs
         )  # fmt: skip
     return shown
+
+
+def has_secret(url: str) -> bool:
+    """Whether a URL has a password or an option that may be one, or is none that can be read."""
+    found = URL.fullmatch(url)
+    if not found or found["password"]:
+        return True
+    names = re.findall(r"(?:^|[&;])([^=]*)", found["options"] or "")
+    return any(re.search("[^a-z_]|pass|token|secret|key", name) for name in names)
 
 
 def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -7976,6 +7991,7 @@ ARGUMENTS |= {
     "command": Argument("command", "the command, and its arguments"),
     "loop": Argument("bool", "until nothing comes within --wait"),
     "max_failures": Argument("int", "failures in a row after which --loop ends", 1, 10**6),
+    "secrets": Argument("bool", "hand on the tokens and passwords of this program, too"),
 }
 Around = Callable[[Task], contextlib.AbstractAsyncContextManager[Sequence[str]]]
 
@@ -7986,6 +8002,7 @@ class Runner:
 
     queue: Queue
     command: Sequence[str]
+    environ: Mapping[str, str]
     child: Any = None
     group: int = 0  # of the command's processes
     asking: bool = False  # for a task: it may be interrupted
@@ -8003,18 +8020,16 @@ class Runner:
 
     async def work(self, task: Task) -> None:
         """Run the command for one task, and tell the queue how it ended."""
-        with tempfile.NamedTemporaryFile("w", prefix="mosaic-task-", suffix=".json") as file:
-            json.dump(task, file)
-            file.flush()
+        with task_file(task) as file:
             environ = {
                 "MOSAIC_PROJECT": task["project"],
                 "MOSAIC_TASK_ID": task["taskId"],
-                "MOSAIC_TASK_FILE": file.name,
+                "MOSAIC_TASK_FILE": str(file),
                 "MOSAIC_AGENT": task["claimedBy"],
                 "MOSAIC_FENCE": str(task["fence"]),
             }
             async with watched_group() as self.group:
-                await self.supervise(task, os.environ | environ)
+                await self.supervise(task, {**self.environ, **environ})
 
     async def supervise(self, task: Task, environ: Mapping[str, str]) -> None:
         """Start the command, pass on what it prints, and tell the queue how it ended."""
@@ -8093,6 +8108,46 @@ class Runner:
             await asyncio.sleep(10)
 
 
+def passed_environ(config: Config, secrets: bool) -> dict[str, str]:
+    """The environment of a command; without the tokens and passwords by which this program is
+    configured, unless `secrets` are wanted."""
+    environ = dict(os.environ)
+    if secrets:
+        return environ
+    hidden = {"OPENBRAIN_TOKEN", "PGPASSWORD"}
+    for key, (value, _) in config.values.items():
+        names = {name for name, _ in VARIABLE.findall(str(value))} if key.endswith(SECRET) else ()
+        # What may be shown of a URL is no secret: the name of a host.
+        shown = masked(config[key]) if names & environ.keys() and isinstance(value, str) else ""
+        hidden |= {name for name in names if environ.get(name, "") not in shown}
+    for name in ("MOSAIC_VALKEY_URL", "OPENBRAIN_URL"):
+        if name in environ and has_secret(environ[name]):
+            environ[name] = masked(environ[name])
+    return {name: value for name, value in environ.items() if name not in hidden}
+
+
+@contextlib.contextmanager
+def task_file(task: Task) -> Iterator[Path]:
+    """A file with the task as JSON, while its command runs.  Those that killed processes have left
+    are removed: nobody holds their locks."""
+    try:
+        private_folder(folder := data_folder() / "runs")
+    except Refused:  # whoever names a server needs no home
+        private_folder(folder := Path(tempfile.gettempdir()) / f"mosaic-queue-runs-{os.getuid()}")
+    for left in folder.iterdir():
+        if (lock := take_lock(left)) is not None:
+            left.unlink(missing_ok=True)
+            os.close(lock)
+    while (lock := take_lock(file := folder / f"{new_session()}.json")) is None:
+        pass  # another process took it for one that was left
+    try:
+        file.write_text(json.dumps(task))
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(lock)
+
+
 WATCHER = 'trap "" HUP INT TERM; read -r _ || kill -KILL 0'
 
 
@@ -8150,6 +8205,7 @@ async def run(
     ttl: int | None = None,
     loop: bool = False,
     max_failures: int = 10,
+    secrets: bool = False,
 ) -> int:
     """Run a command for the next task, under a lease that is renewed.
 
@@ -8159,7 +8215,8 @@ async def run(
     """
     if not command:
         raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
-    return await run_commands(queue, command, mission, lane, wait, ttl, loop, max_failures)
+    how = (mission, lane, wait, ttl, loop, max_failures, secrets)
+    return await run_commands(queue, command, *how)
 
 
 async def run_commands(
@@ -8171,6 +8228,7 @@ async def run_commands(
     ttl: int | None = None,
     loop: bool = False,
     max_failures: int = 10,
+    secrets: bool = False,
     around: Around | None = None,
 ) -> int:
     """Take the next task and run a command for it; with `loop`, until nothing comes in `wait` s.
@@ -8187,7 +8245,7 @@ async def run_commands(
     config, unsafe = operator.config, operator.link.unsafe
     async with Queue(config, session=new_session(), unsafe=unsafe) as queue:
         queue.agent, queue.patience = runner_name(config), math.inf
-        runner = Runner(queue, command)
+        runner = Runner(queue, command, passed_environ(config, secrets))
 
         def signalled(number: int) -> None:
             runner.signalled(number)
@@ -8925,6 +8983,7 @@ async def mission_run(
     ttl: int | None = None,
     loop: bool = False,
     max_failures: int = 10,
+    secrets: bool = False,
 ) -> int:
     """Run a command for the next task of the mission, alone; default: mosaic claude.
 
@@ -8958,7 +9017,7 @@ async def mission_run(
     try:
         for one in await cleaned(queue, file, dead):
             print(f"mosaic-queue: {cleaned_line(one)}", file=sys.stderr)
-        how = (now.called, lane, wait, ttl, loop, max_failures, around)
+        how = (now.called, lane, wait, ttl, loop, max_failures, secrets, around)
         status = await run_commands(queue, command, *how)
         reason = ENDS.get(status, "interrupted")
         await written(queue, file, runtime)

@@ -121,6 +121,60 @@ def test_the_command_knows_its_task(run: Tell, server: Server) -> None:
     assert not Path(env["MOSAIC_TASK_FILE"]).exists(), "it is gone afterwards"
 
 
+LOOK_AROUND = "import json, os; print(json.dumps(dict(os.environ)))"
+
+
+def test_the_command_gets_no_password_of_ours(run: Tell, server: Server, tmp_path: Path) -> None:
+    """Unless it is wanted.  What the command's own work needs is passed on."""
+    create(server, "T1")
+    create(server, "T2")
+    (tmp_path / "own.yaml").write_text(
+        "http: {tokens: ['${BRAIN}']}\npostgres: {url: 'postgres://u:${PW}@${DB}/d'}\n"
+    )
+    secrets = {"BRAIN": "s1", "PW": "s2", "PGPASSWORD": "s3", "OPENBRAIN_TOKEN": "s4"}
+    others = {"DB": "localhost", "API_KEY": "theirs", "OPENBRAIN_URL": "http://u:s5@b/x?a=1"}
+    config = ("--config", "own.yaml")
+    env = json.loads(run(LOOK_AROUND, *config, **secrets, **others)[1])
+    assert secrets.keys() & env.keys() == set()
+    assert (env["DB"], env["API_KEY"]) == ("localhost", "theirs")
+    assert "s5" not in env["OPENBRAIN_URL"]
+    assert env["MOSAIC_VALKEY_URL"] == server.url
+    env = json.loads(run(LOOK_AROUND, *config, "--secrets", **secrets, **others)[1])
+    assert env.items() >= (secrets | others).items()
+
+
+def test_what_a_killed_run_leaves_is_removed_by_the_next(
+    start: Start, server: Server, tmp_path: Path
+) -> None:
+    for name in ("T1", "T2", "T3"):
+        create(server, name)
+    folder = tmp_path / "mosaic-queue/runs"
+    killed = start("run", "--", "sleep", "60")
+    until(lambda: folder.exists() and list(folder.iterdir()))
+    alive = start("run", "--", "sh", "-c", "until test -e go; do sleep 0.02; done")
+    until(lambda: len(list(folder.iterdir())) == 2)
+    mode = {stat.S_IMODE(one.stat().st_mode) for one in (folder, *folder.iterdir())}
+    assert mode == {0o700, 0o600}
+    killed.kill()
+    killed.wait()
+    third = start("run", "--", "sh", "-c", f"ls {folder}; cat $MOSAIC_TASK_FILE")
+    out, _ = third.communicate(timeout=60)
+    assert (third.returncode, out.count(".json"), '"taskId"' in out) == (0, 2, True), out
+    (tmp_path / "go").touch()
+    assert alive.wait(60) == 0
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_without_a_home_keeps_its_task_in_the_temporary_folder(
+    run: Tell, server: Server, tmp_path: Path
+) -> None:
+    create(server, "T1")
+    (tmp_path / "no").touch()
+    more = {"XDG_DATA_HOME": str(tmp_path / "no"), "TMPDIR": str(tmp_path)}
+    status, out, _ = run("import os; print(os.environ['MOSAIC_TASK_FILE'])", **more)
+    assert (status, out.startswith(f"{tmp_path}/mosaic-queue-runs-{os.getuid()}/")) == (0, True)
+
+
 def test_the_task_is_in_progress_meanwhile(start: Start, server: Server, tmp_path: Path) -> None:
     create(server, "T1")
     code = "import time, pathlib; pathlib.Path('on').touch(); time.sleep(60)"
