@@ -45,6 +45,7 @@ that stands in a later one.
     RESTORING        where a project is made again from
     BOARD WORDS      what the words of a board mean, in a handful of languages
     TASK TABLES      the tables of a TASKS.md: text in, cells out; edits in, text out
+    GIT              what git has done with a file: its worktrees, where HEAD was, what is under way
     SYNC             file, queue and what both said last, compared cell by cell
     WORKSPACE FILES  a TASKS.md kept in step with a project
     MONITOR          the one process that watches: expired leases, assignments, followers
@@ -3737,6 +3738,18 @@ class Queue:
             each = [{"task": n, "cells": rows[n] and compact(rows[n])} for n in part]
             await self.call("base", project, given, each)
 
+    async def forget_file(self, project: str, mark: str) -> None:
+        """Forget a file that is gone, and what it and the queue last agreed on."""
+        await self.call("base", project, {"file": mark, "path": ""})
+
+    async def file_facts(self, project: str, mark: str) -> tuple[int, dict[str, Any], int]:
+        """How far a file has seen its project, what is known of the file, and the project's rev."""
+        await self.link.check()
+        key = f"mosaic:queue:project:{{{project}}}:file:{mark}"
+        rev, state = await self.link.send("HMGET", key, ":rev", ":state")
+        known = json.loads(state or "{}").get("state", {})
+        return int(json.loads(rev or "-1")), known, await self.revision(project)
+
     @operation(tool="", group="operators")
     async def policy(self, *, project: str | None = None, apply: bool = False) -> Policy:
         """Show a project's limits; with apply, store those of the configuration for all hosts.
@@ -6235,8 +6248,9 @@ class Words:
             return word if word[:1].isupper() else in_case_of(word, heads)
         plainly = {word: one for one, word in MEANINGS.items() if one != "in review"}
         meaning = "blocked" if value == "blocked" else plainly.get(value, "")
-        if any(BOX.match(head) for head in heads) and meaning in ("open", "finished"):
-            return "[ ]" if meaning == "open" else "[x]"
+        boxes = {"open": "[ ]", "finished": "[x]", "deleted": "[-]"}
+        if any(BOX.match(head) for head in heads) and meaning in boxes:
+            return boxes[meaning]
         if heads and not any(phrase(head) for head in heads) and meaning in SIGNS:
             return SIGNS[meaning][0]
         tongues = [self.language.get(phrase(head), "English") for head in heads]
@@ -6374,6 +6388,10 @@ class TaskTable:
         start, cells = split_row(line, self.quotes)
         return line[:start], cells, line[start + len("|".join(cells)) :]
 
+    def cell(self, column: str, value: str) -> str:
+        """A value as a cell has it."""
+        return escaped(value)
+
     def put(self, lines: list[str], row: Row, column: str, text: str) -> None:
         """Write one cell.  Its padding stays where the value fits, else it grows alone."""
         at = self.columns[column]
@@ -6411,7 +6429,10 @@ class Checklist(TaskTable):
     """A checkbox list: the box is the status, the text after the id is the title."""
 
     def shows(self, word: str) -> str:
-        return "done" if word == "done" else "not-started"
+        return word if word in ("done", DELETED) else "not-started"
+
+    def cell(self, column: str, value: str) -> str:
+        return " ".join(unescaped(escaped(value)).split())
 
     def put(self, lines: list[str], row: Row, column: str, text: str) -> None:
         line = lines[row.line]
@@ -6421,13 +6442,12 @@ class Checklist(TaskTable):
         elif found and column == "text":
             begin = found.start("rest") + text_start(found["rest"])
             end = len(line.rstrip())
-            lines[row.line] = line[:begin] + " ".join(text.split()) + line[end:]
+            lines[row.line] = line[:begin] + text + line[end:]
 
     def new_row(self, lines: list[str], texts: Mapping[str, str]) -> str:
         found = ITEM.match(lines[self.last])
         lead = found["lead"] if found else "- ["
-        text = " ".join(texts.get("text", "").split())
-        return f"{lead}{texts['status'][1:2] or ' '}] {texts['id']}: {text}"
+        return f"{lead}{texts['status'][1:2] or ' '}] {texts['id']}: {texts.get('text', '')}"
 
 
 @dataclass
@@ -6457,9 +6477,10 @@ class Board:
 
     def put(self, table: TaskTable, row: Row, column: str, value: str) -> None:
         """Write one cell; a status or a priority in the column's own word."""
-        text = self.spelling(table, column, value)
-        table.put(self.lines, row, column, escaped(text))
-        row.cells[column] = meaning(column, escaped(text), self.words)
+        value = table.shows(value) if column == "status" else value
+        text = table.cell(column, self.spelling(table, column, value))
+        table.put(self.lines, row, column, text)
+        row.cells[column] = meaning(column, text, self.words)
         if column in row.said:
             row.said[column] = text
         if column in row.said:
@@ -6469,7 +6490,7 @@ class Board:
 
     def append(self, table: TaskTable, values: Mapping[str, str]) -> None:
         """Add a row like the last of a table; columns without a value are left empty."""
-        texts = {c: escaped(self.spelling(table, c, value)) for c, value in values.items()}
+        texts = {c: table.cell(c, self.spelling(table, c, value)) for c, value in values.items()}
         self.new.setdefault(table.last, []).append(table.new_row(self.lines, texts))
 
     def spelling(self, table: TaskTable, column: str, value: str) -> str:
@@ -6731,6 +6752,93 @@ def read_lists(board: Board, items: Mapping[int, str]) -> None:
             board.tables.append(table)
 
 
+# ==== GIT ====================================================================================
+#
+# A file in a repository is moved by git as well as edited by people: by checkout, stash, reset,
+# rebase and worktrees.  Only commands that read are called here, and none takes a lock.
+
+GIT_AT_WORK = (
+    *("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "BISECT_LOG", "rebase-merge"),
+    *("rebase-apply", "index.lock"),
+)
+GIT_WAIT = 5.0  # s that a sync waits for `index.lock`, which most commands hold for a moment
+
+
+class GitCopy(NamedTuple):
+    """A file in a worktree of a repository."""
+
+    top: str  # the worktree
+    folder: str  # where git keeps what is the worktree's own
+    common: str  # where git keeps what all worktrees share
+    path: str  # of the file in the worktree
+    head: str  # the commit that is checked out; '' before the first
+
+    @property
+    def board(self) -> str:
+        """What is the same for the copies of a file in all worktrees of a repository."""
+        return f"{self.common} {self.path}"
+
+    def is_written(self) -> bool:
+        """Whether it is the copy that is written: the main worktree's, where there is one."""
+        if self.folder == self.common:
+            return True
+        return git(self.common, "rev-parse", "--is-bare-repository") == "true"
+
+    def at_work(self) -> str:
+        """What git is in the middle of, '' when of nothing."""
+        return next((n for n in GIT_AT_WORK if os.path.lexists(f"{self.folder}/{n}")), "")
+
+    def blob(self, commit: str) -> str | None:
+        """The name of the file's content in a commit; None where it has no such file."""
+        return git(self.top, "rev-parse", "-q", "--verify", f"{commit}:{self.path}")
+
+    def board_at(self, commit: str, words: Words) -> Board | None:
+        """The file as a commit has it."""
+        text = git(self.top, "cat-file", "blob", f"{commit}:{self.path}", strip=False)
+        return None if text is None else read_board(text, words)
+
+    def fork(self, other: str) -> str | None:
+        """The last commit that HEAD and another commit have in common."""
+        return git(self.top, "merge-base", other, "HEAD")
+
+
+def git(folder: str | Path, *words: str, strip: bool = True) -> str | None:
+    """What a git command says; None where it fails, or git is not there.  It follows no variable
+    of a hook and fetches nothing."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    environ |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "LC_ALL": "C"}
+    command = ["git", "-c", "protocol.allow=never", "-C", str(folder), *words]
+    try:
+        done = subprocess.run(
+            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, timeout=20
+        )
+        text = done.stdout.decode()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return (text.strip("\n") if strip else text) if done.returncode == 0 else None
+
+
+def copy_of(file: Path) -> GitCopy | None:
+    """A file as git sees it; None where it is in no worktree."""
+    asked = ("--path-format=absolute", "--show-toplevel", "--git-dir", "--git-common-dir")
+    places = (git(file.parent, "rev-parse", *asked) or "").split("\n")
+    if len(places) != 3 or not file.is_relative_to(places[0]):
+        return None
+    top, folder, common = places
+    head = git(top, "rev-parse", "-q", "--verify", "HEAD") or ""
+    return GitCopy(top, folder, common, file.relative_to(top).as_posix(), head)
+
+
+async def require_git_at_rest(copy: GitCopy | None) -> None:
+    """Refuse HELD in the middle of a git operation: the file is not what it is going to be."""
+    give_up = time.monotonic() + (0 if os.environ.get("GIT_INDEX_FILE") else GIT_WAIT)
+    while copy and (what := copy.at_work()):
+        if what != "index.lock" or time.monotonic() > give_up:
+            said = f"git is in the middle of something in {copy.top}: {what} is there"
+            raise Refused("HELD", said, "sync again when it has ended")
+        await asyncio.sleep(0.05)
+
+
 # ==== SYNC ===================================================================================
 #
 # A TASKS.md is a working copy of a project.  A sync compares three values of every cell: what
@@ -6755,6 +6863,7 @@ WRONG = ("conflict", "refused", "invalid", "unwritten")  # what somebody has to 
 KINDS = ("created", "changed", "written", "added", "deleted", "stale", *WRONG, *NOTES)
 RANK = {"not-started": 0, "blocked": 1, "in-progress": 1, "failed": 2, "done": 3}  # of statuses
 WORDS_TOLD = 200  # words of a file that are not told again
+PAST = 50  # earlier states of a file that are known again
 REPLACED = 4  # values of a cell that are remembered after the queue has replaced them
 
 
@@ -6948,6 +7057,9 @@ class Sync:
     board: Board
     told: list[Difference]
     reopen: Collection[str] = ()  # tasks whose status may go back
+    copy: GitCopy | None = None  # of a file in a repository
+    digest: str = ""  # of the file as it was read
+    whole: str = ""  # when the whole file was as it is now, where it is an older one
     takes: bool = True
     writes: bool = True
     locked: str = ""  # why nothing is written, where somebody has to know
@@ -6980,12 +7092,16 @@ class Sync:
         self.state = json.loads(raw.pop(STATE, "{}")).get("state", {})
         self.known = {**self.state}
         self.base = {task: json.loads(text) for task, text in raw.items()}
+        self.know_older()
         for line, why in self.board.apart.items():
             self.tell("skipped", line=line + 1, why=why)
         self.enter_rows()
         await self.leave_shared()
         await self.know_edges()
         self.turn_blocks()
+        if self.whole:
+            self.older = {task: cells_of(row) for task, (_, row) in self.rows.items()}
+            self.tell("stale", why=f"{self.file.name} is as it was {self.whole}: written anew")
         await self.read()
         self.ready = self.hidden() if self.dry else []
         await self.create()
@@ -6997,6 +7113,30 @@ class Sync:
         self.tell_words()
 
     # -- reading both sides --
+
+    def know_older(self) -> None:
+        """Find out whether the file, or what of it, is older than the base: it is as it was at an
+        earlier sync or as HEAD has it, or HEAD has moved and the file with it.  Then what the last
+        common commit says is no edit."""
+        past, copy = dict(self.state.get("past", ())), self.copy
+        if self.digest == self.state.get("digest", self.digest):
+            return
+        if self.digest in past:
+            self.whole = f"at {past[self.digest]}"
+        if not copy or not copy.head or not (before := self.state.get("head")):
+            return
+        if before != copy.head and copy.blob(before) != copy.blob(copy.head):
+            commit = copy.fork(before)
+            self.older = self.cells_at(commit)
+            if commit == copy.head:
+                self.whole = f"at commit {commit[:10]}"
+        elif self.cells_at(copy.head) == cells_in(self.board):
+            self.whole = f"at commit {copy.head[:10]}"
+
+    def cells_at(self, commit: str | None) -> dict[str, dict[str, str]]:
+        """What the rows of the file said in a commit."""
+        board = self.copy.board_at(commit, self.board.words) if self.copy and commit else None
+        return cells_in(board) if board else {}
 
     def enter_rows(self) -> None:
         """Enter the rows whose ids can be ids and stand here once."""
@@ -7018,9 +7158,17 @@ class Sync:
     async def leave_shared(self) -> None:
         """Leave out the rows that another file of the project has too: neither syncs them."""
         for mark, path in (await self.queue.files(self.project)).items():
-            if mark == self.mark or not os.path.isfile(path):
+            if mark == self.mark:
                 continue
             theirs = await self.queue.base(self.project, mark)
+            state = json.loads(theirs.pop(STATE, "{}")).get("state", {})
+            if not os.path.isdir(state.get("top", "/")) and not self.dry:
+                await self.queue.forget_file(self.project, mark)  # a worktree that was removed
+            elif self.copy and state.get("board") == self.copy.board:
+                self.know_copy(theirs, state)
+                continue
+            if not os.path.isfile(path):
+                continue
             self.elsewhere |= {task for task, base in theirs.items() if '"status"' in base}
             both, lines = [task for task in self.rows if task in theirs], dict[str, int]()
             if both:
@@ -7034,6 +7182,17 @@ class Sync:
                     if task not in self.base:  # so that the other file sees it too
                         self.base[task] = {"cells": {}, "was": {}, "rev": AWAY, "own": 0}
                         self.touched.add(task)
+
+    def know_copy(self, theirs: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        """Give a new copy of a file that another worktree has a base: what both had when their
+        commits parted."""
+        if self.state or not self.copy or not state.get("head"):
+            return
+        then = self.cells_at(self.copy.fork(state["head"]))
+        for task in self.rows.keys() & theirs.keys() - self.base.keys():
+            known: Base = json.loads(theirs[task])
+            self.base[task] = {**known, "cells": then.get(task, known["cells"]), "was": {}}
+            self.touched.add(task)
 
     async def know_edges(self) -> None:
         """Take the parts of dependency cells that name known tasks as edges.  Any other part is
@@ -7347,7 +7506,7 @@ class Sync:
             if found in ("theirs", "stale"):
                 agreed = self.write(task, kind, mine, theirs)
                 why = "an older value; a person changes it with mosaic-queue"
-                if found == "stale" and not self.older:
+                if found == "stale" and not self.whole:
                     self.tell("stale", task, **told, why=why)
                 elif agreed:
                     self.tell("written", task, **told)
@@ -7478,10 +7637,11 @@ class Sync:
                 continue
             needs = sorted(task["dependencies"])
             cells = {c: CELLS[c].value(task) for c in home.columns if c in CELLS}
+            cells["status"] = home.shows(cells["status"])
             edges = {"depends_on": needs, "blocks": sorted(dependents.get(name, []))}
             cells |= {c: ", ".join(ids) for c, ids in edges.items() if c in home.columns}
             self.board.append(home, cells | {"id": name})
-            said = {column: meaning(column, escaped(value)) for column, value in cells.items()}
+            said = {c: meaning(c, home.cell(c, value)) for c, value in cells.items()}
             for one in needs:
                 table, row = self.rows.get(one, (home, Row(-1, one, {})))
                 if "blocks" in row.cells and row.line >= 0:
@@ -7516,8 +7676,16 @@ class Sync:
             self.tell("words", why="; ".join(parts))
             self.state["words"] = [*told, *itertools.chain(*new.values())][-WORDS_TOLD:]
 
-    async def keep(self) -> None:
+    async def keep(self, digest: str) -> None:
         """Store the base, how far the queue was read, and what is known of the file."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        past = [one for one in self.state.get("past", []) if one[0] != digest]
+        for old in {self.digest, self.state.get("digest", digest)} - {digest}:
+            past = [one for one in past if one[0] != old] + [[old, stamp]]
+        self.state |= {"digest": digest, "past": past[-PAST:]}
+        if self.copy:
+            copy = self.copy
+            self.state |= {"head": copy.head, "top": copy.top, "board": copy.board}
         rows: dict[str, Any] = {task: self.base.get(task) for task in self.touched}
         if self.state != self.known:
             rows[STATE] = {**NOTHING, "state": self.state}
@@ -7531,6 +7699,18 @@ class Sync:
         shown = {task for task, word in words.items() if word != "done"}
         able = [t for t in self.rows if self.tasks.get(t, {}).get("status") == "pending"]
         return [task for task in able if shown.intersection(self.tasks[task]["dependencies"])]
+
+
+def cells_in(board: Board) -> dict[str, dict[str, str]]:
+    """What is known of tasks by the rows of a board."""
+    rows = [row for table in board.tables for row in table.rows]
+    found, blockers = {row.task: cells_of(row) for row in rows}, dict[str, set[str]]()
+    for row in rows:
+        for other in row.cells.get("blocks", "").split():
+            blockers.setdefault(other, set()).add(row.task)
+    for task, names in blockers.items():
+        found.setdefault(task, {})[BLOCKED_BY] = " ".join(sorted(names))
+    return found
 
 
 def cells_of(row: Row) -> dict[str, str]:
@@ -7585,6 +7765,7 @@ ARGUMENTS |= {
     "direction": Argument("word", ", ".join(DIRECTIONS), words=DIRECTIONS),
     "dry_run": Argument("bool", "say what it would do, and change nothing"),
     "check": Argument("bool", "say what differs, and exit with 7 if anything does"),
+    "reopen": Argument("ids", "tasks whose status the file may take back"),
 }
 
 
@@ -7604,50 +7785,116 @@ async def sync_file(
     New rows become tasks of `mission`, which is, without one, what the file's `Mission:` line
     says, else the configuration, else the file's name; with `milestones` each table has a
     mission of its own under a heading with that word.  `to-file` changes nothing in the queue,
-    `to-queue` nothing in the file, `dry_run` neither.  Refuses INVALID for a file that is no UTF-8
-    text with a task table, or that has a merge conflict in it; HELD when another sync does not end.
+    `to-queue` nothing in the file, `dry_run` neither; a status goes back for tasks of `reopen`
+    alone.  Refuses INVALID for a file that is no UTF-8 text with a task table, or that has a merge
+    conflict in it; HELD when another sync does not end, or in the middle of a git operation.
     """
     if direction not in DIRECTIONS:
         invalid("direction", direction, ", ".join(DIRECTIONS))
     file = real_path(Path(path))
     acting = queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name)))
+    more = settings_of(queue.config, file, project)
+    words = words_of(tuple((m, tuple(texts)) for m, texts in more.get("words", {}).items()))
     told: list[Difference] = []
     # The base of a path: another file of the same name has another one.
     mark = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
+    how = compact([mission, direction, milestones, more.get("words"), more.get("worktrees")])
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
             await stack.enter_async_context(locked(file))
             await require_not_lost(queue, project)
         for _ in range(TRIES):
+            copy = copy_of(file)
+            if not dry_run:
+                await require_git_at_rest(copy)
             data = read_text(file, DOCUMENT).encode()
-            board = read_board(data.decode())
+            report = SyncReport(
+                file=str(file), project=project, mission="", wrote=False, rows=told, ready=[]
+            )
+            seen, known, rev = await queue.file_facts(project, mark)
+            quiet = [how, digest_of_file(data), copy.head if copy else ""]
+            if seen == rev and known.get("quiet") == quiet and not (dry_run or told):
+                return {**report, "mission": known["mission"]}
+            board = read_board(data.decode(), words)
             require_mergeable(file, board)
             named = mission or mission_of(board) or mission_from(queue.config, file)
             sync = Sync(acting, file, mark, project, named, milestones, dry_run, board, told)
-            sync.reopen = reopen
+            sync.reopen, sync.copy, sync.digest = reopen, copy, digest_of_file(data)
             sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
+            if copy and more.get("worktrees") != "all" and not copy.is_written():
+                sync.writes = False
             if sync.writes and not writable(file):
                 sync.writes, sync.locked = False, f"{file} is read-only"
             try:
                 await sync.merge()
                 text = board.text().encode()
-                if text != data and not dry_run:
+                report |= {"mission": named, "rows": sync.told, "ready": sync.ready}
+                if dry_run:
+                    return report
+                if text != data:
+                    if copy and copy.at_work():
+                        raise Refused("STALE_REV", f"git is at work in {copy.top}")
                     put(file, text, data)
-                await sync.keep()
-                wrote = text != data and not dry_run
-                return SyncReport(
-                    file=str(file),
-                    project=project,
-                    mission=named,
-                    wrote=wrote,
-                    rows=sync.told,
-                    ready=sync.ready,
-                )
+                stays = {row["kind"] for row in sync.told} & {*WRONG}
+                quiet = [how, digest_of_file(text), copy.head if copy else ""]
+                sync.state |= {"mission": named, "quiet": None if stays else quiet}
+                await sync.keep(digest_of_file(text))
+                return {**report, "wrote": text != data}
             except Refused as problem:
                 if problem.code != "STALE_REV":
                     raise
             told = [row for row in sync.told if row["kind"] in ("created", "changed")]
         raise Refused("HELD", f"{file} or its tasks change faster than they can be synced")
+
+
+def digest_of_file(data: bytes) -> str:
+    """What stands for the text of a file, however its tables are padded."""
+    return hashlib.blake2b(re.sub(rb"[ \t]+|-{2,}", b" ", data), digest_size=8).hexdigest()
+
+
+def settings_of(config: Config, file: Path, project: str) -> dict[str, Any]:
+    """What the configuration says of a file."""
+    if not config["files"]:
+        return {}
+    return next((one for one in workspace_files(config, project) if one["path"] == file), {})
+
+
+def workspace_files(config: Config, default: str | None = None) -> Iterator[dict[str, Any]]:
+    """What `files` names: a path, or a mapping with path, project, mission, direction,
+    milestones, words and worktrees.  A path is relative to the folder of the configuration;
+    one that comes with a repository stays in it."""
+    source = Path(config.source("files"))
+    local = source.parent.name == ".mosaic"
+    base = source.parent.parent if local else source.parent
+    for one in config["files"]:
+        given = {"path": one} if isinstance(one, str) else one
+        accepted = ("path", "project", "mission", "direction", "milestones", "words", "worktrees")
+        if not isinstance(given, dict) or not {"path"} <= given.keys() <= set(accepted):
+            shown = f"{source}: a file is {one!r}"
+            raise ConfigError(f"{shown}; accepted: a path, or {', '.join(accepted)}")
+        path = Path(os.path.realpath(base / Path(str(given["path"])).expanduser()))
+        if local and not path.is_relative_to(os.path.realpath(base)):
+            raise ConfigError(f"{source}: {given['path']} lies outside of {base}")
+        project = given.get("project") or config["project"] or default
+        if not project:
+            raise ConfigError(f"{source}: {given['path']} has no project")
+        ARGUMENTS["project"].check("project", project)
+        require_words(given.get("words", {}), str(source))
+        if given.get("worktrees", "main") not in ("main", "all"):
+            raise ConfigError(f"{source}: worktrees is {given['worktrees']!r}; accepted: main, all")
+        yield given | {"path": path, "project": project}
+
+
+def require_words(words: Any, source: str) -> None:
+    """Refuse words of a configuration that are not lists by meaning."""
+    accepted = [meaning for meaning in MEANINGS if meaning not in ("unknown", "deleted")]
+    right = isinstance(words, dict) and all(
+        meaning in accepted and isinstance(texts, list) and all(isinstance(t, str) for t in texts)
+        for meaning, texts in words.items()
+    )
+    if not right:
+        shown = f"{source}: words is {words!r}"
+        raise ConfigError(f"{shown}; accepted: lists of words by {', '.join(accepted)}")
 
 
 async def watch_file(
@@ -7736,13 +7983,14 @@ async def sync(
     direction: Direction = "both",
     dry_run: bool = False,
     check: bool = False,
+    reopen: Sequence[str] = (),
 ) -> Synced:
     """Bring a TASKS.md and a project in step, both ways.
 
     Example: mosaic-queue sync docs/TASKS.md --project web
     """
     given: dict[str, Any] = {"mission": mission, "milestones": milestones, "direction": direction}
-    given["dry_run"] = dry_run or check
+    given |= {"dry_run": dry_run or check, "reopen": reopen}
     report = await sync_file(queue, file, queue.own(project), **given)
     return {**report, "asked": "check" if check else "dry-run" if dry_run else "sync"}
 
@@ -7842,7 +8090,8 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
         # A file is one of this host, and another leader's monitor need not know of it.
         place = f"{socket.gethostname()} {given['path']}"
         mark = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
-        parts[f"files.{mark}"] = functools.partial(keep_file, queue, **given)
+        how = {key: value for key, value in given.items() if key not in ("words", "worktrees")}
+        parts[f"files.{mark}"] = functools.partial(keep_file, queue, **how)
     kinds = dict.fromkeys(name.partition(".")[0] for name in parts)
     for name in only:
         if name not in kinds:
@@ -7863,29 +8112,6 @@ def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
     if config["openbrain.autoCapture"]:
         found.append(OpenBrain(queue))
     return found
-
-
-def workspace_files(config: Config) -> Iterator[dict[str, Any]]:
-    """What `files` names, as `keep_file` takes it: a path, or a mapping with path, project,
-    mission, direction and milestones.  A path is relative to the folder of the configuration;
-    one that comes with a repository stays in it."""
-    source = Path(config.source("files"))
-    local = source.parent.name == ".mosaic"
-    base = source.parent.parent if local else source.parent
-    for one in config["files"]:
-        given = {"path": one} if isinstance(one, str) else one
-        accepted = ("path", "project", "mission", "direction", "milestones")
-        if not isinstance(given, dict) or not {"path"} <= given.keys() <= set(accepted):
-            shown = f"{source}: a file is {one!r}"
-            raise ConfigError(f"{shown}; accepted: a path, or {', '.join(accepted)}")
-        path = Path(os.path.realpath(base / Path(str(given["path"])).expanduser()))
-        if local and not path.is_relative_to(os.path.realpath(base)):
-            raise ConfigError(f"{source}: {given['path']} lies outside of {base}")
-        project = given.get("project") or config["project"]
-        if not project:
-            raise ConfigError(f"{source}: {given['path']} has no project")
-        ARGUMENTS["project"].check("project", project)
-        yield given | {"path": path, "project": project}
 
 
 async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:

@@ -116,8 +116,20 @@ class Server:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            [self.binary, "--port", "0", "--unixsocket", str(self.socket), "--save", "",
-             "--dir", str(self.folder), "--logfile", str(self.folder / "log"), *self.options],
+            [
+                self.binary,
+                "--port",
+                "0",
+                "--unixsocket",
+                str(self.socket),
+                "--save",
+                "",
+                "--dir",
+                str(self.folder),
+                "--logfile",
+                str(self.folder / "log"),
+                *self.options,
+            ],
         )
         give_up = time.monotonic() + 60
         while True:

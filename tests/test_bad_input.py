@@ -567,8 +567,21 @@ LUA_CASES: list[tuple[str, dict[str, Any], str, str]] = [
     *(("delete", {"task": bad}, "INVALID", "taskId is not an id") for bad in LUA_IDS),
     *(
         ("claim", CLAIM | {"ttl": bad}, "INVALID", "a whole number from 1 to 604800")
-        for bad in ("0", "-1", "691200", "nan", "inf", "1e3", " 7 ", "0x10", "7\n", "1.0", "٣",
-                    "9" * 400, "soon")
+        for bad in (
+            "0",
+            "-1",
+            "691200",
+            "nan",
+            "inf",
+            "1e3",
+            " 7 ",
+            "0x10",
+            "7\n",
+            "1.0",
+            "٣",
+            "9" * 400,
+            "soon",
+        )
     ),
     *(
         ("heartbeat", {"task": "T2", "ttl": bad}, "INVALID", "from 1 to 604800")

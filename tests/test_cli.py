@@ -361,9 +361,7 @@ def test_a_bad_line_is_named_and_nothing_is_created(
         (new("C", lane="nightly"), "INVALID", 2),
     ],
 )
-def test_all_or_none(
-    server: Server, run: Run, bad: dict[str, Any], code: str, status: int
-) -> None:
+def test_all_or_none(server: Server, run: Run, bad: dict[str, Any], code: str, status: int) -> None:
     run([*PYTHON, "create", "web", "m", "old", "--title", "t"])
     before = key_space(server)
     done = run([*PYTHON, "create", "--from", "-"], lines(new("A"), bad, new("D")))
@@ -489,9 +487,7 @@ def test_a_project_that_is_only_registered_is_passed_over(tell: Tell, db: redis.
 # ---- who acts ----
 
 
-def test_without_an_agent_the_command_line_acts_for_the_holder(
-    tell: Tell, db: redis.Redis
-) -> None:
+def test_without_an_agent_the_command_line_acts_for_the_holder(tell: Tell, db: redis.Redis) -> None:
     """As the PRD's command lines do; the event says who typed it."""
     story(
         tell,

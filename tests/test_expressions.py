@@ -63,7 +63,8 @@ def expressions() -> Iterator[tuple[str, str, int]]:
             parts = [one.value if isinstance(one, ast.Constant) else "x" for one in pattern.values]
             yield use, "".join(map(str, parts)), flags
         elif isinstance(pattern, ast.Constant):
-            yield use, str(pattern.value), flags
+            value = pattern.value
+            yield use, value.decode() if isinstance(value, bytes) else str(value), flags
 
 
 def long_texts(pattern: str) -> Iterator[str]:

@@ -137,8 +137,13 @@ def scenarios() -> list[Scenario]:
 
     add("claim", "pending", lambda q: q.claim("T", "alice", ttl=TTL, op="same"))
     add("claim due", "delayed", lambda q: q.claim("T", "alice", ttl=TTL, op="same"), seconds=2000)
-    add("claim again", "claimed", lambda q: q.claim("T", "bob", ttl=TTL, op="same"),
-        seconds=EXPIRED, extra=reap_later)
+    add(
+        "claim again",
+        "claimed",
+        lambda q: q.claim("T", "bob", ttl=TTL, op="same"),
+        seconds=EXPIRED,
+        extra=reap_later,
+    )
     add("start", "claimed", by_holder("start"))
     add("heartbeat", held, by_holder("heartbeat"))
     vary("heartbeat ttl", by_holder("heartbeat", ttl=2 * TTL))
@@ -164,15 +169,32 @@ def scenarios() -> list[Scenario]:
     add("claim resume", "in-progress", lambda q: q.claim("T", "alice", **later), "linked")
     add("claim assigned", "assigned", lambda q: q.claim("T", "alice", ttl=TTL, op="same"))
     add("next", "pending", lambda q: q.next("alice", ttl=TTL, op="same"), chooses=True)
-    add("next due", "delayed", lambda q: q.next("alice", lane="coding", ttl=TTL, op="same"),
-        seconds=2000, chooses=True)
+    add(
+        "next due",
+        "delayed",
+        lambda q: q.next("alice", lane="coding", ttl=TTL, op="same"),
+        seconds=2000,
+        chooses=True,
+    )
     add("next resume", "claimed", lambda q: q.next("alice", **later), "linked", chooses=True)
     add("next assigned", "assigned", lambda q: q.next("alice", ttl=TTL, op="same"), chooses=True)
-    add("next stale", "pending", lambda q: q.next("alice", ttl=TTL, op="same"), "plain",
-        extra=stale_entries, chooses=True, broken=True)
+    add(
+        "next stale",
+        "pending",
+        lambda q: q.next("alice", ttl=TTL, op="same"),
+        "plain",
+        extra=stale_entries,
+        chooses=True,
+        broken=True,
+    )
     add("assign", "pending", lambda q: q.assign("T", agent="alice", op="same"))
-    add("assign best", "pending", lambda q: q.assign(agent="alice", op="same"), "linked",
-        chooses=True)
+    add(
+        "assign best",
+        "pending",
+        lambda q: q.assign(agent="alice", op="same"),
+        "linked",
+        chooses=True,
+    )
     add("start assigned", "assigned", by_holder("start"))
     add("heartbeat assigned", "assigned", by_holder("heartbeat"))
     add("reap assigned", "assigned", lambda q: q.reap(), seconds=EXPIRED)
@@ -198,20 +220,36 @@ def scenarios() -> list[Scenario]:
     add("redrive", "failed", lambda q: q.redrive("T", op="same"))
     add("redrive delay", "failed", lambda q: q.redrive("T", delay=50, op="same"), "plain")
     add("reopen", "completed", lambda q: q.reopen("T", reason="blank", op="same"))
-    add("purge", "completed", lambda q: q.purge(older=0), "plain", gone={"T"},
-        chooses=True)
-    add("purge failed", "failed", lambda q: q.purge(older=0, status="failed"), "plain",
-        gone={"T"}, chooses=True)
+    add("purge", "completed", lambda q: q.purge(older=0), "plain", gone={"T"}, chooses=True)
+    add(
+        "purge failed",
+        "failed",
+        lambda q: q.purge(older=0, status="failed"),
+        "plain",
+        gone={"T"},
+        chooses=True,
+    )
     add("pause", "pending", lambda q: q.pause(), "plain")
     add("unpause", "pending", lambda q: q.unpause(), "plain", extra=paused)
     ids = {"ids": "T W1"}
-    add("repair", "blocked claimed", lambda q: q.call("repair", "p", ids), "linked",
-        extra=damage, broken=True)
+    add(
+        "repair",
+        "blocked claimed",
+        lambda q: q.call("repair", "p", ids),
+        "linked",
+        extra=damage,
+        broken=True,
+    )
     vary("reap", lambda q: q.reap(), seconds=EXPIRED)
     add("reap two", "claimed", lambda q: q.reap(), seconds=EXPIRED, extra=another_lease)
     add("reap dead", "claimed", lambda q: q.reap(), seconds=5 * EXPIRED, extra=last_lease)
-    add("delete", "pending delayed blocked completed failed",
-        partial(mq.Queue.delete, task="T", op="same"), "plain", gone={"T"})
+    add(
+        "delete",
+        "pending delayed blocked completed failed",
+        partial(mq.Queue.delete, task="T", op="same"),
+        "plain",
+        gone={"T"},
+    )
     gone = partial(mq.Queue.delete, task="T", op="same", force=True)
     add("delete force", "pending blocked completed", gone, gone={"T"})
     add("delete force", "delayed claimed", gone, "plain", gone={"T"})
@@ -421,8 +459,11 @@ class Stage:
         return bool(self.db.hget(f"mosaic:queue:project:{{p}}:task:{task}", "blocked"))
 
     def unended(self) -> list[str]:
-        return [f"{task} is {view['status']} and cannot be brought to its end"
-                for task, view in self.seen().items() if view["status"] != "completed"]
+        return [
+            f"{task} is {view['status']} and cannot be brought to its end"
+            for task, view in self.seen().items()
+            if view["status"] != "completed"
+        ]
 
 
 @pytest.fixture
@@ -558,9 +599,7 @@ async def points_of(stage: Stage) -> AsyncIterator[str]:
         wrote = wrote or command not in READS
 
 
-def differences(
-    has: dict[str, Any], *wanted: dict[str, Any], mixed: bool = False
-) -> list[str]:
+def differences(has: dict[str, Any], *wanted: dict[str, Any], mixed: bool = False) -> list[str]:
     """Tasks that look as in none of the wanted; if `mixed`, each field as in one of them."""
 
     def suits(view: dict[str, Any] | None, among: list[dict[str, Any] | None]) -> bool:

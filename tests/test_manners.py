@@ -169,7 +169,30 @@ def refusals_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"commands": commands_table, "refusals": refusals_table}
+def words_table() -> str:
+    """The meanings of status words; of other languages the first word each."""
+    what = {
+        "open": "pending, or waiting for dependencies",
+        "under way": "claimed; where the queue knows of no claim: blocked by hand",
+        "in review": "the same",
+        "finished": "completed",
+        "set aside": "blocked by hand, with the word as the reason",
+        "blocked": "blocked by hand",
+        "failed": "a dead letter",
+        "deleted": "the queue has no such task any more",
+    }
+    rows = ["| meaning | in the queue | words |", "|---|---|---|"]
+    for meaning, task in what.items():
+        english, *others = (words.get(meaning, "") for words in mq.STATUS_WORDS.values())
+        known = [*english.split(","), *(words.partition(",")[0] for words in others)]
+        signs = [*mq.SIGNS.get(meaning, "")]
+        boxes = [f"`[{box}]`" for box, of in mq.BOXES.items() if of == meaning]
+        said = [" ".join(word.split()) for word in known if word.strip()]
+        rows.append(f"| {meaning} | {task} | {', '.join([*said, *signs, *boxes])} |")
+    return "\n".join(rows)
+
+
+TABLES = {"commands": commands_table, "refusals": refusals_table, "words": words_table}
 
 
 @pytest.mark.parametrize("name", TABLES)

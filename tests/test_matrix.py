@@ -126,8 +126,14 @@ OPERATIONS = {
 }
 
 SHORT = {
-    "P": "pending", "C": "claimed", "I": "in-progress", "D": "completed", "F": "failed",
-    "B": "blocked", "N": "NOT_FOUND", "W": "WRONG_STATUS",
+    "P": "pending",
+    "C": "claimed",
+    "I": "in-progress",
+    "D": "completed",
+    "F": "failed",
+    "B": "blocked",
+    "N": "NOT_FOUND",
+    "W": "WRONG_STATUS",
 }
 MATRIX = """
                 absent pending delayed blocked by_hand assigned claimed in-progress completed failed
@@ -187,8 +193,13 @@ def cells() -> list[Any]:
 
 @pytest.mark.parametrize(("operation", "status", "outcome"), cells())
 async def test_matrix(
-    queue: mq.Queue, db: redis.Redis, server: Server, shim: Shim,
-    operation: str, status: str, outcome: str,
+    queue: mq.Queue,
+    db: redis.Redis,
+    server: Server,
+    shim: Shim,
+    operation: str,
+    status: str,
+    outcome: str,
 ) -> None:
     await reach(queue, status)
     assert sound(db, shim) == []
@@ -212,8 +223,13 @@ async def test_what_create_refuses(
     for code, tasks in (
         ("NOT_FOUND", [new | {"taskId": "A", "dependencies": ["nobody"]}]),
         ("CYCLE", [new | {"taskId": "A", "dependencies": ["A"]}]),
-        ("CYCLE", [new | {"taskId": "A", "dependencies": ["B"]},
-                   new | {"taskId": "B", "dependencies": ["A"]}]),
+        (
+            "CYCLE",
+            [
+                new | {"taskId": "A", "dependencies": ["B"]},
+                new | {"taskId": "B", "dependencies": ["A"]},
+            ],
+        ),
         ("EXISTS", [new | {"taskId": "A"}, new | {"taskId": "A"}]),
         ("EXISTS", [new | {"taskId": "A"}, new | {"taskId": "other"}]),
         ("INVALID", [new | {"taskId": "A", "lane": "cooking"}]),
@@ -285,7 +301,8 @@ STRANGERS = {
     "wrong fence": ({"fence": 1}, "STALE_FENCE"),
     "right agent, wrong session": ({"agent": "alice", "session": "s2"}, "STALE_SESSION"),
     "right agent and session, wrong fence": (
-        {"agent": "alice", "session": "s1", "fence": 1}, "STALE_FENCE",
+        {"agent": "alice", "session": "s1", "fence": 1},
+        "STALE_FENCE",
     ),
 }
 
@@ -327,9 +344,7 @@ async def test_the_holder_may(
     assert sound(db, shim) == []
 
 
-async def test_an_old_fence_is_stale_after_the_next_claim(
-    queue: mq.Queue, server: Server
-) -> None:
+async def test_an_old_fence_is_stale_after_the_next_claim(queue: mq.Queue, server: Server) -> None:
     await create(queue, "T")
     first = await queue.claim("T", "alice", session="s1", ttl=TTL)
     await queue.release("T", agent="alice")
@@ -350,9 +365,7 @@ async def lapse(queue: mq.Queue, shim: Shim, **claim: Any) -> Any:
     return claimed
 
 
-async def test_late_completion_by_the_holder(
-    queue: mq.Queue, db: redis.Redis, shim: Shim
-) -> None:
+async def test_late_completion_by_the_holder(queue: mq.Queue, db: redis.Redis, shim: Shim) -> None:
     await create(queue, "T")
     claim = await lapse(queue, shim, session="s1")
     who = {"agent": "alice", "session": "s1", "fence": claim["fence"]}
@@ -632,15 +645,18 @@ async def test_priority_goes_before_age_and_a_task_that_comes_back_keeps_its_pla
     assert sound(db, shim) == []
 
 
-@pytest.mark.parametrize(("changes", "order"), [
-    ({"priority": "critical"}, ["T", "A", "B"]),
-    ({"priority": "low"}, ["A", "B", "T"]),
-    ({"lane": "any"}, ["A", "T", "B"]),
-    ({"lane": "planning"}, ["A", "B"]),
-    ({"dependencies": ["A"]}, ["A", "B"]),
-    ({"delay": 50}, ["A", "B"]),
-    ({"title": "new"}, ["A", "T", "B"]),
-])
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [
+        ({"priority": "critical"}, ["T", "A", "B"]),
+        ({"priority": "low"}, ["A", "B", "T"]),
+        ({"lane": "any"}, ["A", "T", "B"]),
+        ({"lane": "planning"}, ["A", "B"]),
+        ({"dependencies": ["A"]}, ["A", "B"]),
+        ({"delay": 50}, ["A", "B"]),
+        ({"title": "new"}, ["A", "T", "B"]),
+    ],
+)
 async def test_a_ready_task_that_is_updated_stands_in_its_new_place(
     queue: mq.Queue, db: redis.Redis, shim: Shim, changes: Any, order: list[str]
 ) -> None:
@@ -662,9 +678,7 @@ async def test_a_lane_gives_its_own_tasks_and_those_of_any(
     assert sound(db, shim) == []
 
 
-async def test_a_mission_gives_its_own_tasks(
-    queue: mq.Queue, db: redis.Redis, shim: Shim
-) -> None:
+async def test_a_mission_gives_its_own_tasks(queue: mq.Queue, db: redis.Redis, shim: Shim) -> None:
     await queue.create("p", "second", "S", title="a task", priority="low")
     assert [await given(queue, mission="second") for _ in "ab"] == ["S", ""]
     assert sound(db, shim) == []
@@ -704,16 +718,25 @@ async def test_entries_without_a_task_are_cleaned(
 
 
 @pytest.mark.parametrize("how", ["claim", "next"])
-@pytest.mark.parametrize(("seconds", "stamp", "same", "outcome"), [
-    (0, False, False, "HELD"),  # another session of the same agent: it lives
-    (41, False, False, "s2"),  # two thirds of its lease passed
-    (0, True, False, "s2"),  # it said that it ends
-    (41, False, True, "HELD"),  # never inside one session
-    (0, True, True, "HELD"),
-])
+@pytest.mark.parametrize(
+    ("seconds", "stamp", "same", "outcome"),
+    [
+        (0, False, False, "HELD"),  # another session of the same agent: it lives
+        (41, False, False, "s2"),  # two thirds of its lease passed
+        (0, True, False, "s2"),  # it said that it ends
+        (41, False, True, "HELD"),  # never inside one session
+        (0, True, True, "HELD"),
+    ],
+)
 async def test_what_an_earlier_session_left_behind(
-    config: mq.Config, db: redis.Redis, shim: Shim,
-    how: str, seconds: int, stamp: bool, same: bool, outcome: str,
+    config: mq.Config,
+    db: redis.Redis,
+    shim: Shim,
+    how: str,
+    seconds: int,
+    stamp: bool,
+    same: bool,
+    outcome: str,
 ) -> None:
     async with mq.Queue(config, session="s1") as first, mq.Queue(config, session="s2") as second:
         await create(first, "T")
@@ -819,8 +842,13 @@ async def test_update_changes_and_clears_every_field(
 ) -> None:
     await create(queue, "T", description="old", metadata={"a": 1}, dependencies=["other"])
     new: dict[str, Any] = {
-        "title": "new", "description": "more", "priority": "low", "lane": "coding",
-        "mission": "n", "dependencies": [], "metadata": {"b": [{}, None]},
+        "title": "new",
+        "description": "more",
+        "priority": "low",
+        "lane": "coding",
+        "mission": "n",
+        "dependencies": [],
+        "metadata": {"b": [{}, None]},
     }
     await queue.update("T", delay=500, **new)
     task = await queue.get("T")
@@ -843,8 +871,12 @@ async def test_update_refuses_another_rev(queue: mq.Queue, server: Server) -> No
 @pytest.mark.parametrize("length", [1, 2, 200])
 async def test_update_refuses_a_cycle(queue: mq.Queue, server: Server, length: int) -> None:
     rows: Any = [
-        {"taskId": f"A{i}", "mission": "m", "title": "a task",
-         "dependencies": [f"A{i - 1}"] if i else []}
+        {
+            "taskId": f"A{i}",
+            "mission": "m",
+            "title": "a task",
+            "dependencies": [f"A{i - 1}"] if i else [],
+        }
         for i in range(length)
     ]
     await queue.create_all(rows, project="p")

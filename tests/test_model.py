@@ -265,8 +265,16 @@ class History(RuleBasedStateMachine):
         if self.take(self.code_of_assign, task, agent, "assign", task, agent=agent):
             self.hold(task, agent, PICK_UP, assigned=True)
 
-    def take(self, code_of: Callable[[str, str], str], task: str, agent: str, method: str,
-             /, *args: Any, **options: Any) -> bool:
+    def take(
+        self,
+        code_of: Callable[[str, str], str],
+        task: str,
+        agent: str,
+        method: str,
+        /,
+        *args: Any,
+        **options: Any,
+    ) -> bool:
         one, code = self.tasks.get(task), code_of(task, agent)
         if one and code in ("HELD", "BLOCKED", "LANE_FULL") and self.expired(one.lane):
             # Whoever is in the way may have lost his lease: the queue looks, and asks again.
@@ -307,8 +315,11 @@ class History(RuleBasedStateMachine):
         ready = [
             task
             for task, one in self.tasks.items()
-            if one.status == "pending" and one.due <= self.now and not self.full(one.lane)
-            and lane in (None, one.lane, "coding") and not self.others_first(one, agent)
+            if one.status == "pending"
+            and one.due <= self.now
+            and not self.full(one.lane)
+            and lane in (None, one.lane, "coding")
+            and not self.others_first(one, agent)
         ]
         return mine or sorted(ready, key=lambda task: self.tasks[task].age)[:1]
 
@@ -401,8 +412,9 @@ class History(RuleBasedStateMachine):
         if one.assigned:
             one.assigned, one.ttl, one.lease = False, ttl, self.now + ttl
 
-    @rule(pick=picks, agent=callers, ttl=st.none() | spans,
-          progress=st.sampled_from([None, "half"]))
+    @rule(
+        pick=picks, agent=callers, ttl=st.none() | spans, progress=st.sampled_from([None, "half"])
+    )
     def heartbeat(self, pick: int, agent: str, ttl: int | None, progress: str | None) -> None:
         task = self.pick_held(pick)
         agent = self.caller(task, agent)
@@ -445,8 +457,13 @@ class History(RuleBasedStateMachine):
             one.waits.clear()
             self.free(task)
 
-    @rule(pick=picks, agent=callers, retry=st.sampled_from([True, True, False]),
-          force=st.sampled_from([False, False, True]), delay=st.none() | spans)
+    @rule(
+        pick=picks,
+        agent=callers,
+        retry=st.sampled_from([True, True, False]),
+        force=st.sampled_from([False, False, True]),
+        delay=st.none() | spans,
+    )
     def fail(self, pick: int, agent: str, retry: bool, force: bool, delay: int | None) -> None:
         task = self.pick_held(pick, lambda one: one.held or force)
         agent = self.caller(task, agent)

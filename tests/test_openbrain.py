@@ -177,9 +177,7 @@ async def test_a_follower_goes_on_where_the_last_one_was(
     await queue.note("A", "while nobody followed")
     async with following(queue):
         await until(lambda: brain.texts() == ["while nobody followed"])
-        await queue.create_all(
-            [{"mission": "m", "title": "t", "taskId": "Q"}], project="q"
-        )
+        await queue.create_all([{"mission": "m", "title": "t", "taskId": "Q"}], project="q")
         await queue.note("q/Q", "in a new project")
         everywhere = mq.Config(dict(capturing.values), {})
         everywhere.values.pop("project")

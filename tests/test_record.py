@@ -155,9 +155,7 @@ async def create(queue: mq.Queue, *names: str, project: str = "p", **rest: Any) 
     await queue.create_all(rows, project=project)
 
 
-async def equal(
-    queue: mq.Queue, postgres: mq.Postgres, project: str = "p"
-) -> dict[str, mq.Record]:
+async def equal(queue: mq.Queue, postgres: mq.Postgres, project: str = "p") -> dict[str, mq.Record]:
     """The record has every task as the queue has it, field by field; but for `waits` and `freed`,
     which follow from other tasks and may change without an event of this one."""
     facts, tasks = await queue.records(project, await queue.ids(project))
@@ -181,9 +179,7 @@ async def same(queue: mq.Queue, postgres: mq.Postgres, project: str = "p") -> bo
     return True
 
 
-async def test_a_life_is_recorded(
-    queue: mq.Queue, postgres: mq.Postgres, person: Any
-) -> None:
+async def test_a_life_is_recorded(queue: mq.Queue, postgres: mq.Postgres, person: Any) -> None:
     await create(queue, "T1", description="näher 🐙", metadata={"b": [1.5, "\0"], "a": 10**30})
     await create(queue, "T2", dependencies=["T1"], delay=60, priority="high")
     await follow(queue, postgres)
@@ -418,7 +414,10 @@ async def test_edits(
 
 
 async def test_an_edit_arrives_at_once(
-    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any,
+    queue: mq.Queue,
+    config: mq.Config,
+    postgres: mq.Postgres,
+    person: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nobody polls for it."""
@@ -435,7 +434,11 @@ async def test_an_edit_arrives_at_once(
 
 
 async def test_edits_reach_the_task_table(
-    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any, tmp_path: Path,
+    queue: mq.Queue,
+    config: mq.Config,
+    postgres: mq.Postgres,
+    person: Any,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """From a dashboard to the file that agents read, through the queue, and both parts of one
@@ -470,9 +473,7 @@ async def test_edits_reach_the_task_table(
     def squeezed(text: str) -> list[str]:
         return [" ".join(line.split()) for line in text.splitlines()]
 
-    async with recording(queue, config), at_work(
-        mq.keep_file(queue, board, "p", mission="m")
-    ):
+    async with recording(queue, config), at_work(mq.keep_file(queue, board, "p", mission="m")):
         await until(lambda: same(queue, postgres))
         for edit in edits:
             await person.execute(edit)
@@ -543,9 +544,7 @@ async def test_an_edit_of_what_is_gone_meanwhile(
     assert [tuple(row) for row in rows] == [("a task", "deleted"), ("a task", "deleted")]
 
 
-async def test_what_is_gone_is_history(
-    queue: mq.Queue, postgres: mq.Postgres, person: Any
-) -> None:
+async def test_what_is_gone_is_history(queue: mq.Queue, postgres: mq.Postgres, person: Any) -> None:
     """A purge and a delete keep the row, views pass it over, and nobody changes it."""
     await create(queue, "T1", "T2")
     await queue.complete("T1", force=True, summary="s")
@@ -732,9 +731,7 @@ async def events_equal(queue: mq.Queue, person: Any, project: str = "p") -> int:
     events: list[Any] = []
     while page := (await queue.events(project=project, since=len(events), limit=1000))["events"]:
         events += page
-    rows = await person.fetch(
-        "select * from task_events where project = $1 order by rev", project
-    )
+    rows = await person.fetch("select * from task_events where project = $1 order by rev", project)
     names = ("rev", "task_id", "op", "from_status", "to_status", "fence", "agent", "text")
     recorded = [tuple(row[name] for name in names) for row in rows]
     names = ("rev", "task", "op", "from", "to", "fence", "agent", "text")
@@ -744,9 +741,7 @@ async def events_equal(queue: mq.Queue, person: Any, project: str = "p") -> int:
     return len(events)
 
 
-async def test_a_random_history(
-    queue: mq.Queue, postgres: mq.Postgres, person: Any
-) -> None:
+async def test_a_random_history(queue: mq.Queue, postgres: mq.Postgres, person: Any) -> None:
     rng = random.Random(7)
     for _ in range(25):
         await history(queue, rng, 100)
@@ -803,8 +798,13 @@ class Proxy:
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 async def test_cut_off_at_every_message(
-    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any, cluster: Cluster,
-    url: str, late: bool,
+    queue: mq.Queue,
+    config: mq.Config,
+    postgres: mq.Postgres,
+    person: Any,
+    cluster: Cluster,
+    url: str,
+    late: bool,
 ) -> None:
     """As if the monitor had been killed there: a first look, then a batch with everything."""
     for cut in range(1, 200):
@@ -833,8 +833,13 @@ async def test_cut_off_at_every_message(
 
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 async def test_an_edit_cut_off_acts_once(
-    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any, cluster: Cluster,
-    url: str, late: bool,
+    queue: mq.Queue,
+    config: mq.Config,
+    postgres: mq.Postgres,
+    person: Any,
+    cluster: Cluster,
+    url: str,
+    late: bool,
 ) -> None:
     for cut in range(1 + late, 200, 2):
         project = f"p{cut}"
@@ -1042,7 +1047,11 @@ async def test_a_locked_row_holds_up_its_project_alone(
 
 
 async def test_another_queue_of_that_name(
-    queue: mq.Queue, config: mq.Config, db: redis.Redis, postgres: mq.Postgres, person: Any,
+    queue: mq.Queue,
+    config: mq.Config,
+    db: redis.Redis,
+    postgres: mq.Postgres,
+    person: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """After FLUSHALL the record is all there is: nothing is written, and no edit carried out."""
@@ -1075,7 +1084,10 @@ async def test_another_queue_of_that_name(
 
 
 async def test_lost_events_are_counted(
-    queue: mq.Queue, db: redis.Redis, postgres: mq.Postgres, person: Any,
+    queue: mq.Queue,
+    db: redis.Redis,
+    postgres: mq.Postgres,
+    person: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     await create(queue, *(f"T{n}" for n in range(10)))
@@ -1311,7 +1323,11 @@ async def record_as_before(queue: mq.Queue, db: Any, names: list[str]) -> None:
 
 @pytest.mark.parametrize("version", range(len(mq.MIGRATIONS)))
 async def test_every_older_version_is_migrated(
-    version: int, queue: mq.Queue, config: mq.Config, db: redis.Redis, url: str,
+    version: int,
+    queue: mq.Queue,
+    config: mq.Config,
+    db: redis.Redis,
+    url: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By eight at once; what was recorded is there, down to what `restore` needs."""

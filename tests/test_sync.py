@@ -269,6 +269,81 @@ async def test_a_file_meets_tasks_that_are_there_already(queue: mq.Queue, board:
     await in_step(queue, board)
 
 
+async def test_words_of_a_configuration_add_and_override(
+    queue: mq.Queue, config: mq.Config, tmp_path: Path
+) -> None:
+    rows = row("A", "Bereitgelegt") + row("B", "abgehakt") + row("C", "Ready") + row("D", "todo")
+    path = written(tmp_path / "TASKS.md", HEAD + rows)
+    words = {"open": ["bereitgelegt"], "finished": ["Abgehakt"], "set aside": ["ready"]}
+    config.set("files", [{"path": str(path), "project": "p", "words": words}], "t")
+    await sync(queue, path)
+    assert await shown(queue) == {
+        "A": "not-started", "B": "done", "C": "blocked", "D": "not-started"
+    }  # fmt: skip
+    await queue.complete("D", project="p", force=True)
+    await sync(queue, path)
+    assert "| D | abgehakt |" in path.read_text()
+    del words["finished"], words["set aside"]
+    await sync(queue, path)
+    assert (await shown(queue))["C"] == "not-started"
+    await in_step(queue, path)
+    for wrong in ({"done": ["x"]}, {"open": "x"}, ["x"], {"open": [1]}):
+        config.set("files", [{"path": str(path), "project": "p", "words": wrong}], "t")
+        with pytest.raises(mq.Refused, match="accepted: lists of words by open, under way"):
+            await sync(queue, path)
+
+
+LIST = """# Plan
+
+## Phase 1
+
+- [x] T001 Set up
+- [ ] **T002** [P] Build it
+* [ ] T003: [US1] Try it
+- [~] T004 Under way
+- [-] T005 Not wanted
+- [ ] T006 ~~struck~~
+
+## Acceptance
+
+- [ ] it works
+"""
+
+
+async def test_a_checkbox_list_with_ids_is_a_board(queue: mq.Queue, tmp_path: Path) -> None:
+    path = written(tmp_path / "tasks.md", LIST)
+    report = await sync(queue, path)
+    assert path.read_text() == LIST
+    assert await shown(queue) == {
+        "T001": "done", "T002": "not-started", "T003": "not-started", "T004": "blocked",
+        "T005": "blocked", "T006": "blocked",
+    }  # fmt: skip
+    assert (await queue.get("T002", project="p"))["title"] == "[P] Build it"
+    assert not {found["kind"] for found in report["rows"]} & set(mq.WRONG)
+    await in_step(queue, path)
+    await queue.claim("T002", "alice", project="p")
+    await sync(queue, path)
+    assert path.read_text() == LIST
+    await queue.complete("T002", project="p", agent="alice")
+    await queue.update("T003", project="p", title="Try it\nwell")
+    await queue.create("p", "tasks", "T007", title="One more")
+    await sync(queue, path)
+    assert path.read_text() == LIST.replace("- [ ] **T002", "- [x] **T002").replace(
+        "T003: [US1] Try it", "T003: Try it well"
+    ).replace("~~struck~~\n", "~~struck~~\n- [ ] T007: One more\n")
+    await in_step(queue, path)
+    replaced(path, "- [ ] T007", "- [x] T007")
+    replaced(path, "[~] T004", "[ ] T004")
+    await sync(queue, path)
+    assert {name: word for name, word in (await shown(queue)).items() if name > "T003"} == {
+        "T004": "not-started", "T005": "blocked", "T006": "blocked", "T007": "done"
+    }  # fmt: skip
+    await in_step(queue, path)
+    replaced(path, "- [x] T001", "- [ ] T001")
+    assert kinds(await sync(queue, path)) == [("stale", "T001")]
+    assert "- [x] T001" in path.read_text()
+
+
 # -- edits of the file --
 
 
@@ -300,6 +375,7 @@ async def test_a_status_edit_is_an_operation_by_the_file(
 ) -> None:
     await prepared(queue, board, word)
     replaced(board, f"| A | {word} ", f"| A | {new} ")
+    written(board, board.read_text() + "\nmore\n")  # else it were the file of before
     text = board.read_text()
     report = await sync(queue, board)
     assert [(f["kind"], f["field"], f["file"], f["queue"]) for f in report["rows"]] == [
@@ -324,9 +400,10 @@ async def test_a_status_in_a_file_moves_forward_only(
 ) -> None:
     """Going back is a person's operation, or named to the sync."""
     await prepared(queue, board, word)
+    written(board, board.read_text() + "\nmore\n")
     before, revision = board.read_bytes(), await queue.revision("p")
     replaced(board, f"| A | {word} ", f"| A | {new} ")
-    edited = board.read_bytes()
+    edited = board.read_bytes() + b"\nand more\n"
     report = await sync(queue, board)
     (said,) = [one for one in report["rows"] if one["kind"] == "stale"]
     assert (said["task"], said["file"], said["queue"]) == ("A", new, word)
@@ -537,7 +614,7 @@ async def test_deleted_tasks_are_marked_and_may_come_back(queue: mq.Queue, board
     assert kinds(await sync(queue, board)) == [("stale", "A")]
     assert "| A | deleted" in board.read_text()
     replaced(board, "| A | deleted", "| A | not-started")
-    assert kinds(await sync(queue, board, reopen=["A"])) == [("created", "A")]
+    assert kinds(await sync(queue, board, reopen=["A"])) == [("stale", ""), ("created", "A")]
     await in_step(queue, board)
 
 
@@ -572,10 +649,10 @@ async def test_a_word_deletes_nothing_and_gives_way_to_the_queue(
 ) -> None:
     await sync(queue, board)
     replaced(board, "| A | not-started", "| A | deleted")
-    for _ in range(2):
-        assert whys(await sync(queue, board), "kept") == [
-            "3: a file deletes no task; mosaic-queue delete p/A"
-        ]
+    assert whys(await sync(queue, board), "kept") == [
+        "3: a file deletes no task; mosaic-queue delete p/A"
+    ]
+    await in_step(queue, board)
     await queue.complete("A", project="p", force=True)
     assert kinds(await sync(queue, board)) == [("written", "A")]
     await queue.delete("B", project="p")
@@ -596,7 +673,7 @@ async def test_a_missing_row_is_no_delete(queue: mq.Queue, board: Path) -> None:
     await in_step(queue, board)
     await queue.update("B", project="p", title="changed meanwhile")
     written(board, whole)
-    assert kinds(await sync(queue, board)) == [("written", "B")]
+    assert kinds(await sync(queue, board)) == [("stale", ""), ("written", "B")]
 
 
 @pytest.mark.parametrize("twice", [False, True])
@@ -613,7 +690,7 @@ async def test_a_row_that_comes_back_is_looked_at(
     await queue.complete("A", project="p", force=True)
     await sync(queue, board)
     written(board, whole)
-    assert kinds(await sync(queue, board)) == [("written", "A")]
+    assert kinds(await sync(queue, board)) == [("stale", ""), ("written", "A")]
     await in_step(queue, board)
 
 

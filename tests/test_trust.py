@@ -191,8 +191,7 @@ def test_ones_own_configuration_may_be_a_link(tell: Tell, folder: Path) -> None:
 # ---- YAML ----
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n"
-    for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
 BAD_YAML = {
     "aliases": BOMB,

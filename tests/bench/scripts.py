@@ -275,8 +275,11 @@ def table(found: dict[str, Any]) -> str:
         "",
         f"cycle / floor in {'instructions' if 'instructions' in found else 'us'}: "
         f"{ratio:.2f} (goal: {GOAL} in instructions)",
-        "inner calls: " + " + ".join(f"{calls[step]:.1f}" for step in CYCLE)
-        + " (goal: " + " + ".join(str(most) for most in CALLS.values()) + ")",
+        "inner calls: "
+        + " + ".join(f"{calls[step]:.1f}" for step in CYCLE)
+        + " (goal: "
+        + " + ".join(str(most) for most in CALLS.values())
+        + ")",
     ]
     return "\n".join(lines)
 
