@@ -2106,14 +2106,6 @@ class PrivateServer:
         except OSError:
             return ""
 
-    def owner(self) -> tuple[str, str]:
-        """Host and pid of whoever holds the lock, as the lock file says."""
-        try:
-            host, pid = (self.folder / "lock").read_text().split()
-        except (OSError, ValueError):
-            return "an unknown host", "?"
-        return host, pid
-
     def ensure(self) -> bool:
         """Return when the server answers; start it if nobody has, and say whether this call did.
 
@@ -2136,7 +2128,7 @@ class PrivateServer:
             elif self._start_if_free():
                 started = True
             else:
-                host, pid = self.owner()
+                host, pid = lock_owner(self.folder / "lock")
                 if pid != "?" and host != socket.gethostname():
                     self._give_up(said)
                 if said is None and waits > GRACE and not looked:
@@ -2153,7 +2145,7 @@ class PrivateServer:
                 f"the private server does not answer on {self.socket}: {said or self.log()}",
                 f"read {self.folder / 'valkey.log'}",
             )
-        host, pid = self.owner()
+        host, pid = lock_owner(self.folder / "lock")
         raise Refused(
             "UNREACHABLE",
             f"{self.folder} belongs to a server that does not answer here: "
@@ -2162,22 +2154,15 @@ class PrivateServer:
         )
 
     @contextlib.contextmanager
-    def _lock(self, flags: int = 0) -> Iterator[int | None]:
+    def _lock(self) -> Iterator[int | None]:
         """The lock on the folder, as a descriptor; None while a server, or who starts it, has it.
         It is the server's as long as that one lives, since it inherits the descriptor."""
-        path = self.folder / "lock"
+        lock = take_lock(self.folder / "lock")
         try:
-            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
-        except OSError as problem:
-            said = f"{path} cannot be opened: {problem.strerror}"
-            raise Refused("UNREACHABLE", said, ANOTHER_PLACE) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield lock
-        except BlockingIOError:
-            yield None
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
     def free(self) -> bool:
         """Whether no server has the folder."""
@@ -2187,8 +2172,7 @@ class PrivateServer:
             return lock is not None
 
     def _start_if_free(self) -> bool:
-        private_folder(self.folder)
-        with self._lock(os.O_CREAT) as lock:
+        with self._lock() as lock:
             if lock is not None:
                 self._require_room()
                 self._start(lock)
@@ -2197,7 +2181,7 @@ class PrivateServer:
     def _end(self) -> bool:
         """End the server that has the lock and cannot be asked, as SHUTDOWN does; False where it
         is not certain which process that is."""
-        host, pid = self.owner()
+        host, pid = lock_owner(self.folder / "lock")
         if host != socket.gethostname() or not pid.isdecimal() or self.free():
             return False
         command = ["ps", "-o", "args=", "-p", pid]
@@ -2258,7 +2242,7 @@ class PrivateServer:
         for _ in range(500):
             with contextlib.suppress(OSError, ValueError):
                 pid = int((self.folder / "valkey.pid").read_text())
-                os.pwrite(lock, f"{socket.gethostname()} {pid}\n".encode(), 0)
+                sign_lock(lock, pid)
                 return
             time.sleep(0.01)
 
@@ -10629,7 +10613,7 @@ def server_status(queue: Queue) -> PrivateState:
     Example: mosaic-queue server status
     """
     server = PrivateServer()
-    running, (_, pid) = not server.free(), server.owner()
+    running, (_, pid) = not server.free(), lock_owner(server.folder / "lock")
     folder, socket = str(server.folder), str(server.socket)
     answer: PrivateState = {"folder": folder, "socket": socket, "running": running}
     return answer | {"pid": int(pid) if pid.isdigit() else 0} if running else answer
