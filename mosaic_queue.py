@@ -199,17 +199,32 @@ LOOK_BACK = 5.0  # s after which `next` looks again for what an earlier session 
 
 # ==== TEXT ===================================================================================
 #
-# Whatever people read goes through here: a terminal obeys no text of a task.
+# Whatever people read goes through `say`, and whatever programs read through `say_json`: a
+# terminal obeys no text of a task.  What is to be coloured stands between marks, which begin with
+# a NUL: no text of a task can have one.
 
 UNSEEN = re.compile(  # C1 controls, what changes the direction of text, what is no Unicode
     "[\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
 )
+MARK = re.compile("(\0[0-9]{0,2}m)")
+COLOURS = {
+    **dict.fromkeys(("failed", "critical", "late"), "31"),  # red
+    **dict.fromkeys(("blocked", "high"), "33"),  # yellow
+    **dict.fromkeys(("claimed", "in-progress"), "32"),  # green
+    **dict.fromkeys(("completed", "low"), "2"),  # faint
+}
+COLOUR = {"when": "auto"}  # what --color says
 
 
 def printable(text: str) -> str:
     """Text with control and bidi characters escaped, so that it cannot steer a terminal."""
+    if text.isprintable():
+        return text
     return "".join(
-        c if c.isprintable() or c == " " else c.encode("unicode_escape").decode() for c in text
+        part
+        if MARK.fullmatch(part)
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in part)
+        for part in MARK.split(text)
     )
 
 
@@ -218,19 +233,37 @@ def lines_of(lines: Iterable[str]) -> str:
     return "\n".join(map(printable, lines))
 
 
+def painted(text: str, word: str = "") -> str:
+    """A text in the colour of a word, else in its own."""
+    colour = COLOURS.get(word or text)
+    return f"\0{colour}m{text}\0m" if colour else text
+
+
 def width(text: str) -> int:
     """How many columns a terminal gives a text."""
+    if text.isascii():
+        return len(MARK.sub("", text))
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
+        for c in MARK.sub("", text)
     )
 
 
 def fitted(line: str, room: int) -> str:
     """A line cut to the columns there are."""
-    while width(line) > room:
-        line = line[: room - width(line) - 1] + "…" if len(line) > 1 else ""
-    return line
+    if width(line) <= room:
+        return line
+    kept, left = "", room - 1
+    for part in MARK.split(line):
+        if MARK.fullmatch(part):
+            kept += part
+            continue
+        for c in part:
+            left -= width(c)
+            if left < 0:
+                return kept + "…\0m" * (room > 0)
+            kept += c
+    return kept
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -287,17 +320,44 @@ def escape(problem: Any) -> tuple[str, int]:
 codecs.register_error("escape", escape)
 
 
+def coloured(stream: IO[str]) -> bool:
+    """Whether a stream gets colours: a terminal does, unless NO_COLOR is set or --color says no."""
+    if COLOUR["when"] != "auto":
+        return COLOUR["when"] == "always"
+    dumb = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not dumb
+
+
+def shown(text: str, stream: IO[str]) -> str:
+    """Lines as a stream can show them: what it has no sign for, and what could steer a terminal,
+    is escaped; marks are colours, or nothing."""
+    lines = "\n".join(
+        "\t".join(map(printable, line.split("\t"))) if "\t" in line else printable(line)
+        for line in text.split("\n")
+    )
+    lines = MARK.sub(lambda found: f"\x1b[{found[1][1:]}" if coloured(stream) else "", lines)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return lines.encode(encoding, "escape").decode(encoding)
+
+
 def say(text: str, stream: IO[str] | None = None) -> None:
-    """Print lines for people or for a program, at once; what the stream cannot show is escaped."""
+    """Print lines for people, at once."""
+    stream = stream or sys.stdout
+    print(shown(text, stream), file=stream, flush=True)
+
+
+def say_json(value: Any, stream: IO[str] | None = None) -> None:
+    """Print a line for programs, at once."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "escape").decode(encoding), file=stream, flush=True)
+    text = json_text(value).encode(encoding, "escape").decode(encoding)
+    print(text, file=stream, flush=True)
 
 
 def log(event: str, **facts: Any) -> None:
     """One JSON line for whoever keeps the logs."""
-    line = {"at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": event, **facts}
-    say(json_text(line), sys.stderr)
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    say_json({"at": at, "event": event, **facts}, sys.stderr)
 
 
 # ==== REFUSALS ===============================================================================
@@ -2123,7 +2183,7 @@ class PrivateServer:
                 return started
             if said and said.startswith("LOADING"):
                 if patience < LOADING_DEADLINE:
-                    print("mosaic-queue: the server reads its data", file=sys.stderr)
+                    say("mosaic-queue: the server reads its data", sys.stderr)
                     patience = waits + LOADING_DEADLINE
             elif self._start_if_free():
                 started = True
@@ -2212,7 +2272,7 @@ class PrivateServer:
         os.ftruncate(lock, 0)  # it names nobody, or the server that was here before
         (self.folder / "valkey.pid").unlink(missing_ok=True)
         if not (self.folder / "appendonlydir").exists():
-            print(f"mosaic-queue: a private Valkey lives in {self.folder}", file=sys.stderr)
+            say(f"mosaic-queue: a private Valkey lives in {self.folder}", sys.stderr)
         private_folder(self.socket.parent)
         command = [
             *(server_binary(), "--daemonize", "yes", "--port", "0", "--databases", "1"),
@@ -2467,7 +2527,7 @@ class Link:
         if url:
             client = connect(url)
             if self.config.source("redis.url") == "flag" and "***" in masked(url):
-                print(IN_THE_OPEN, file=sys.stderr)
+                say(IN_THE_OPEN, sys.stderr)
             return client
         if not self.config["embedded"]:
             raise Refused(
@@ -4575,7 +4635,7 @@ async def at_once(records: Mapping[str, Record]) -> Records:
         yield found[at : at + FOLLOW]
         if time.monotonic() > tell_at:
             tell_at = time.monotonic() + 1
-            print(f"{min(at + FOLLOW, len(found))} of {len(found)} tasks", file=sys.stderr)
+            say(f"{min(at + FOLLOW, len(found))} of {len(found)} tasks", sys.stderr)
 
 
 async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
@@ -8305,7 +8365,7 @@ class Runner:
             self.queue.lost.clear()
             kept = keep_summary(name, fence, summary) if code == 0 else ""
             said += f"; its summary is in {kept}" if kept else ""
-            print(f"mosaic-queue: {name}: {printable(said)}", file=sys.stderr)
+            say(f"mosaic-queue: {name}: {printable(said)}", sys.stderr)
             if problem.passes:
                 raise
 
@@ -8387,8 +8447,8 @@ def keep_summary(name: str, fence: int, summary: str) -> str:
         private_folder(file.parent)
         put(file, compact({"task": name, "fence": fence, "summary": summary}).encode(), None, 0o600)
     except OSError as problem:
-        print(f"mosaic-queue: {file} cannot be written: {problem.strerror}; the summary of {name} "
-              f"is: {printable(summary)}", file=sys.stderr)  # fmt: skip
+        say(f"mosaic-queue: {file} cannot be written: {problem.strerror}; the summary of {name} "
+            f"is: {summary}", sys.stderr)  # fmt: skip
         return ""
     return str(file)
 
@@ -8491,7 +8551,7 @@ async def run_commands(
     if runner.received:
         return 128 + runner.received[0]
     counts = f"{runner.completed} completed, {runner.failed} failed, {runner.lost} lost"
-    print(f"mosaic-queue: {why}: {counts}", file=sys.stderr)
+    say(f"mosaic-queue: {why}: {counts}", sys.stderr)
     if runner.failed or runner.lost:
         return 7
     return 0 if runner.completed else 5
@@ -8944,7 +9004,7 @@ async def sync_board(queue: Queue, file: Path) -> None:
             raise
         text = f"{board}: {problem.code}: {problem.message}"
     if text:
-        print(text, file=sys.stderr)
+        say(text, sys.stderr)
 
 
 async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> Standing:
@@ -8966,7 +9026,7 @@ async def written(queue: Queue, file: Path, runtime: str, at_hand: str = "") -> 
     except Refused as problem:
         if problem.code != "UNFIT":
             raise
-        print(f"mosaic-queue: {problem.message}", file=sys.stderr)
+        say(f"mosaic-queue: {problem.message}", sys.stderr)
     return now
 
 
@@ -9226,7 +9286,7 @@ async def mission_run(
 
     try:
         for one in await cleaned(queue, file, dead):
-            print(f"mosaic-queue: {cleaned_line(one)}", file=sys.stderr)
+            say(f"mosaic-queue: {cleaned_line(one)}", sys.stderr)
         how = (now.called, lane, wait, ttl, loop, max_failures, secrets, around)
         status = await run_commands(queue, command, *how)
         reason = ENDS.get(status, "interrupted")
@@ -9243,11 +9303,12 @@ async def mission_run(
 
 def event_line(event: Event) -> str:
     """An event for a person."""
-    at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["at"] / 1000))
-    moved = f"{event.get('from', '-')} -> {event.get('to', '-')}"
+    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event["at"] / 1000))
+    moved = f"{event.get('from', '-')} -> {painted(event.get('to', '-'))}"
     text = event.get("text", "").replace("\n", " ")
     who = f"{event['project']}/{event['task']} {event['op']}"
-    return f"{event['rev']:>6} {at} {who}: {moved} by {event['agent']} {text}".rstrip()
+    said = f": {text}" if text else ""
+    return f"{event['rev']:>6} {at} {who}: {moved} by {event['agent']}{said}"
 
 
 def ago(at: float) -> str:
@@ -9289,8 +9350,8 @@ def task_table(page: TaskList) -> str:
     rows = [
         (
             task["id"],
-            task["status"],
-            task.get("priority", ""),
+            painted(task["status"]),
+            painted(task.get("priority", "")),
             task.get("lane", ""),
             task.get("claimedBy", ""),
             ago(task["createdAt"]) if "createdAt" in task else "",
@@ -9342,6 +9403,25 @@ def findings_text(answer: Findings) -> str:
     faults += f", {of_which(answer)}"
     todo = ["-> mosaic-queue repair"] if answer.get("repairable") else []
     return lines_of([*answer["findings"], faults, *todo])
+
+
+@renders(Reaped)
+def reaped_text(answer: Reaped) -> str:
+    """Which leases were ended, and what else was done."""
+    ended = ", ".join(answer["reaped"])
+    lines = [f"reaped {len(answer['reaped'])} leases {of_which(answer)}{': ' * bool(ended)}{ended}"]
+    if answer["settled"]:
+        lines.append(f"finished {answer['settled']} changes that were cut off")
+    if answer["grace"]:
+        lines.append(f"the server has just started: none is ended for {answer['grace']} s")
+    return lines_of(lines)
+
+
+@renders(Purged)
+def purged_text(answer: Purged) -> str:
+    """How many tasks are forgotten."""
+    kept = f", {answer['kept']} kept for unfinished tasks" if answer["kept"] else ""
+    return f"{answer['purged']} tasks forgotten{kept}"
 
 
 @renders(AgentList)
@@ -9408,7 +9488,7 @@ def status_text(answer: QueueStatus) -> str:
     return lines_of(lines)
 
 
-RENDERINGS[str] = Rendering(lambda text: lines_of(text.rstrip("\n").split("\n")))
+RENDERINGS[str] = Rendering(lambda text: text.rstrip("\n"))
 
 
 def for_people(kind: Any, result: Any) -> str:
@@ -10187,15 +10267,12 @@ def completion(queue: Queue, shell: str) -> str:
     return str(shellcode(["mosaic-queue", "mosaic-queue.pyz", "mosaic"], shell=shell))
 
 
-def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence[str]:
-    """The ids that begin with a prefix, of a Valkey that runs already and answers at once."""
+def complete_names(kind: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence[str]:
+    """The names that begin with a prefix, of a Valkey that runs already and answers at once."""
 
     async def ask() -> Sequence[str]:
         async with Queue(config, deadline=0.5) as queue:
-            if name == "project":
-                return await queue.projects()
-            tasks = cast(Any, (await queue.list(limit=200))["tasks"])
-            return sorted({task["mission" if name == "mission" else "taskId"] for task in tasks})
+            return await names_of(queue, kind, prefix)
 
     try:
         flags = {"redis.url": getattr(parsed_args, "url", None)}
@@ -10203,9 +10280,32 @@ def complete_ids(name: str, prefix: str, parsed_args: Any, **_: Any) -> Sequence
         config = load_config(getattr(parsed_args, "config", None), flags)
         if not config["redis.url"] and not PrivateServer().answers():
             return []
-        return [one for one in asyncio.run(ask()) if one.startswith(prefix)]
+        # Only ids: a shell would print what else somebody may have put there.
+        found = [
+            one for one in asyncio.run(ask()) if re.fullmatch(rf"({ID.pattern}/?){{1,2}}", one)
+        ]
+        return sorted({one for one in found if one.startswith(prefix)})
     except Refused:
         return []
+
+
+async def names_of(queue: Queue, kind: str, prefix: str) -> Sequence[str]:
+    """The names of a kind that may be meant: tasks as `web/T1` where the project is typed, else
+    those of the project that is configured, else of all."""
+    if kind == "project":
+        return await queue.projects()
+    if kind == "agent":
+        return [one["agent"] for one in (await agents(queue))["agents"]]
+    project, slash, _ = prefix.rpartition("/")
+    project = project or queue.config["project"]
+    if kind == "lane":
+        lanes = (await queue.policy(project=project))["lanes"] if project else ()
+        return ["any", *lanes]
+    tasks = (await queue.list(project=project or None, limit=1000))["tasks"]
+    if kind == "mission":
+        return [task["mission"] for task in tasks]
+    names = [task["id" if slash else "taskId"] for task in tasks]
+    return names if project else [*names, *(f"{one}/" for one in await queue.projects())]
 
 
 # ==== COMMAND LINE ===========================================================================
@@ -10220,6 +10320,7 @@ EVERYWHERE = {  # the flags of every command
     "config": "YAML file; default: ~/.config/mosaic/queue.yaml",
     "json": "for programs",
     "unsafe": "use a server that is UNFIT",
+    "color": "auto, always or never; $NO_COLOR",
 }
 SWITCHES = ("json", "unsafe")  # those of them that take no value
 METAVARS = {  # how a value is shown, by its kind
@@ -10232,6 +10333,28 @@ METAVARS = {  # how a value is shown, by its kind
     "names": "NAMES",
     "command": "-- CMD ...",
 }
+ALIASES = {  # what people type, and what it is called
+    word: name
+    for name, words in {
+        "create": "add new push",
+        "list": "ls tasks",
+        "show": "get cat view",
+        "next": "take pull pop",
+        "complete": "done finish close ack",
+        "fail": "nack",
+        "note": "comment",
+        "delete": "rm remove",
+        "update": "edit set",
+        "explain": "why",
+        "redrive": "retry",
+        "events": "log",
+        "agents": "ps who",
+        "status --watch": "top watch",
+        "list --status failed": "dead",
+        "list --agent me": "mine",
+    }.items()
+    for word in words.split()
+}
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -10240,21 +10363,43 @@ def command_names() -> list[str]:
     return [of.command for of in OPERATIONS.values() if " --" not in of.command]
 
 
+def leading_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of every command that stand before it, with their values; and the rest."""
+    flags, rest = cast(list[str], []), [*words]
+    while rest and rest[0].startswith("--") and rest[0][2:].partition("=")[0] in EVERYWHERE:
+        size = 1 if "=" in rest[0] or rest[0][2:] in SWITCHES else 2
+        flags, rest = flags + rest[:size], rest[size:]
+    return flags, rest
+
+
 def operation_of(words: Sequence[str]) -> tuple[Operation, list[str]]:
     """The operation that a command line names, and the words after its name."""
-    commands = {of.command: of for of in OPERATIONS.values()}
-    for size in (1, 2):
-        if of := commands.get(" ".join(words[:size])):
-            return of, list(words[size:])
-    word, names = words[0], command_names()
-    if word.startswith("-"):
-        raise Refused("INVALID", f"the command is missing before {word}", "mosaic-queue --help")
-    if actions := [name.removeprefix(word + " ") for name in names if name.startswith(word + " ")]:
-        said = f"{' '.join(words[:2])} is no command; accepted after {word}: {', '.join(actions)}"
-        raise Refused("INVALID", said, f"mosaic-queue {word} --help")
-    close = difflib.get_close_matches(word, names, 1)
+    flags, rest = leading_flags(words)
+    if not rest:
+        said = f"the command is missing after {' '.join(flags)}"
+        raise Refused("INVALID", said, "mosaic-queue --help")
+    commands, (word, *rest) = {of.command: of for of in OPERATIONS.values()}, rest
+    if of := commands.get(word):
+        return of, flags + rest
+    actions = [name.partition(" ")[2] for name in command_names() if name.startswith(word + " ")]
+    more, rest = leading_flags(rest)
+    if rest and rest[0] in actions:
+        return commands[f"{word} {rest[0]}"], flags + more + rest[1:]
+    raise no_such_command(" ".join([word, *rest[:1]]) if actions else word, actions)
+
+
+def no_such_command(word: str, actions: Sequence[str]) -> Refused:
+    """The refusal of a word that is no command, with the one that may be meant."""
+    if actions:
+        group = word.partition(" ")[0]
+        said = f"{word!r} is no command; accepted after {group}: {', '.join(actions)}"
+        return Refused("INVALID", said, f"mosaic-queue {group} --help")
+    if word in ALIASES:
+        said = f"there is no command {word!r}; it is called {ALIASES[word]}"
+        return Refused("INVALID", said, f"mosaic-queue {ALIASES[word].partition(' --')[0]} --help")
+    close = difflib.get_close_matches(word, command_names(), 1)
     meant = f"; did you mean {close[0]}?" if close else ""
-    raise Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
+    return Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
 
 
 def variants(of: Operation) -> dict[str, Operation]:
@@ -10280,9 +10425,11 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise Refused("INVALID", message, f"{self.prog} --help")
+            raise Refused("INVALID", message)
 
     about, _, example = of.doc.partition("Example: ")
+    kinds = {ARGUMENTS[name].kind for name in of.parameters}
+    example += "; TIME is in seconds, or as 30m, 1h, 7d" * ("duration" in kinds)
     parser = (make or Parser)(
         prog=f"{prog} {of.command}",
         allow_abbrev=False,
@@ -10291,8 +10438,9 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
         epilog="example: " + example.replace("mosaic-queue", prog),
     )
     others = variants(of)
+    places = [name for name, one in of.parameters.items() if by_place(name, one)]
     for name, parameter in of.parameters.items():
-        add_argument(parser, name, parameter, bool(others))
+        add_argument(parser, name, parameter, bool(others), of.reads and places == ["task"])
     for word, other in others.items():
         for name, parameter in other.parameters.items():
             if name not in of.parameters:
@@ -10308,8 +10456,11 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
     return parser
 
 
-def add_argument(parser: Any, name: str, parameter: Any, optional: bool = False) -> None:
-    """Add what a parameter of an operation is on the command line."""
+def add_argument(
+    parser: Any, name: str, parameter: Any, optional: bool = False, in_two: bool = False
+) -> None:
+    """Add what a parameter of an operation is on the command line; a task may come `in_two` words,
+    its project and its taskId."""
     argument, default = ARGUMENTS[name], parameter.default
     options: dict[str, Any] = {"help": argument.help}
     if argument.kind == "bool":
@@ -10323,7 +10474,9 @@ def add_argument(parser: Any, name: str, parameter: Any, optional: bool = False)
         if argument.kind in ("command", "text"):
             options["nargs"] = argparse.REMAINDER if argument.kind == "command" else "+"
         elif optional or default is not parameter.empty or name in CONFIGURED:
-            options["nargs"] = "?"
+            options["nargs"] = "*" if in_two else "?"
+        elif in_two:
+            options["nargs"] = "+"
         complete_by(parser.add_argument(name, **options), name)
     elif name not in EVERYWHERE:
         options["metavar"] = METAVARS.get(argument.kind, name.upper())
@@ -10333,13 +10486,13 @@ def add_argument(parser: Any, name: str, parameter: Any, optional: bool = False)
 
 
 def complete_by(action: Any, name: str) -> None:
-    """Say how a shell completes an argument: by the words it may be, or by the ids there are."""
+    """Say how a shell completes an argument: by the words it may be, or by the names there are."""
     words = ARGUMENTS[name].words if name in ARGUMENTS else ()
     kind = "task" if name == "dependencies" else name
     if words:
         action.completer = lambda **_: words
-    elif kind in ("task", "mission", "project"):
-        action.completer = functools.partial(complete_ids, kind)
+    elif kind in ("task", "mission", "project", "lane", "agent"):
+        action.completer = functools.partial(complete_names, kind)
 
 
 def offer_completions(prog: str) -> None:
@@ -10363,26 +10516,22 @@ def offer_completions(prog: str) -> None:
 
 
 def overview(prog: str, group: str = "") -> str:
-    """The text of --help: what an agent or a person needs first, then the rest."""
-    lines = [f"usage: {prog} {group or 'COMMAND'} [...]", ""]
+    """The text of --help: what an agent or a person needs first, then the rest; of a group of
+    commands those alone."""
+    lines = [f"usage: {prog} {group.strip() or 'COMMAND'} [...]", ""]
     lines += ["A task queue for AI agents, kept in Valkey.", ""] * (not group)
-    titles = {"agents": "commands", "operators": "operators"}
-    chosen = [OPERATIONS[name] for name in OPERATIONS if " --" not in OPERATIONS[name].command]
-    chosen = [of for of in chosen if of.command.startswith(group)]
-    for one, title in titles.items():
-        rows = [of for of in chosen if of.group == one]
-        if rows:
-            lines += [f"{title}:", *(overview_row(of) for of in rows), ""]
-    lines += [f"{prog} COMMAND --help shows its arguments and an example."]
-    return "\n".join(lines)
+    named = [of for of in OPERATIONS.values() if " --" not in of.command]
+    for one, title in {"agents": "commands", "operators": "operators"}.items():
+        rows = [of for of in named if of.group == one and of.command.startswith(group)]
+        lines += [f"{title}:", *map(overview_row, rows), ""] if rows else []
+    return "\n".join([*lines, f"{prog} help COMMAND shows its arguments and an example."])
 
 
 def overview_row(of: Operation) -> str:
-    """A command and its first sentence, in 80 columns."""
-    text = of.summary.partition(". ")[0].rstrip(".")
-    return textwrap.fill(
-        text, 80, initial_indent=f"  {of.command:<17} ", subsequent_indent=" " * 20
-    )
+    """A command and what it does in a clause, in 80 columns."""
+    text = re.split(r"[.;:] ", of.summary)[0].rstrip(".")
+    head, indent = f"  {of.command:<17} ", " " * 20
+    return textwrap.fill(text, 80, initial_indent=head, subsequent_indent=indent)
 
 
 # ---- values ----
@@ -10408,6 +10557,7 @@ READERS: dict[str, Callable[[Any], Any]] = {  # of what is text on a command lin
     "json": object_of,
     "names": lambda text: [name for name in text.split(",") if name],
     "text": lambda text: " ".join(text) if isinstance(text, list) else text,
+    "task": lambda task: "/".join(task) or None if isinstance(task, list) else task,
     "command": lambda words: words[1:] if words[:1] == ["--"] else words,
 }
 
@@ -10716,24 +10866,33 @@ def show_version(queue: Queue) -> str:
 
 def run_line(words: Sequence[str], prog: str) -> int:
     """Carry out a command line; its exit status."""
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     if words[:1] == ["--version"]:
         words = ["version"]
-    asks_help = not words or words[-1] in ("-h", "--help", "help")
-    if asks_help and (group := " ".join(words[:-1])) not in command_names():
-        say(overview(prog, group))
+    if not words or words[0] in ("-h", "--help"):
+        say(overview(prog))
+        return 0
+    groups = {name.partition(" ")[0] for name in command_names() if " " in name}
+    if words[0] in groups and words[1:2] in (["-h"], ["--help"]):
+        say(overview(prog, f"{words[0]} "))
         return 0
     of, rest = operation_of(words)
     try:
         arguments = vars(make_parser(of, prog).parse_args(rest))
+        return run_operation(of, arguments)
     except Refused as refusal:
-        refusal.hint = f"{prog} {of.command} --help"
+        if refusal.code == "INVALID" and not refusal.hint:
+            refusal.hint = f"mosaic-queue {of.command} --help"
         raise
-    return run_operation(of, arguments)
 
 
 def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
     """Call what a parsed command line names and show what it returns; the exit status."""
     in_json, unsafe = arguments.pop("json", False), arguments.pop("unsafe", False)
+    COLOUR["when"] = arguments.pop("color", "auto")
+    if COLOUR["when"] not in ("auto", "always", "never"):
+        invalid("--color", COLOUR["when"], "auto, always, never")
     for word, other in variants(of).items():
         name = next((name for name in other.parameters if flag(name) == word), "")
         if (name or word[2:]) in arguments:
@@ -10779,31 +10938,33 @@ def show(of: Operation, result: Any, in_json: bool) -> int:
     if result is None or of.result is int:
         return result or 0
     rendering = RENDERINGS.get(of.result, Rendering(facts_text))
-    say(as_json(of, result) if in_json else rendering.text(result))
+    if in_json:
+        say_json(envelope(of, result))
+    else:
+        say(rendering.text(result))
     return rendering.status(result)
 
 
-def as_json(of: Operation, result: Any) -> str:
-    """The envelope for programs: the same for one task and for many."""
+def envelope(of: Operation, result: Any) -> dict[str, Any]:
+    """An answer for programs: the same for one task and for many."""
     if of.result is Task:
         result = {"tasks": [result]}
     elif of.result is str:
         result = {"text": result}
-    return json_text({"v": 1, **result})
+    return {"v": 1, **result}
 
 
 def print_refusal(refusal: Refused, prog: str, in_json: bool) -> None:
     """Say on stderr why a command was refused, and what to do next."""
     refusal.reader = shell_reader(prog)
-    hint = refusal.hint
-    if in_json:
-        error = {"code": refusal.code, "message": refusal.message, "hint": hint}
-        text = json_text({"v": 1, "error": error})
-    else:
-        text = f"{refusal.code}: {printable(refusal.message)}"
-        text += f"\nhint: {hint}" if hint else ""
+    code, message, hint = refusal.code, refusal.message, refusal.hint
     try:
-        say(text, sys.stderr)
+        if in_json:
+            error = {"code": code, "message": message, "hint": hint}
+            say_json({"v": 1, "error": error}, sys.stderr)
+        else:
+            lines = [f"{painted(code, 'late')}: {message}", *([f"hint: {hint}"] if hint else [])]
+            say(lines_of(lines), sys.stderr)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
@@ -10818,7 +10979,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
         sys.stdout.flush()
         return status
     except Refused as refusal:
-        print_refusal(refusal, prog, "--json" in words)
+        own = words[: words.index("--")] if "--" in words else words
+        print_refusal(refusal, prog, "--json" in own)
         return CODES[refusal.code].exit
     except KeyboardInterrupt:
         return 130
@@ -10838,7 +11000,7 @@ def mosaic() -> int:
         return main(sys.argv[2:], "mosaic queue")
     if other := other_mosaic():
         os.execv(other, [str(other), *sys.argv[1:]])
-    print("usage: mosaic queue COMMAND [...]", file=sys.stderr)
+    say("usage: mosaic queue COMMAND [...]", sys.stderr)
     return 2
 
 

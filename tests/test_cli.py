@@ -578,7 +578,13 @@ def test_each_command_has_a_help_with_an_example(
         ("claim T1 --ttl", "--ttl"),
         ("list extra", "extra"),
         ("list --stat pending", "--stat"),
-        ("--project web", "the command is missing before --project"),
+        ("--project web", "the command is missing after --project web"),
+        ("list --color red", "--color is 'red'"),
+        ("get T1", "there is no command 'get'; it is called show"),
+        ("mission", "accepted after mission: init"),
+        ("mission stauts", "'mission stauts' is no command"),
+        ("show a b c", "task is 'a/b/c'"),
+        ("claim T1 --ttl 1y", "ttl is '1y'"),
     ],
 )
 def test_wrong_usage_is_2_with_a_hint(tell: Tell, line: str, part: str) -> None:
@@ -862,3 +868,73 @@ def test_follow_shows_the_last_ten_and_then_every_change(
             assert (event["project"], event["task"]) == (project, "new")
         process.terminate()
         assert process.wait(60) == 0
+
+
+# ---- as people type ----
+
+
+def test_every_help_fits_80_columns(tell: Tell, capsys: pytest.CaptureFixture[str]) -> None:
+    assert max(map(len, tell("--help")[1].splitlines())) <= 80
+    assert "mission run" in tell("mission --help")[1]
+    for name in every_command():
+        with pytest.raises(SystemExit):
+            tell(f"help {name}")
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80, name
+
+
+def test_flags_of_every_command_stand_anywhere(tell: Tell) -> None:
+    tell("create web launch T1 --title t")
+    for line in ("--json list", "list --json", "--project web --json list", "--project=web list"):
+        status, out, _ = tell(line)
+        assert (status, "web/T1" in out) == (0, True)
+    assert json.loads(tell("--json mission status")[2])["error"]["code"] == "NOT_FOUND"
+    assert json.loads(tell("mission --json status")[2])["error"]["code"] == "NOT_FOUND"
+    assert tell("run -- false --json")[2].startswith("INVALID: ")  # that is a flag of `false`
+
+
+def test_a_task_may_be_named_in_two_words(tell: Tell) -> None:
+    tell("create web launch T1 --title t")
+    assert "web/T1" in tell("show web T1")[1]
+    assert "web/T1 is pending" in tell("explain web T1")[1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "seconds"), [("90", 90), ("90s", 90), ("30m", 1800), ("1h", 3600), ("2d", 172800)]
+)
+def test_durations(tell: Tell, typed: str, seconds: int) -> None:
+    tell("create web launch T1 --title t")
+    claimed = json.loads(tell(f"claim T1 --agent al --ttl {typed} --json")[1])["tasks"][0]
+    assert claimed["claimTTL"] == seconds
+
+
+@pytest.mark.parametrize("word", mq.ALIASES)
+def test_what_it_is_called(tell: Tell, word: str) -> None:
+    status, _, err = tell(f"{word} T1")
+    assert (status, f"it is called {mq.ALIASES[word]}" in err) == (2, True)
+    assert mq.ALIASES[word].split(" --")[0] in every_command()
+    assert word not in every_command()
+
+
+def test_colour_is_for_terminals(tell: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Status, priority and what is wrong; the columns stay where they are."""
+    tell("create web launch T1 --title t --priority critical")
+    tell("create web launch T2 --title t --dependency T1")
+    plain = tell("list")[1]
+    assert "\x1b" not in plain
+    painted = tell("list --color always")[1]
+    assert "\x1b[31mcritical\x1b[m" in painted
+    assert "\x1b[33mblocked\x1b[m" in painted
+    assert re.sub(r"\x1b\[[0-9]*m", "", painted) == plain
+    assert tell("show T9 --project web --color always")[2].startswith("\x1b[31mNOT_FOUND\x1b[m: ")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert "\x1b[31m" in tell("list")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[31m" not in tell("list")[1]
+
+
+def test_a_line_is_cut_in_columns_and_not_in_marks() -> None:
+    line = mq.painted("failed") + " 語語語語"
+    assert mq.fitted(line, 15) == line
+    assert mq.fitted(line, 11) == "\x0031mfailed\0m 語…\0m"
+    assert mq.width(mq.fitted(line, 4)) <= 4
