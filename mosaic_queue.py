@@ -56,6 +56,7 @@ that stands in a later one.
     MISSIONS         how a mission stands, what a new session is told, the coordinator's commands
     SURFACES         what the surfaces share
     MCP              the tools of an agent
+    HTTP             REST, MCP, events and metrics for many hosts, from one process
     AGENT HOSTS      entries in the files of MCP clients, the start of a session, completion
     COMMAND LINE     the commands of a person or a shell script
 
@@ -127,8 +128,11 @@ if TYPE_CHECKING:
     import datetime
     import difflib
     import fcntl
+    import fnmatch
     import getpass
     import graphlib
+    import hmac
+    import ipaddress
     import shutil
     import signal
     import subprocess
@@ -159,9 +163,10 @@ else:
             return getattr(module, name)
 
     for _name in (
-        *("argparse", "asyncio", "datetime", "difflib", "fcntl", "getpass", "graphlib", "shutil"),
-        *("signal", "subprocess", "tempfile", "termios", "textwrap", "threading", "traceback"),
-        *("tty", "unicodedata", "anyio", "asyncpg", "httpx2", "tomlkit", "yaml"),
+        *("argparse", "asyncio", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
+        *("graphlib", "hmac", "ipaddress", "shutil", "signal", "subprocess", "tempfile"),
+        *("termios", "textwrap", "threading", "traceback", "tty", "unicodedata", "anyio"),
+        *("asyncpg", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -944,6 +949,7 @@ KEYS: dict[str, tuple[type, Any]] = {
     "files": (list, []),
     "trust": (list, []),
     "http.tokens": (list, []),
+    "http.hosts": (list, []),
 }
 ENVIRONMENT = {
     "project": "MOSAIC_PROJECT",
@@ -2775,6 +2781,9 @@ class Queue:
         self.session = session
         self.actor = user_at_host()
         self.reader = SHELL  # of the answers
+        self.reach: frozenset[str] = frozenset()  # projects that are reached; empty: all
+        # What a caller may not do is refused before an operation of it is called.
+        self.guard: Callable[[Operation, Mapping[str, Any]], None] = lambda _of, _given: None
         self.link = Link(self.config, deadline, unsafe)
         self.ttl: int | None = None  # of claims that name none; else the project's claimTTL
         self.leases: dict[str, Lease] = {}
@@ -2803,6 +2812,8 @@ class Queue:
     ) -> list[Any]:
         """Run a script on a project's root and return its reply; raises the refusal it gives."""
         await self.link.check()
+        if not root:
+            self.require_reach(project)
         lua = script(name)
         values = {camel(key): value for key, value in arguments.items() if value is not None}
         agent = values.get("agent") or self.agent
@@ -2997,6 +3008,12 @@ class Queue:
         own = self.scope(project)
         return cast(R, {**cast(Any, answer), "project": own}) if own else answer
 
+    def require_reach(self, project: str) -> None:
+        """Refuse a project that is not for the caller; whether it is there is not said."""
+        if self.reach and project not in self.reach:
+            refused = Refused("NOT_FOUND", f"there is no project {project} for you", case="project")
+            raise refused.about("", {}, self.reader)
+
     async def projects(self) -> list[str]:
         """The names of all projects, sorted; those that the server's ACL shows."""
         try:
@@ -3009,7 +3026,8 @@ class Queue:
                 raise Refused("UNFIT", problem.message, hint) from None
             names = []
         own = self.config["project"]
-        return sorted({*names, *([own] if own else [])})
+        known = {*names, *([own] if own else [])}
+        return sorted(known & self.reach if self.reach else known)
 
     async def _like(self, project: str) -> str:
         """The question whether another project was meant; '' where none has a name like it."""
@@ -3651,6 +3669,7 @@ class Queue:
             return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
         if since is None:
             return await self.page_of_events(project, limit, task)
+        self.require_reach(project)
         await self.link.check()
         stream = f"mosaic:queue:project:{{{project}}}:events"
         found: list[Event] = []
@@ -3671,6 +3690,7 @@ class Queue:
 
     async def page_of_events(self, project: str, limit: int, task: str | None = None) -> EventList:
         """The last events of a project, or those of a task among its last 1,000."""
+        self.require_reach(project)
         await self.link.check()
         stream = f"mosaic:queue:project:{{{project}}}:events"
         most = 1000 if task else limit
@@ -9714,6 +9734,7 @@ async def answer_tool(queue: Queue, of: Operation, given: Mapping[str, Any], con
     refused = False
     try:
         arguments = tool_arguments(of, given, queue.config)
+        queue.guard(of, arguments)
         work = of.call(queue, **arguments)
         text = as_tool_text(of, await with_progress(context, arguments.get("wait", 0), work))
     except Refused as refusal:
@@ -10034,6 +10055,776 @@ def id_of(line: bytes) -> tuple[bool, str | int | float | None]:
         has_one, found = bool(first), json.loads(first[1]) if first else None
     fits = isinstance(found, (str, int, float)) and not isinstance(found, bool)
     return has_one, found if fits else None
+
+
+# ==== HTTP ===================================================================================
+#
+# One process beside Valkey that serves many hosts: the operations as REST, MCP, events, metrics.
+# A request is looked at (where it came from, who sends it, how large it is), becomes the call of
+# an operation on a queue that acts for its caller, and its answer, a refusal too, is JSON.
+
+API = "/api/projects/{project}"
+PLACES = {  # of operations whose place is not their name
+    "status": ("GET", API),
+    "list": ("GET", API + "/tasks"),
+    "create": ("POST", API + "/tasks"),
+    "get": ("GET", API + "/tasks/{task}"),
+    "delete": ("DELETE", API + "/tasks/{task}"),
+}
+OVERVIEWS = {"status": "/api/projects", "list": "/api/tasks"}  # over all projects
+BODY = 4 * KIB * KIB  # bytes of a request at most
+BODY_WITHIN = 30.0  # s
+BEAT = 15.0  # s between two signs of life in a stream of events
+STOP_WITHIN = 10  # s
+RENEW_EVERY = 10.0  # s between two renewals of what an agent holds
+LOGINS, LOGINS_WITHIN = 10, 60.0  # failed ones of an address, and the seconds in which they count
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # s
+SAFE = {
+    "cache-control": "no-store",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+ARGUMENTS |= {
+    "host": Argument("text", "address to listen on; any but a loopback needs http.tokens", 1, 253),
+    "port": Argument("int", "port; 0: one that is free", 0, 65535),
+    "monitor": Argument("bool", "do the work of a monitor too"),
+    "root_path": Argument("text", "path under which a proxy offers it", 0, 200),
+    "tls_cert": Argument("path", "certificate, for https"),
+    "tls_key": Argument("path", "its key"),
+}
+
+Role = Literal["read", "agent", "operator"]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What a token stands for: a role, and where it is bound the projects and the agent; an agent
+    that ends in * is a prefix.  Without tokens everybody is the operator of all."""
+
+    name: str = ""
+    digest: str = ""  # SHA-256 of the token, in hex
+    role: Role = "operator"
+    projects: tuple[str, ...] = ()
+    agent: str = ""
+
+    def require(self, of: Operation, given: Mapping[str, Any]) -> None:
+        """Refuse what this caller may not do, or not in the name of that agent."""
+        agent = None if of.reads else given.get("agent")
+        may = self.role == "operator" or of.reads or (self.role, of.group) == ("agent", "agents")
+        if not may or (given.get("force") and self.role != "operator"):
+            said = f"token {self.name} has the role {self.role}, which does not {of.name}"
+            raise Refused("NOT_OWNER", said + " by force" * bool(may), case="role")
+        if self.projects and not of.reads and given.get("project", given.get("task")) is None:
+            invalid("project", None, ", ".join(self.projects))
+        if self.agent.endswith("*") and not of.reads and "agent" in of.parameters and not agent:
+            invalid("agent", agent, f"a name that begins with {self.agent[:-1]}")
+        if agent and self.agent and not fnmatch.fnmatchcase(agent, self.agent):
+            said = f"token {self.name} acts as {self.agent}, not as {agent}"
+            raise Refused("NOT_OWNER", said, case="role")
+
+
+def callers_from(config: Config) -> list[Caller]:
+    """The callers of `http.tokens`; refuses entries that cannot be understood."""
+    found = []
+    for entry in config["http.tokens"]:
+        given = dict(entry) if isinstance(entry, Mapping) else {}
+        name, token = given.pop("name", None), given.pop("token", None)
+        ARGUMENTS["project"].check("name of http.tokens", name)
+        digest = given.pop("sha256", None)
+        if token is not None:
+            digest = hashlib.sha256(str(token).encode()).hexdigest()
+        if not re.fullmatch(r"[0-9a-f]{64}", str(digest)):
+            raise ConfigError(f"http.tokens: {name} has no sha256 of 64 hex digits, and no token")
+        role, agent = given.pop("role", "agent"), given.pop("agent", "")
+        if role not in get_args(Role):
+            invalid(f"role of token {name}", role, ", ".join(get_args(Role)))
+        if role == "agent" and not agent:
+            raise ConfigError(f"http.tokens: {name} needs an agent: a name, or a prefix and *")
+        ARGUMENTS["agent"].check(
+            f"agent of token {name}", (agent or "any").removesuffix("*") or "x"
+        )
+        projects = tuple(given.pop("projects", ()))
+        for project in projects:
+            ARGUMENTS["project"].check(f"project of token {name}", project)
+        if given:
+            invalid(
+                f"key of token {name}", min(given), "name, sha256, token, role, projects, agent"
+            )
+        found.append(Caller(name, str(digest), role, projects, agent))
+    return found
+
+
+@operation(local=True, group="operators")
+def token(queue: Queue, name: str) -> str:
+    """Make a token for HTTP, and print it once, with the lines for the configuration.
+
+    Example: mosaic-queue token ci
+    """
+    ARGUMENTS["project"].check("name", name)
+    made = os.urandom(32).hex()
+    digest = hashlib.sha256(made.encode()).hexdigest()
+    entry = (
+        f"http:\n  tokens:\n    - {{name: {name}, role: agent, agent: {name}, sha256: {digest}}}"
+    )
+    return f"{made}\n\n# in queue.yaml:\n{entry}"
+
+
+# ---- places ----
+
+
+def places_of(of: Operation) -> list[tuple[str, str]]:
+    """The methods and paths of an operation, the one of a task first."""
+    if of.name in PLACES:
+        found = [PLACES[of.name]]
+    else:
+        method, task = "GET" if of.reads else "POST", of.parameters.get("task")
+        found = [(method, f"{API}/tasks/{{task}}/{of.name}")] if task else []
+        if not task or task.default is not task.empty:
+            found.append((method, f"{API}/{of.name}"))
+    if of.reads and of.parameters["project"].default is None:
+        found += [("GET", OVERVIEWS.get(of.name, f"/api/{of.name}"))] * (of.name != "get")
+    return found
+
+
+def served_operations() -> list[Operation]:
+    """The operations that HTTP offers: all but those for the files and terminals of a host."""
+    return [of for of in OPERATIONS.values() if not of.local]
+
+
+def http_call(operation: str, arguments: Mapping[str, Any]) -> str:
+    """A call as that of HTTP: method and path, and its other arguments."""
+    given = {camel(name): value for name, value in arguments.items()}
+    if "task" in given:
+        given["project"], _, given["task"] = str(given["task"]).rpartition("/")
+    for method, path in places_of(OPERATIONS[operation]):
+        names = re.findall(r"{(\w+)}", path)
+        if given.keys() >= set(names):
+            rest = {name: value for name, value in given.items() if name not in names}
+            path = path.format_map(given)
+            if method == "GET":
+                query = "&".join(f"{name}={as_json_text(value)}" for name, value in rest.items())
+                return f"{method} {path}" + f"?{query}" * bool(query)
+            return f"{method} {path} {compact(rest)}" if rest else f"{method} {path}"
+    return ""
+
+
+def as_json_text(value: Any) -> str:
+    """A value of a query."""
+    return value if isinstance(value, str) else compact(value)
+
+
+def http_reader(caller: Caller) -> Reader:
+    """Who reads answers over HTTP, and what this caller may call."""
+    offers = {}
+    for of in served_operations():
+        with contextlib.suppress(Refused):
+            caller.require(of, {"agent": caller.agent.replace("*", "x")})
+            hidden = ("session", "op", *(["force"] if caller.role != "operator" else []))
+            offers[of.name] = [name for name in of.parameters if name not in hidden]
+    return Reader(http_call, offers)
+
+
+def read_query(of: Operation, given: Mapping[str, str]) -> dict[str, Any]:
+    """What a query says, as arguments; the operation checks them."""
+    read: dict[str, Any] = {}
+    for name, text in given.items():
+        kind = ARGUMENTS[name].kind if name in of.parameters else ""
+        if kind in ("int", "duration") and re.fullmatch(r"\d{1,15}", text):
+            read[name] = int(text)
+        elif kind == "bool" and text in ("true", "false"):
+            read[name] = text == "true"
+        else:
+            read[name] = text.split(",") if kind in ("ids", "words") else text
+    return read
+
+
+async def patch_task(
+    queue: Queue, *, project: str, task: str, changes: Mapping[str, Any],
+    if_rev: int | None = None, op: str | None = None,
+) -> Task:  # fmt: skip
+    """Change a task by a merge patch: fields by `update`, a wanted status by the operation that
+    files and the record use for it, too."""
+    theirs: Any = await queue.get(task, project=project)
+    if if_rev not in (None, theirs["rev"]):
+        said = f"task {theirs['id']} has rev {theirs['rev']}, not {if_rev}"
+        raise Refused("STALE_REV", said).about("update", {"task": theirs["id"]}, queue.reader)
+    ours = {**theirs, **changes}
+    await apply_edit(queue, project, task, theirs, ours, "changed over HTTP", op)
+    return await queue.get(task, project=project)
+
+
+# ---- the server ----
+
+
+class HttpServer:
+    """What one process keeps while it serves: callers, their queues, counts, and who is waiting."""
+
+    def __init__(self, queue: Queue, host: str) -> None:
+        self.queue = queue
+        self.callers = callers_from(queue.config)
+        self.names = {"localhost", host, *queue.config["http.hosts"]}
+        self.stopping = asyncio.Event()
+        self.queues: dict[str, Queue] = {}
+        self.renewed: dict[tuple[str, str], float] = {}
+        self.failed: dict[str, list[float]] = {}
+        self.counts: dict[tuple[str, str], list[float]] = {}  # buckets, sum
+        self.waiting = 0
+        self.background: set[Any] = set()
+
+    def app(self) -> Any:
+        """The ASGI application."""
+        from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
+        from starlette.applications import Starlette
+        from starlette.middleware.gzip import GZipMiddleware
+        from starlette.routing import Mount, Route
+
+        core = mcp_server(self.queue, caller=lambda context: self.mcp_queue(context.request))
+        manager = StreamableHTTPSessionManager(core, json_response=True, stateless=True)
+        fixed = {"/healthz": self.health, "/readyz": self.ready, "/metrics": self.metrics}
+        fixed |= {"/openapi.json": self.openapi}
+        routes: list[Any] = [Route(path, answer) for path, answer in fixed.items()]
+        by_path: dict[str, dict[str, Any]] = {API + "/tasks/{task}": {"PATCH": self.patch}}
+        for of in served_operations():
+            for method, path in places_of(of):
+                by_path.setdefault(path, {})[method] = functools.partial(self.answer, of=of)
+        by_path[API + "/events"]["GET"] = self.events
+        routes += [Route(path, MethodsOf(methods)) for path, methods in by_path.items()]
+        routes.append(Mount("/mcp", app=manager.handle_request))
+
+        @contextlib.asynccontextmanager
+        async def lifespan(_app: Any) -> AsyncIterator[None]:
+            async with manager.run():
+                yield
+
+        app = Starlette(routes=routes, lifespan=lifespan)
+        app.add_middleware(GZipMiddleware, minimum_size=1000)
+        return functools.partial(self.guard, app)
+
+    # ---- before a request is answered ----
+
+    async def guard(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request only where its host, its origin and its token fit."""
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        from starlette.requests import Request
+
+        async def send_safely(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                given = {name.lower() for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(
+                    (name.encode(), value.encode()) for name, value in SAFE.items()
+                    if name.encode() not in given
+                )]  # fmt: skip
+            await send(message)
+
+        request = Request(scope, receive, send_safely)
+        try:
+            self.require_place(request)
+            scope["state"] = {**scope.get("state", {}), "caller": self.caller_of(request)}
+            if scope["path"] == "/mcp":
+                scope = {**scope, "path": "/mcp/", "raw_path": b"/mcp/"}
+        except Refused as refusal:
+            await problem_document(refusal, unknown=refusal.case == "login")(
+                scope, receive, send_safely
+            )
+            return
+        await app(scope, receive, send_safely)
+
+    def require_place(self, request: Any) -> None:
+        """Refuse a host that is not ours, which is how a page of another site would reach us by a
+        name that it controls, and a page of another origin."""
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        name = re.sub(r":\d+$", "", host).strip("[]")
+        if name not in self.names and not is_address(name):
+            said = f"host {printable(name[:60])!r} is not served here"
+            raise Refused("NOT_OWNER", said, case="role")
+        foreign = origin is not None and origin.partition("://")[2] != host
+        if foreign or request.headers.get("sec-fetch-site") == "cross-site":
+            raise Refused("NOT_OWNER", "pages of other origins are not served", case="role")
+
+    def caller_of(self, request: Any) -> Caller:
+        """Who sends a request; refuses one without a token that is known."""
+        if not self.callers or request.url.path in ("/healthz", "/readyz"):
+            return Caller()
+        now, address = time.monotonic(), request.client.host if request.client else ""
+        recent = [at for at in self.failed.get(address, ()) if at > now - LOGINS_WITHIN]
+        if len(recent) >= LOGINS:
+            raise Refused("NOT_OWNER", "too many failed logins: wait a minute", case="login")
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).hexdigest()
+        # All are compared, so that the time says nothing of which was near.
+        fits = [one for one in self.callers if hmac.compare_digest(one.digest, digest)]
+        if kind.lower() == "bearer" and fits:
+            return fits[0]
+        if given:
+            if len(self.failed) > 10_000:
+                self.failed.clear()
+            self.failed[address] = [*recent, now]
+        raise Refused("NOT_OWNER", "there is no such token", case="login")
+
+    def queue_of(self, caller: Caller) -> Queue:
+        """The queue that acts for a caller."""
+        if caller.name not in self.queues:
+            queue = copy.copy(self.queue)
+            queue.agent = caller.agent if caller.agent and "*" not in caller.agent else None
+            queue.session = f"http.{caller.name}" if caller.role == "agent" else None
+            queue.actor = caller.name or queue.actor
+            queue.reach, queue.leases, queue.lost = frozenset(caller.projects), Unkept(), []
+            queue.reader, queue.guard = http_reader(caller), caller.require
+            self.queues[caller.name] = queue
+        return self.queues[caller.name]
+
+    def mcp_queue(self, request: Any) -> Queue:
+        """The same, with the hints of a tool; what the agent holds is renewed."""
+        caller: Caller = request.state.caller
+        queue = copy.copy(self.queue_of(caller))
+        queue.reader = self.queue.reader
+        self.renew(caller, queue, queue.agent)
+        return queue
+
+    def renew(self, caller: Caller, queue: Queue, agent: str | None) -> None:
+        """Renew what an agent holds, beside the call that shows it to be alive."""
+        now = time.monotonic()
+        if not agent or now < self.renewed.get((caller.name, agent), 0) + RENEW_EVERY:
+            return
+        if len(self.renewed) > 100_000:
+            self.renewed.clear()
+        self.renewed[caller.name, agent] = now
+        work = asyncio.create_task(renew_held(queue, agent))
+        self.background.add(work)
+        work.add_done_callback(self.background.discard)
+
+    # ---- answers ----
+
+    async def answer(self, request: Any, of: Operation) -> Any:
+        """Call an operation for a request."""
+        caller: Caller = request.state.caller
+        queue, began = self.queue_of(caller), time.monotonic()
+        try:
+            given = await self.arguments_of(request, of)
+            many = given.pop("tasks", None)
+            queue.guard(of, given)
+            self.renew(caller, queue, given.get("agent") or queue.agent)
+            if many is not None:
+                work: Any = self.create_many(queue, given, many)
+            else:
+                work = of.call(queue, **given)
+            result = await self.until_gone(request, queue, work)
+        except Refused as refusal:
+            self.count(of.name, refusal.code, began)
+            refusal.reader = queue.reader
+            raise
+        self.count(of.name, "ok", began)
+        return json_answer(request, of, result)
+
+    async def create_many(self, queue: Queue, given: Mapping[str, Any], tasks: Any) -> Batch:
+        """Enter several tasks, all or none."""
+        made = await queue.create_all(tasks, project=given["project"], op=given.get("op"))
+        return {"tasks": made}
+
+    async def arguments_of(self, request: Any, of: Operation) -> dict[str, Any]:
+        """Path, query, headers and body of a request as the arguments of an operation."""
+        names = {camel(name): name for name in of.parameters if name != "session"}
+        names |= {"taskId": "task"} if "task" in names else {}
+        given = {names.get(key, key): value for key, value in request.query_params.items()}
+        given = read_query(of, given)
+        body = await body_of(request)
+        if isinstance(body, list) and of.name == "create":
+            given["tasks"] = body
+        elif isinstance(body, dict):
+            said = {names.get(key, key): value for key, value in cast(Any, body).items()}
+            given |= {name: value for name, value in said.items() if value is not None}
+        elif body is not None:
+            invalid("body", type(body).__name__, "a JSON object")
+        given |= request.path_params
+        if (op := request.headers.get("idempotency-key")) and "op" in names:
+            given["op"] = op
+        for name in given:
+            if name not in names.values() and name != "tasks":
+                invalid(f"argument of {of.name}", name, ", ".join(names))
+        return given if "tasks" in given else fill_in(of, given, Config({}), of.name, camel)
+
+    async def until_gone(self, request: Any, queue: Queue, work: Awaitable[R]) -> R:
+        """The result of a call; a client that goes away leaves nothing claimed, and a server that
+        stops says that there is nothing."""
+        call = asyncio.ensure_future(work)
+        ends = [
+            asyncio.create_task(wait_until_gone(request)),
+            asyncio.create_task(self.stopping.wait()),
+        ]
+        self.waiting += 1
+        try:
+            await asyncio.wait([call, *ends], return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                call.cancel()
+                await asyncio.wait([call])
+            if call.cancelled():
+                raise Refused("UNREACHABLE", "this server is stopping", "ask again")
+            result = call.result()
+            if ends[0].done():
+                await give_back(queue, result)
+            return result
+        finally:
+            self.waiting -= 1
+            for end in ends:
+                end.cancel()
+
+    async def patch(self, request: Any) -> Any:
+        """Change a task by a merge patch."""
+        of, began, caller = OPERATIONS["update"], time.monotonic(), request.state.caller
+        queue = self.queue_of(caller)
+        try:
+            queue.guard(of, {"force": True})
+            match = request.headers.get("if-match", "").strip('W/"')
+            changes = await body_of(request)
+            if not isinstance(changes, dict):
+                invalid("body", type(changes).__name__, "a JSON object")
+            result = await patch_task(
+                queue, **request.path_params, changes=changes,
+                if_rev=int(match) if re.fullmatch(r"\d{1,15}", match) else None,
+                op=request.headers.get("idempotency-key"),
+            )  # fmt: skip
+        except Refused as refusal:
+            self.count(of.name, refusal.code, began)
+            refusal.reader = queue.reader
+            raise
+        self.count(of.name, "ok", began)
+        return json_answer(request, of, result)
+
+    async def events(self, request: Any) -> Any:
+        """Events of a project: a page as JSON, or a stream of all that come."""
+        of = OPERATIONS["events"]
+        if "text/event-stream" not in request.headers.get("accept", ""):
+            return await self.answer(request, of)
+        from starlette.responses import StreamingResponse
+
+        queue = self.queue_of(request.state.caller)
+        since = request.headers.get("last-event-id") or request.query_params.get("since", "")
+        start = int(since) if re.fullmatch(r"\d{1,15}", since) else None
+        project = request.path_params["project"]
+        page = await queue.events(project=project, since=start, limit=1000)
+        stream = self.event_stream(queue, project, page)
+        return StreamingResponse(stream, media_type="text/event-stream")
+
+    async def event_stream(self, queue: Queue, project: str, page: EventList) -> AsyncIterator[str]:
+        """Server-sent events, from a page on: the id of each is its rev."""
+        while not self.stopping.is_set():
+            if page.get("lost"):
+                yield f"event: gap\ndata: {compact({'lost': page['lost']})}\n\n"
+            for event in page["events"]:
+                yield f"id: {event['rev']}\ndata: {json.dumps(event)}\n\n"
+            since = page.get("since", 0)
+            try:
+                page = await queue.events(
+                    project=project, since=since, limit=1000, wait=round(BEAT)
+                )
+            except Refused as refusal:
+                if not refusal.passes:
+                    return
+                page = {"events": [], "since": since}
+                await asyncio.sleep(1)
+            if not page["events"]:
+                yield ": \n\n"
+
+    # ---- what is told of the server itself ----
+
+    def count(self, operation: str, outcome: str, began: float) -> None:
+        """Note how a call ended, and how long it took (s)."""
+        took = time.monotonic() - began
+        row = self.counts.setdefault((operation, outcome), [0.0] * (len(BUCKETS) + 2))
+        for at, most in enumerate(BUCKETS):
+            row[at] += took <= most
+        row[-2], row[-1] = row[-2] + 1, row[-1] + took
+
+    async def health(self, _request: Any) -> Any:
+        """That the process is alive."""
+        return json_response({"ok": True})
+
+    async def ready(self, _request: Any) -> Any:
+        """That Valkey answers and is fit."""
+        fit = await self.queue.link.check()
+        await self.queue.link.send("PING")
+        return json_response({"ok": True, "version": fit["version"]})
+
+    async def metrics(self, request: Any) -> Any:
+        """Counts for Prometheus."""
+        from starlette.responses import PlainTextResponse
+
+        answer = await status(self.queue_of(request.state.caller))
+        lines = [*project_metrics(answer), *call_metrics(self.counts)]
+        lines += ["# TYPE mosaic_queue_waiting gauge", f"mosaic_queue_waiting {self.waiting}"]
+        return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+    async def openapi(self, _request: Any) -> Any:
+        """All this for programs that write clients."""
+        return json_response(openapi_document())
+
+
+class MethodsOf:
+    """The methods of one path; a refusal of any of them is a problem document."""
+
+    def __init__(self, methods: Mapping[str, Callable[..., Any]]) -> None:
+        self.methods = methods
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer a request."""
+        from starlette.requests import Request
+        from starlette.responses import Response
+
+        request = Request(scope, receive, send)
+        method = "GET" if request.method == "HEAD" else request.method
+        if method not in self.methods:
+            allow = {"allow": ", ".join(sorted(self.methods))}
+            response = problem_document(Refused("INVALID", f"no {request.method} here"), 405, allow)
+        else:
+            try:
+                response = await self.methods[method](request)
+            except Refused as refusal:
+                response = problem_document(refusal)
+        if not isinstance(response, Response):
+            response = json_response(response)
+        await response(scope, receive, send)
+
+
+class Unkept(dict[str, Lease]):
+    """Leases that nobody of this process renews by itself: a call of their agent does."""
+
+    def __setitem__(self, name: str, lease: Lease) -> None:
+        """Forget it."""
+
+
+def is_address(name: str) -> bool:
+    """Whether a host is named by its number: no other site can own that name."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(name))
+    return False
+
+
+async def wait_until_gone(request: Any) -> None:
+    """Wait until the client has gone away."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def give_back(queue: Queue, result: Any) -> None:
+    """Release what was claimed for a client that did not wait for it."""
+    for task in result.get("tasks", ()) if isinstance(result, dict) else ():
+        if task.get("status") == "claimed" and "claimTTL" in task:
+            given = {"task": task["taskId"], "agent": task["claimedBy"], "fence": task["fence"]}
+            with contextlib.suppress(Refused):
+                await queue.call("release", task["project"], given)
+
+
+async def renew_held(queue: Queue, agent: str) -> None:
+    """Renew the leases of what an agent holds in this session, for the length that each has."""
+    for project in sorted(queue.reach) or await queue.projects():
+        with contextlib.suppress(Refused):
+            asked = {"agent": agent, "limit": 100, "full": 1}
+            for row in (await queue.call("list", project, asked))[3]:
+                task = task_from(project, row)
+                if task.get("session") == queue.session or not queue.session:
+                    given = {"task": task["taskId"], "agent": agent, "fence": task["fence"]}
+                    await queue.call("heartbeat", project, given)
+
+
+async def body_of(request: Any) -> Any:
+    """The JSON of a request's body; None where it has none."""
+    data = b""
+    try:
+        async with asyncio.timeout(BODY_WITHIN):
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > BODY:
+                    raise Refused("TOO_LARGE", f"the body is larger than {BODY} bytes")
+    except TimeoutError:
+        raise Refused("INVALID", f"the body did not come within {BODY_WITHIN:.0f} s") from None
+    if not data:
+        return None
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind not in ("application/json", "application/merge-patch+json"):
+        raise Refused("INVALID", f"content-type is {printable(kind[:60])!r}; accepted: "
+                      "application/json", case="type")  # fmt: skip
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise Refused("INVALID", "the body is no JSON in UTF-8") from None
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] = {}) -> Any:
+    """An answer as JSON."""
+    from starlette.responses import Response
+
+    data = json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return Response(data, status, headers=dict(headers), media_type="application/json")
+
+
+def json_answer(request: Any, of: Operation, result: Any) -> Any:
+    """The result of an operation; a task has an ETag, one that is new a place."""
+    from starlette.responses import Response
+
+    headers = {}
+    if of.result is Task and "rev" in result:
+        headers["etag"] = f'"{result["rev"]}"'
+        if of.reads and request.headers.get("if-none-match") == headers["etag"]:
+            return Response(status_code=304, headers=headers)
+        if of.name == "create":
+            headers["location"] = f"/api/projects/{result['project']}/tasks/{result['taskId']}"
+    created = of.name == "create"
+    return json_response(result, 201 if created else 200, headers)
+
+
+def problem_document(
+    refusal: Refused, status: int = 0, headers: Mapping[str, str] = {}, unknown: bool = False
+) -> Any:
+    """A refusal as a problem document (RFC 9457)."""
+    status = status or {"login": 401, "type": 415}.get(refusal.case, CODES[refusal.code].http)
+    headers = dict(headers)
+    if unknown:
+        slow = "too many" in refusal.message
+        status = 429 if slow else 401
+        headers |= {"retry-after": "60"} if slow else {"www-authenticate": "Bearer"}
+    told = {"type": "about:blank", "title": refusal.code, "status": status}
+    told |= {"code": refusal.code, "detail": refusal.message}
+    told |= {"hint": refusal.hint} if refusal.hint else {}
+    response = json_response(told, status, headers)
+    response.headers["content-type"] = "application/problem+json"
+    return response
+
+
+def labelled(name: str, value: float, **labels: str) -> str:
+    """A line of metrics."""
+    pairs = ",".join(f'{key}="{text}"' for key, text in labels.items())
+    return f"mosaic_queue_{name}{{{pairs}}} {value:g}"
+
+
+def project_metrics(answer: QueueStatus) -> Iterator[str]:
+    """What Prometheus is told of the projects."""
+    for kind in ("tasks", "ready", "held", "cap", "oldest_ready_seconds", "due", "follower_lag"):
+        yield f"# TYPE mosaic_queue_{kind} gauge"
+    for one in answer["projects"]:
+        name = one["project"]
+        for status_name, count in one["tasks"].items():
+            yield labelled("tasks", count, project=name, status=status_name)
+        for lane in one["lanes"]:
+            where = {"project": name, "lane": lane["lane"]}
+            yield labelled("ready", lane["ready"], **where)
+            yield labelled("held", lane["held"], **where)
+            if "maxConcurrent" in lane:
+                yield labelled("cap", lane["maxConcurrent"], **where)
+        waits = (one["now"] - one.get("oldestReadySince", one["now"])) / 1000
+        yield labelled("oldest_ready_seconds", waits, project=name)
+        yield labelled("due", one["due"], project=name)
+        for follower in one["followers"]:
+            who = follower["follower"]
+            yield labelled("follower_lag", follower["lag"], project=name, follower=who)
+
+
+def call_metrics(counts: Mapping[tuple[str, str], Sequence[float]]) -> Iterator[str]:
+    """What Prometheus is told of the calls, by operation and outcome."""
+    yield "# TYPE mosaic_queue_call_seconds histogram"
+    for (operation, outcome), row in sorted(counts.items()):
+        of = {"operation": operation, "outcome": outcome}
+        for most, count in zip(BUCKETS, row, strict=False):
+            yield labelled("call_seconds_bucket", count, **of, le=f"{most:g}")
+        yield labelled("call_seconds_bucket", row[-2], **of, le="+Inf")
+        yield labelled("call_seconds_count", row[-2], **of)
+        yield labelled("call_seconds_sum", row[-1], **of)
+
+
+def openapi_document() -> dict[str, Any]:
+    """The REST of all operations, as OpenAPI."""
+    paths: dict[str, Any] = {}
+    for of in served_operations():
+        schema = input_schema(of, Config({}))
+        for method, path in places_of(of):
+            inside = re.findall(r"{(\w+)}", path)
+            rest = {k: v for k, v in schema["properties"].items() if k not in inside}
+            needed = [name for name in schema["required"] if name not in inside]
+            where = [(name, "path", {"type": "string"}) for name in inside]
+            body = {}
+            if method == "GET":
+                where += [(name, "query", rest[name]) for name in rest]
+            elif rest:
+                takes = {"type": "object", "properties": rest, "required": needed}
+                body["requestBody"] = {"content": {"application/json": {"schema": takes}}}
+            ok, no = ("201" if of.name == "create" else "200"), "application/problem+json"
+            paths.setdefault(path, {})[method.lower()] = {
+                "operationId": f"{of.name}{len(inside)}",
+                "summary": of.summary,
+                "parameters": [
+                    {"name": name, "in": place, "required": place == "path", "schema": of_it}
+                    for name, place, of_it in where
+                ],
+                **body,
+                "responses": {
+                    ok: {"description": "done", "content": {"application/json": {}}},
+                    "default": {"description": "refused", "content": {no: {}}},
+                },
+            }
+    about = "Times are milliseconds since the epoch, durations are seconds."
+    info = {"title": "mosaic-queue", "version": __version__, "description": about}
+    return {"openapi": "3.1.0", "info": info, "paths": paths}
+
+
+@operation(local=True, group="operators")
+async def serve(
+    queue: Queue,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8377,
+    monitor: bool = False,
+    root_path: str = "",
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+) -> int:
+    """Serve REST, MCP and metrics over HTTP, to many hosts.
+
+    Without `http.tokens` in the configuration on a loopback address only.
+
+    Example: mosaic-queue serve --port 8377 --monitor
+    """
+    import uvicorn
+
+    if not queue.config["http.tokens"] and host not in ("127.0.0.1", "::1", "localhost"):
+        said = f"{host} is no loopback address, and there are no http.tokens"
+        raise Refused("INVALID", said, "make one, and put its lines into queue.yaml: "
+                      "mosaic-queue token NAME")  # fmt: skip
+    served = HttpServer(queue, host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as failure:
+        said = f"{host} port {port} cannot be listened on: {failure.strerror}"
+        raise Refused("INVALID", said, "name another: --port N") from None
+    settings = uvicorn.Config(
+        served.app(), log_level="warning", access_log=False, server_header=False, lifespan="on",
+        root_path=root_path, ssl_certfile=tls_cert, ssl_keyfile=tls_key,
+        timeout_graceful_shutdown=STOP_WITHIN, timeout_keep_alive=30, ws="none",
+        interface="asgi3", proxy_headers=False,
+    )  # fmt: skip
+    server = uvicorn.Server(settings)
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+
+    def stop() -> None:
+        served.stopping.set()
+        server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if tls_cert else "http"
+    print(f"mosaic-queue: {scheme}://{shown}:{listening.getsockname()[1]}", file=sys.stderr)
+    watching = asyncio.create_task(watch_all(queue)) if monitor else None
+    try:
+        await server.serve([listening])
+        if not server.started:
+            raise Refused("UNFIT", "the server did not start", "read the lines above")
+    finally:
+        if watching:
+            watching.cancel()
+    return 0
 
 
 # ==== AGENT HOSTS ============================================================================
