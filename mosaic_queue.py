@@ -2007,10 +2007,16 @@ def renders(
 
 # ==== SCRIPTS ================================================================================
 #
-# A script is a shebang, the prelude and the body, composed once and pinned by its hash.  In the
-# text `arg.name` stands for the ARGV of that place in the header's Args; a name that the header
-# does not have is ''.  The Lua lies beside the module in a checkout and in a folder of its own
-# where it is installed.
+# A script is a shebang, what it needs of the prelude, and the body, composed once and pinned by its
+# hash.  In the text `arg.name` stands for the ARGV of that place in the header's Args; a name that
+# the header does not have is ''.  The Lua lies beside the module in a checkout and in a folder of
+# its own where it is installed.
+#
+# Valkey makes every function of a script anew at each call, which took a tenth of the server's
+# time.  So what a body does not need is left out; and what it needs seldom, such as the sentence of
+# a refusal, is made when it is called: the prelude marks these definitions with `-- seldom`.
+
+PRELUDE = ("plumbing", "guards", "effects", "replies")
 
 
 @dataclass(frozen=True)
@@ -2031,7 +2037,7 @@ def lua_folder() -> Path:
     return next(
         folder / "v1"
         for folder in (here / "lua", here / "mosaic_queue_lua")
-        if (folder / "v1" / "prelude.lua").is_file()
+        if (folder / "v1" / "plumbing.lua").is_file()
     )
 
 
@@ -2045,9 +2051,9 @@ def header(text: str, name: str) -> list[str]:
 def script(name: str) -> Script:
     """The composed script of an operation."""
     folder = lua_folder()
-    prelude, body = ((folder / f"{part}.lua").read_text() for part in ("prelude", name))
+    *prelude, body = ((folder / f"{part}.lua").read_text() for part in (*PRELUDE, name))
     args, each, flags = (header(body, entry) for entry in ("Args", "Each", "Flags"))
-    text = compose(name, prelude, body, args, each, flags)
+    text = compose(name, "".join(prelude), body, args, each, flags)
     return Script(
         name,
         text,
@@ -2073,9 +2079,8 @@ def compose(
             f"  return function()\n    at = at + {len(each)}\n"
             f"    if at < #ARGV then return {{{keys}}} end\n  end\nend\n"
         )
-    body = without_comments(body)
-    lua += needed(without_comments(prelude), body)
-    lua += (
+    prelude, body = definitions(without_comments(prelude), without_comments(body))
+    lua += prelude + (
         f"local ok, reply = pcall(function()\n{body}end)\n"
         "if ok then return reply end\n"
         "if type(reply) == 'table' and reply.refusal then return reply.refusal end\n"
@@ -2089,21 +2094,39 @@ def without_comments(lua: str) -> str:
     return re.sub(r"^\s*(--.*)?\n", "", lua, flags=re.MULTILINE)
 
 
-def needed(prelude: str, body: str) -> str:
-    """The definitions of the prelude that a body uses, directly or through others.  Every one
-    that is left out saves its share of each call: with all of them a heartbeat costs three times
-    as much.  A definition uses only what stands above it."""
+def names_in(lua: str) -> set[str]:
+    """The names in a text, those in its strings left out."""
+    return set(re.findall(r"\w+", re.sub(r"'[^'\n]*'", "", lua)))
 
-    def used(lua: str) -> set[str]:
-        return set(re.findall(r"\w+", re.sub(r"'[^'\n]*'", "", lua)))
 
-    kept, words = [], used(body)
-    for definition in reversed(re.split(r"^(?=local )", prelude, flags=re.MULTILINE)):
+def needed(parts: Sequence[str], text: str) -> list[str]:
+    """The definitions that a text uses, directly or through others.  A definition uses only what
+    stands above it."""
+    kept, words = [], names_in(text)
+    for definition in reversed(parts):
         head = re.match(r"local (?:function )?([\w, ]+)", definition)
-        if head and words & set(re.findall(r"\w+", head[1])):
+        if head and words & names_in(head[1]):
             kept.append(definition)
-            words |= used(definition)
-    return "".join(reversed(kept))
+            words |= names_in(definition)
+    return kept[::-1]
+
+
+def definitions(prelude: str, body: str) -> tuple[str, str]:
+    """The definitions of the prelude that a body needs, and the body.  What only seldom is called
+    stands in one function that makes it, and is fetched there by its name."""
+    parts = re.split(r"^(?=local )", prelude, flags=re.MULTILINE)
+    usual = needed([part for part in parts if " -- seldom\n" not in part], body)
+    others = [part for part in parts if part not in usual]
+    seldom = needed(others, "".join(usual) + body)
+    names = re.findall(r"^local function (\w+)", "".join(seldom), re.MULTILINE)
+    if not names:
+        return "".join(usual), body
+    call = re.compile(rf"(?<![\w.:'])({'|'.join(names)})\(")
+    usual_text, body = (call.sub(r"seldom('\1')(", text) for text in ("".join(usual), body))
+    made = ", ".join(f"{name} = {name}" for name in names)
+    lua = f"local seldom\n{usual_text}"
+    lua += f"seldom = function(name)\n{''.join(seldom)}return ({{{made}}})[name]\nend\n"
+    return lua, body
 
 
 # ==== SERVER =================================================================================

@@ -2,7 +2,7 @@
 
 `problems` shares no code with the scripts: it reads every key of the project at once and derives
 from the tasks' hashes and texts what each index has to hold.  The names and types of the keys
-come from the dictionary at the top of the prelude, so that a key which is not written down there
+come from the dictionary at the top of plumbing.lua, so that a key which is not written down there
 is a problem of its own.
 """
 
@@ -57,7 +57,7 @@ def scores(flat: list[Any]) -> dict[str, int]:
 @functools.cache
 def dictionary() -> dict[str, tuple[str, bool]]:
     """Kind of key -> its type and whether a name follows it, as the prelude's head says."""
-    text = (mq.lua_folder() / "prelude.lua").read_text()
+    text = (mq.lua_folder() / "plumbing.lua").read_text()
     rows = re.findall(r"^--   <root>(?::(\w+))?(:<\w+>)? +(\w+) ", text, re.MULTILINE)
     return {kind: (type_, bool(name)) for kind, name, type_ in rows}
 

@@ -18,8 +18,8 @@ import mosaic_queue as mq
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-SCRIPTS = sorted(p for p in (ROOT / "lua/v1").glob("*.lua") if p.stem != "prelude")
-PRELUDE = (ROOT / "lua/v1/prelude.lua").read_text()
+SCRIPTS = sorted(p for p in (ROOT / "lua/v1").glob("*.lua") if p.stem not in mq.PRELUDE)
+PRELUDE = "".join((ROOT / f"lua/v1/{part}.lua").read_text() for part in mq.PRELUDE)
 
 
 def functions() -> dict[str, str]:

@@ -207,7 +207,7 @@ def test_it_holds_what_is_used_and_no_more(pyz: Path) -> None:
         ]
     libraries = [name for name in names if name.endswith(".so")]
     assert len(libraries) == len(NATIVE) * len(MINORS) + 1, "one more is for all Pythons"
-    assert "mosaic_queue_lua/v1/prelude.lua" in names
+    assert "mosaic_queue_lua/v1/plumbing.lua" in names
     assert "async_timeout/__init__.py" in names, "redis needs it before Python 3.11.3"
     assert sum(name.endswith("/valkey-server") for name in names) == 1
     unwanted = re.compile(

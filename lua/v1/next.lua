@@ -34,7 +34,8 @@ if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) t
   return replay(done, true)
 end
 
-promote()
+local rare = read('EXISTS', root .. ':delayed', key('assigned', arg.agent)) > 0
+if rare then promote() end
 
 local lanes, heads, full, stale, turn, passed = {}, {}, {}, {}, nil, nil
 for lane in each_lane() do
@@ -108,7 +109,7 @@ end
 
 local task, limited
 if not limit('paused') then
-  task = assigned() or arg.resume ~= '' and left_behind()
+  task = rare and assigned() or arg.resume ~= '' and left_behind()
   if not task and not served then
     task, limited = best_ready()
   end
@@ -122,8 +123,8 @@ for _, entry in ipairs(stale) do
 end
 if task then
   local reply = take(task, 'claim', arg.agent, ttl, arg.session)
-  -- One token wakes one waiter: whoever takes a task wakes the next if there is more.
-  for _, lane in ipairs(lanes) do
+  -- One token wakes one waiter: whoever was woken by one wakes the next if there is more.
+  for _, lane in ipairs(wait > 0 and lanes or {}) do
     local ahead = heads[lane]
     if ahead and (ahead.list[ahead.i] or not ahead.done) then ring(lane) end
   end
