@@ -58,6 +58,7 @@ that stands in a later one.
     MCP              the tools of an agent
     HTTP             REST, MCP, events and metrics for many hosts, from one process
     AGENT HOSTS      entries in the files of MCP clients, the start of a session, completion
+    SERVICE          the monitor as a service of systemd or launchd
     COMMAND LINE     the commands of a person or a shell script
 
 To add an operation, write `lua/v1/<name>.lua` with its header, a typed async function under
@@ -133,6 +134,8 @@ if TYPE_CHECKING:
     import graphlib
     import hmac
     import ipaddress
+    import plistlib
+    import shlex
     import shutil
     import signal
     import subprocess
@@ -164,7 +167,8 @@ else:
 
     for _name in (
         *("argparse", "asyncio", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
-        *("graphlib", "hmac", "ipaddress", "shutil", "signal", "subprocess", "tempfile"),
+        *("graphlib", "hmac", "ipaddress", "plistlib", "shlex", "shutil", "signal"),
+        *("subprocess", "tempfile"),
         *("termios", "textwrap", "threading", "traceback", "tty", "unicodedata", "anyio"),
         *("asyncpg", "httpx2", "tomlkit", "yaml"),
     ):
@@ -575,8 +579,6 @@ def flag(name: str) -> str:
 
 def command_line(prog: str, operation: str, arguments: Mapping[str, Any]) -> str:
     """A call as a command; a task stands by place, everything else is a flag."""
-    import shlex
-
     words = [prog, COMMANDS.get(operation, operation)]
     for name, value in arguments.items():
         told = [] if value is True else [shlex.quote(str(value))]
@@ -10863,29 +10865,47 @@ class Client(NamedTuple):
     folder: tuple[str, str]  # an environment variable, and what it is without that
     key: str
     extra: Mapping[str, Any]  # what its entry has beside command, args and env
+    project: str = ""  # its file in a project's folder, where it reads one
 
 
+CODE = "~/Library/Application Support" if sys.platform == "darwin" else "~/.config"
 CLIENTS = {
     "claude": Client(
         ".claude.json", ("CLAUDE_CONFIG_DIR", "~"), "mcpServers",
-        {"type": "stdio", "alwaysLoad": True},
+        {"type": "stdio", "alwaysLoad": True}, ".mcp.json",
     ),
     # They wait for 10 and 5 s; the first run of a .pyz, which unpacks it, may take longer.
     "codex": Client(
         "config.toml", ("CODEX_HOME", "~/.codex"), "mcp_servers", {"startup_timeout_sec": 30}
     ),
-    "gemini": Client("settings.json", ("", "~/.gemini"), "mcpServers", {"timeout": 60_000}),
+    "gemini": Client("settings.json", ("", "~/.gemini"), "mcpServers", {"timeout": 60_000},
+                     ".gemini/settings.json"),
     "opencode": Client(
         "opencode/opencode.json", ("XDG_CONFIG_HOME", "~/.config"), "mcp",
-        {"type": "local", "enabled": True},
+        {"type": "local", "enabled": True}, "opencode.json",
+    ),
+    "vscode": Client(
+        "Code/User/mcp.json", ("", CODE), "servers", {"type": "stdio"}, ".vscode/mcp.json"
     ),
     "generic": Client("", ("", ""), "mcpServers", {"type": "stdio"}),
 }  # fmt: skip
+AGENTS_MD = (
+    "<!-- mosaic-queue -->",
+    "## Tasks",
+    "Task state lives in the queue (MCP server `mosaic`, or `mosaic-queue`), never in a file.",
+    "- Take work with `queue_next`; it is yours alone. Never work on a task that you do not hold.",
+    "- End it with `queue_complete` and a summary, or with `queue_fail` and the reason.",
+    "- What others should know goes to `queue_note`. If something does not move: `queue_explain`.",
+    '- After a compaction, `queue_list` with agent "me" shows what you hold.',
+    "<!-- /mosaic-queue -->",
+)
 SHELLS = ("bash", "zsh", "fish")
+SCOPES = ("user", "project")
 ARGUMENTS |= {
     "client": Argument("word", "whose file: " + ", ".join(CLIENTS), words=tuple(CLIENTS)),
     "write": Argument("bool", "into the file, not to stdout"),
     "client_file": Argument("path", "default: the client's own, under your HOME"),
+    "scope": Argument("word", "user, or project: a file of this folder", words=SCOPES),
     "server_name": Argument("id", "what the client calls it; default: mosaic"),
     "shell": Argument("word", ", ".join(SHELLS), words=SHELLS),
 }
@@ -10901,26 +10921,30 @@ def own_command() -> list[str]:
     return [str(program)] if by_itself else [sys.executable, str(program)]
 
 
+def queue_environment(config: Config) -> dict[str, str]:
+    """The variables that decide which queue a program serves; a password is refused."""
+    url = config["redis.url"] if config.source("redis.url").startswith(("$", "flag")) else None
+    if url and masked(url) != url:
+        hint = "put redis.url into ~/.config/mosaic/queue.yaml, which every client's server reads"
+        said = "the URL has a password, which a client's file must not show"
+        raise Refused("INVALID", said, hint)
+    named = {name: config.environ.get(name) for name in ("MOSAIC_HOME", "XDG_DATA_HOME")}
+    environ = {name: value for name, value in named.items() if value}
+    return environ | ({"MOSAIC_VALKEY_URL": url} if url else {})
+
+
 def mcp_entry(client: str, config: Config, tools: str, file: str | None) -> dict[str, Any]:
     """The entry of this program among a client's servers.
 
     Clients start a server in any folder and with little environment, so what decides which queue
     it serves is said in the entry; a password never is.
     """
-    url = config["redis.url"] if config.source("redis.url").startswith(("$", "flag")) else None
-    if url and masked(url) != url:
-        hint = "put redis.url into ~/.config/mosaic/queue.yaml, which every client's server reads"
-        raise Refused(
-            "INVALID", "the URL has a password, which a client's file must not show", hint
-        )
+    environ = queue_environment(config)
     words = ["mcp"]
     for name in ("project", "agent"):
         words += [f"--{name}", config[name]] if config[name] else []
     words += ["--tools", tools] if tools != "default" else []
     words += ["--config", str(Path(file).absolute())] if file else []
-    named = {name: config.environ.get(name) for name in ("MOSAIC_HOME", "XDG_DATA_HOME")}
-    environ = {name: value for name, value in named.items() if value}
-    environ |= {"MOSAIC_VALKEY_URL": url} if url else {}
     command, extra = own_command(), CLIENTS[client].extra
     if client == "opencode":
         return {**extra, "command": [*command, *words], "environment": environ}
@@ -10935,35 +10959,45 @@ def mcp_entry(client: str, config: Config, tools: str, file: str | None) -> dict
     return entry
 
 
-def file_of_client(client: str, named: str | None) -> Path:
+def file_of_client(client: str, named: str | None, scope: str = "user") -> Path:
     """The file that a client reads, links followed: the one that is named, else its own."""
-    if not named and not CLIENTS[client].file:
-        raise Refused(
-            "INVALID", f"--write and --dry-run need --file for {client}", "--file .cursor/mcp.json"
-        )
+    of = CLIENTS[client]
     if named:
         return real_path(Path(named).expanduser())
-    variable, folder = CLIENTS[client].folder
-    own = Path(os.environ.get(variable) or folder) / CLIENTS[client].file
+    if scope == "project" and of.project:
+        return real_path(Path(of.project))
+    if scope == "project" or not of.file:
+        raise Refused(
+            "INVALID",
+            f"{client} has no file of its own there; --write and --dry-run need --file",
+            "--file .cursor/mcp.json",
+        )
+    variable, folder = of.folder
+    own = Path(os.environ.get(variable) or folder) / of.file
     return Path(os.path.realpath(own.expanduser()))
 
 
 def merged(client: str, path: Path, entry: Mapping[str, Any], name: str) -> tuple[str, str]:
     """The text of a client's file before and with the entry; all else in it stays as it is."""
+    key = "servers" if path.parent.name == ".vscode" else CLIENTS[client].key
+
+    def enter(tree: Any) -> None:
+        tree.setdefault(key, {})[name] = dict(entry)
+
+    hint = f"mosaic-queue mcp-config {client} prints what to enter by hand"
+    return changed_tree(path, key, enter, hint)
+
+
+def changed_tree(path: Path, key: str, enter: Callable[[Any], None], hint: str) -> tuple[str, str]:
+    """The text of a file of JSON or TOML before and after a change under a key; the rest stays."""
     before = read_text(path, DOCUMENT) if os.path.lexists(path) else ""
-    key, hint = (
-        CLIENTS[client].key,
-        f"mosaic-queue mcp-config {client} prints what to enter by hand",
-    )
-    if path.parent.name == ".vscode":
-        key = "servers"
     try:
         tree: Any
         if path.suffix == ".toml":
             tree = tomlkit.parse(before)
         else:
             tree = json.loads(before.removeprefix("\ufeff") or "{}")
-        tree.setdefault(key, {})[name] = dict(entry)
+        enter(tree)
     except (ValueError, AttributeError, TypeError, RecursionError) as problem:
         kind = "TOML" if path.suffix == ".toml" else "JSON without comments"
         said = f"{path} is not {kind} with an object {key}: {problem}"
@@ -10987,7 +11021,7 @@ def replaced(path: Path, before: str, text: str) -> Path | None:
 
 
 class ClientEntry(TypedDict, total=False):
-    """What to enter into a client's file; `text` is the whole file, or how it would change."""
+    """What to enter into a file; `text` is the whole file, or how it would change."""
 
     client: str
     entry: dict[str, Any]
@@ -10997,6 +11031,20 @@ class ClientEntry(TypedDict, total=False):
     backup: str
 
 
+def entered(path: Path, before: str, text: str, dry_run: bool) -> ClientEntry:
+    """How a file changes; it is written unless that is only to be shown."""
+    lines = (before.splitlines(keepends=True), text.splitlines(keepends=True))
+    change = "".join(difflib.unified_diff(*lines, "before", str(path)))
+    answer: ClientEntry = {"file": str(path), "text": change, "written": False}
+    if dry_run or not change:
+        return answer
+    try:
+        backup = replaced(path, before, text)
+    except OSError as problem:
+        raise Refused("INVALID", f"{path} cannot be written: {problem.strerror}") from None
+    return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
+
+
 @operation(local=True, group="operators")
 def mcp_config(
     queue: Queue,
@@ -11004,6 +11052,7 @@ def mcp_config(
     *,
     write: bool = False,
     dry_run: bool = False,
+    scope: str = "user",
     client_file: str | None = None,
     server_name: str = "mosaic",
     tools: str = "default",
@@ -11014,26 +11063,68 @@ def mcp_config(
 
     Example: mosaic-queue mcp-config claude --project web --write
     """
-    name, file = server_name, client_file
     entry = mcp_entry(client, queue.config, tools, queue.config.file)
     answer: ClientEntry = {"client": client, "entry": entry}
+    if write or dry_run:
+        path = file_of_client(client, client_file, scope)
+        return answer | entered(path, *merged(client, path, entry, server_name), dry_run)
+    name = Path(client_file or CLIENTS[client].file or "mcp.json").name
+    return answer | {"text": merged(client, Path("/nowhere") / name, entry, server_name)[1]}
+
+
+@operation("mcp-config --hook", local=True, group="operators")
+def session_hook(
+    queue: Queue,
+    client: str,
+    *,
+    write: bool = False,
+    dry_run: bool = False,
+    scope: str = "user",
+    client_file: str | None = None,
+) -> ClientEntry:
+    """Have Claude Code tell every session what prime prints.
+
+    Example: mosaic-queue mcp-config claude --hook --project web --write
+    """
+    if client != "claude":
+        raise Refused("INVALID", f"{client} is told nothing at the start of a session", "")
+    project = queue.config["project"]
+    words = [*own_command(), "prime", *(["--project", project] if project else [])]
+    own = {"hooks": [{"type": "command", "command": shlex.join(words)}]}
+
+    def enter(tree: Any) -> None:
+        starts = tree.setdefault("hooks", {}).setdefault("SessionStart", [])
+        starts[:] = [
+            one for one in starts if "mosaic" not in (said := str(one)) or " prime" not in said
+        ]
+        starts.append(own)
+
+    folder = ".claude" if scope == "project" else os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
+    path = real_path(Path(client_file or f"{folder}/settings.json").expanduser())
+    shown = path if write or dry_run else Path("/nowhere/settings.json")
+    before, text = changed_tree(shown, "hooks", enter, "enter it by hand: mcp-config claude --hook")
+    answer: ClientEntry = {"client": client, "entry": own}
+    return answer | (entered(path, before, text, dry_run) if shown == path else {"text": text})
+
+
+@operation("mcp-config --agents-md", local=True, group="operators")
+def agents_text_entry(
+    queue: Queue, *, write: bool = False, dry_run: bool = False, client_file: str = "AGENTS.md"
+) -> ClientEntry:
+    """Enter what agents have to know into AGENTS.md; --file CLAUDE.md for another.
+
+    Example: mosaic-queue mcp-config --agents-md --write
+    """
+    path, own = real_path(Path(client_file).expanduser()), "\n".join(AGENTS_MD)
+    before = read_text(path, DOCUMENT) if os.path.lexists(path) else ""
     if not (write or dry_run):
-        path = Path(CLIENTS[client].file or "mcp.json") if not file else Path(file)
-        return answer | {"text": merged(client, Path("/nowhere") / path.name, entry, name)[1]}
-    path = file_of_client(client, file)
-    before, text = merged(client, path, entry, name)
-    lines = (before.splitlines(keepends=True), text.splitlines(keepends=True))
-    answer |= {
-        "file": str(path),
-        "text": "".join(difflib.unified_diff(*lines, "before", str(path))),
-    }
-    if dry_run or not answer["text"]:
-        return answer | {"written": False}
-    try:
-        backup = replaced(path, before, text)
-    except OSError as problem:
-        raise Refused("INVALID", f"{path} cannot be written: {problem.strerror}") from None
-    return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
+        return {"text": own}
+    head, mark, rest = before.partition(AGENTS_MD[0])
+    _, end, tail = rest.partition(AGENTS_MD[-1])
+    if mark and not end:
+        raise Refused("INVALID", f"{path} has {AGENTS_MD[0]} without {AGENTS_MD[-1]}", "mend that")
+    gap = "" if mark or not before else "\n" if before.endswith("\n") else "\n\n"
+    return entered(path, before, f"{head}{gap}{own}{tail if mark else chr(10)}", dry_run)
 
 
 @renders(ClientEntry)
@@ -11120,6 +11211,109 @@ async def names_of(queue: Queue, kind: str, prefix: str) -> Sequence[str]:
         return [task["mission"] for task in tasks]
     names = [task["id" if slash else "taskId"] for task in tasks]
     return names if project else [*names, *(f"{one}/" for one in await queue.projects())]
+
+
+# ==== SERVICE ================================================================================
+#
+# The monitor as a service of the system.  A private Valkey that it has started lives on when it is
+# stopped: systemd ends the process alone, and launchd leaves its group in peace.
+
+SYSTEMS = ("systemd", "launchd")
+ARGUMENTS["system"] = Argument("word", "systemd or launchd; default: of this host", words=SYSTEMS)
+UNIT = """\
+[Unit]
+Description=mosaic-queue: the monitor of its task queue
+After=network-online.target
+
+[Service]
+ExecStart={command}
+{environ}Restart=always
+RestartSec=5
+KillMode=process
+NoNewPrivileges=yes
+
+[Install]
+WantedBy=default.target
+"""
+
+
+class ServiceUnit(TypedDict, total=False):
+    """The file of a service, and the commands that start it; `written` where it was put there."""
+
+    file: str
+    text: str
+    written: bool
+    todo: list[str]
+
+
+def unit_word(text: str, dollar: str = "$$") -> str:
+    """A word of a unit file, in which %, quotes and, in a command, $ mean something."""
+    if not text.isprintable():
+        invalid("a word of the unit", text, "text without control characters")
+    for sign, spelled in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", dollar)):
+        text = text.replace(sign, spelled)
+    return text if re.fullmatch(r"[\w./@:%$=,+-]+", text) else f'"{text}"'
+
+
+def unit_of(system: str, words: Sequence[str], environ: Mapping[str, str]) -> tuple[Path, str]:
+    """The file of a service, and its text."""
+    if system == "launchd":
+        name = "com.mosaic.queue"
+        facts: dict[str, Any] = {"Label": name, "ProgramArguments": [*words], "KeepAlive": True}
+        facts |= {"RunAtLoad": True, "AbandonProcessGroup": True, "EnvironmentVariables": environ}
+        facts["StandardErrorPath"] = str(data_folder() / "monitor.log")
+        text = plistlib.dumps(facts).decode()
+        return Path(f"~/Library/LaunchAgents/{name}.plist").expanduser(), text
+    pairs = [unit_word(f"{name}={value}", "$") for name, value in environ.items()]
+    lines = "".join(f"Environment={pair}\n" for pair in pairs)
+    text = UNIT.format(command=" ".join(map(unit_word, words)), environ=lines)
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    return folder / "systemd/user/mosaic-queue.service", text
+
+
+@operation(local=True, group="operators")
+def service(
+    queue: Queue,
+    system: str | None = None,
+    *,
+    assign: bool = False,
+    write: bool = False,
+    dry_run: bool = False,
+) -> ServiceUnit:
+    """Print a unit of systemd or launchd that runs the monitor, or put it in its place.
+
+    Example: mosaic-queue service --write
+    """
+    here = {"linux": "systemd", "darwin": "launchd"}.get(sys.platform, "")
+    if system is None and (not here or (here == "systemd" and not Path("/run/systemd").exists())):
+        said = "this host runs neither systemd nor launchd"
+        raise Refused("INVALID", said, "name one: mosaic-queue service systemd; or run the monitor")
+    system, config = system or here, queue.config
+    words = [*own_command(), "monitor", *(["--assign"] if assign else [])]
+    words += ["--config", str(Path(config.file).absolute())] if config.file else []
+    path, text = unit_of(system, words, queue_environment(config))
+    start = f"launchctl load -w {path}"
+    todo = [start] if system == "launchd" else [
+        "systemctl --user enable --now mosaic-queue", "loginctl enable-linger"
+    ]  # fmt: skip
+    if not (write or dry_run):
+        return {"text": text}
+    before = read_text(path, DOCUMENT) if os.path.lexists(path) else ""
+    change = entered(path, before, text, dry_run)
+    return {
+        "file": change["file"],
+        "text": change["text"],
+        "written": change["written"],
+        "todo": todo,
+    }
+
+
+@renders(ServiceUnit)
+def service_text(answer: ServiceUnit) -> str:
+    """The unit, or how it changes; what to do then is told on stderr."""
+    if answer.get("written"):
+        say(lines_of([f"{answer['file']}: written; now:", *answer["todo"]]), sys.stderr)
+    return answer["text"].rstrip("\n")
 
 
 # ==== COMMAND LINE ===========================================================================
@@ -11709,9 +11903,10 @@ def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
         invalid("--color", COLOUR["when"], "auto, always, never")
     for word, other in variants(of).items():
         name = next((name for name in other.parameters if flag(name) == word), "")
-        if (name or word[2:]) in arguments:
+        switch = word[2:].replace("-", "_")
+        if (name or switch) in arguments:
             of = other
-            arguments.pop(word[2:] if not name else "", None)
+            arguments.pop(switch if not name else "", None)
     file, flags = arguments.pop("config", None), {"redis.url": arguments.pop("url", None)}
     # What an operation has no parameter for is a part of its configuration.
     flags |= {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import plistlib
 import pty
 import select
 import stat
@@ -402,3 +403,111 @@ def test_watch_needs_a_terminal(tell: Tell) -> None:
     done = tell("status", "--watch")
     assert done.returncode == 2
     assert "needs a terminal" in done.stderr
+
+
+# ---- files of a project, hooks, AGENTS.md ----
+
+
+@pytest.mark.parametrize(
+    ("client", "name", "key"),
+    [
+        ("claude", ".mcp.json", "mcpServers"),
+        ("gemini", ".gemini/settings.json", "mcpServers"),
+        ("opencode", "opencode.json", "mcp"),
+        ("vscode", ".vscode/mcp.json", "servers"),
+    ],
+)
+def test_an_entry_of_a_project(
+    tell: Tell, tmp_path: Path, client: str, name: str, key: str
+) -> None:
+    assert tell("mcp-config", client, "--scope", "project", "--write").returncode == 0
+    assert "mosaic" in tree_of(tmp_path / name)[key]
+
+
+def test_who_reads_no_file_of_a_project_is_told(tell: Tell, tmp_path: Path) -> None:
+    for client in ("codex", "generic"):
+        done = tell("mcp-config", client, "--scope", "project", "--write")
+        assert (done.returncode, "hint: --file" in done.stderr) == (2, True)
+    assert tell("mcp-config", "vscode", "--write").returncode == 0
+    assert list(tmp_path.glob("**/Code/User/mcp.json"))
+    assert tell("mcp-config").returncode == 2
+
+
+def test_a_hook_is_entered_once_and_beside_the_others(tell: Tell, tmp_path: Path) -> None:
+    path = tmp_path / ".claude" / "settings.json"
+    path.parent.mkdir()
+    other = {"matcher": "startup", "hooks": [{"type": "command", "command": "date"}]}
+    path.write_text(json.dumps({"model": "x", "hooks": {"SessionStart": [other], "Stop": []}}))
+    before = path.read_text()
+    words = ("mcp-config", "claude", "--hook", "--project")
+    assert "+" in tell(*words, "web", "--dry-run").stdout
+    assert path.read_text() == before
+    for project in ("web", "web", "app"):
+        assert tell(*words, project, "--write").returncode == 0
+    tree = tree_of(path)
+    assert (tree["model"], tree["hooks"]["Stop"]) == ("x", [])
+    first, own = tree["hooks"]["SessionStart"]
+    assert first == other
+    assert own["hooks"][0]["command"].endswith("prime --project app")
+    assert len(list(path.parent.glob("*.bak"))) >= 1
+    done = subprocess.run(own["hooks"][0]["command"], shell=True, capture_output=True, text=True)
+    assert (done.returncode, "The loop" in done.stdout) == (0, True), done.stderr
+    assert tell("mcp-config", "codex", "--hook").returncode == 2
+
+
+def test_agents_md_is_written_once_and_keeps_the_rest(tell: Tell, tmp_path: Path) -> None:
+    path = tmp_path / "AGENTS.md"
+    path.write_text("# Mine\nno newline")
+    assert "queue_next" in tell("mcp-config", "--agents-md").stdout
+    assert path.read_text() == "# Mine\nno newline"
+    for _ in range(2):
+        assert tell("mcp-config", "--agents-md", "--write").returncode == 0
+    text = path.read_text()
+    assert text.startswith("# Mine\nno newline\n\n<!-- mosaic-queue -->\n## Tasks\n")
+    assert text.count("queue_next") == 1
+    path.write_text(text.replace("queue_next", "queue_other") + "after\n")
+    assert tell("mcp-config", "--agents-md", "--write").returncode == 0
+    assert path.read_text() == text + "after\n"
+    path.write_text("<!-- mosaic-queue -->\n")
+    assert tell("mcp-config", "--agents-md", "--write").returncode == 2
+    assert tell("mcp-config", "--agents-md", "--write", "--file", "CLAUDE.md").returncode == 0
+    assert "queue_next" in (tmp_path / "CLAUDE.md").read_text()
+
+
+# ---- the monitor as a service ----
+
+
+def test_a_unit_of_systemd(tell: Tell, tmp_path: Path, server: Server) -> None:
+    done = tell("service", "systemd", "--assign")
+    assert done.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+    lines = done.stdout.splitlines()
+    assert f"ExecStart={PROGRAM} monitor --assign" in lines
+    assert f"Environment=MOSAIC_VALKEY_URL={server.url}" in lines
+    assert "KillMode=process" in lines  # a private Valkey that the unit started lives on
+    done = tell("service", "systemd", "--write")
+    assert "systemctl --user enable --now mosaic-queue" in done.stderr
+    unit = tmp_path / ".config/systemd/user/mosaic-queue.service"
+    assert "monitor\n" in unit.read_text()
+    assert json.loads(tell("service", "systemd", "--write", "--json").stdout)["written"] is False
+
+
+def test_words_of_a_unit_mean_nothing_to_systemd() -> None:
+    words = ['a b"c', "50%", "$HOME", "back\\slash"]
+    _, text = mq.unit_of("systemd", words, {"X": "$a % b"})
+    assert 'ExecStart="a b\\"c" 50%% $$HOME "back\\\\slash"\n' in text
+    assert 'Environment="X=$a %% b"\n' in text
+    with pytest.raises(mq.Refused):
+        mq.unit_of("systemd", ["a\nExecStart=b"], {})
+
+
+def test_a_plist_of_launchd(tell: Tell) -> None:
+    facts = plistlib.loads(tell("service", "launchd").stdout.encode())
+    assert facts["ProgramArguments"] == [str(PROGRAM), "monitor"]
+    assert (facts["KeepAlive"], facts["AbandonProcessGroup"]) == (True, True)
+
+
+def test_no_password_reaches_a_unit(tell: Tell) -> None:
+    done = tell("service", "systemd", MOSAIC_VALKEY_URL="redis://al:hunter2@localhost:1")
+    assert (done.returncode, "hunter2" in done.stdout + done.stderr) == (2, False)
+    assert tell("service", "upstart").returncode == 2
