@@ -9361,6 +9361,9 @@ def ago(at: float) -> str:
     return lasting(time.time() - at / 1000)
 
 
+ENDED_SESSION = " (its session has ended)"
+
+
 def facts_text(result: Mapping[str, Any]) -> str:
     """A line for each field that says something, those of a task in its order."""
     places = {key: place for place, key in enumerate(FIELDS)}
@@ -9398,7 +9401,7 @@ def task_table(page: TaskList) -> str:
             painted(task["status"]),
             painted(task.get("priority", "")),
             task.get("lane", ""),
-            task.get("claimedBy", ""),
+            task.get("claimedBy", "") + ENDED_SESSION * ("orphaned" in task),
             ago(task["createdAt"]) if "createdAt" in task else "",
             task.get("title", ""),
         )
@@ -9475,7 +9478,7 @@ def agents_text(answer: AgentList) -> str:
     holders = [
         (
             one["agent"],
-            ", ".join(task["id"] for task in one["tasks"]),
+            ", ".join(task["id"] + ENDED_SESSION * ("orphaned" in task) for task in one["tasks"]),
             ago(min(task["claimedAt"] for task in one["tasks"])),
             ago(one["lastHeard"]),
             one.get("note", ""),
@@ -9679,7 +9682,7 @@ def task_lines(page: TaskList) -> str:
         if "claimedBy" in task:
             words.append("by " + task["claimedBy"])
         if "orphaned" in task:
-            words.append("(its session has ended)")
+            words[-1] += ENDED_SESSION
         if task["status"] == "blocked":
             words.append("after " + ",".join(task["dependencies"]))
         lines.append(" ".join(words) + ": " + printable(task["title"]))
@@ -9907,6 +9910,7 @@ def markdown_row(task: Task) -> str:
     """A task as a line of the board."""
     values = [task["taskId"], task["title"], task["priority"], task["lane"]]
     row = [*values, task.get("claimedBy", "") if task["status"] in HELD else ""]
+    row[-1] += ENDED_SESSION * ("orphaned" in task)
     return "| " + " | ".join(printable(value).replace("|", "\\|") for value in row) + " |"
 
 
@@ -10244,7 +10248,7 @@ def http_reader(caller: Caller) -> Reader:
     offers = {}
     for of in served_operations():
         with contextlib.suppress(Refused):
-            caller.require(of, {"agent": caller.agent.replace("*", "x")})
+            caller.require(of, {"agent": caller.agent.replace("*", "x"), "project": "p"})
             hidden = ("session", "op", *(["force"] if caller.role != "operator" else []))
             offers[of.name] = [name for name in of.parameters if name not in hidden]
     return Reader(http_call, offers)
