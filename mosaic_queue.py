@@ -4332,12 +4332,17 @@ class Changes(NamedTuple):
 class Follower(Protocol):
     """What is kept in step.  Its methods raise Refused when the other side says no or is away.
 
-    It may have `every`, s between two batches at least, which are larger then, and `wanted()`,
-    which says whether it is to be kept in step at the moment.
+    It may have `every`, s between two batches at least, which are larger then; `wanted()`, which
+    says whether it is to be kept in step at the moment; `project`, the only one that it follows;
+    `wake(changed)`, which sets the event when its own side has changed, and `touched()`, which
+    says that it has: then `apply` is called without an event too.
     """
 
     name: str  # an id
-    keep: int  # events that wait for it in Valkey at most; 0: it does well without
+
+    @property
+    def keep(self) -> int | None:
+        """Events that wait for it in Valkey at most; None: nobody knows of it there."""
 
     async def cursor(self, project: str) -> tuple[str, int] | None:
         """Epoch, and rev up to which all is applied; None where there is nothing yet."""
@@ -4362,7 +4367,10 @@ async def caught_up(
     what the follower has may be all that is left.
     """
     own, at = since or ("", 0)
-    epoch, rev = await queue.follow(project, follower.name, at, follower.keep, own)
+    if follower.keep is None:
+        epoch, rev, _ = await queue.followed(project, follower.name)
+    else:
+        epoch, rev = await queue.follow(project, follower.name, at, follower.keep, own)
     if since and since[0] != epoch:
         raise Refused(
             "UNFIT",
@@ -4387,7 +4395,7 @@ async def caught_up(
         # From the tasks: the first time, after lost events, or when Valkey lost its last writes.
         ids = await queue.ids(project)
         step = follower.rebuild
-    elif page["events"]:
+    elif page["events"] or getattr(follower, "touched", bool)():
         ids = list(dict.fromkeys(event["task"] for event in page["events"]))
         step = follower.apply
     else:
@@ -4412,7 +4420,9 @@ async def follow(queue: Queue, follower: Follower) -> None:
         async for _ in queue.link.told("mosaic:queue:project:*:events"):
             changed.set()
 
-    waker = asyncio.create_task(wake())
+    wakers = [wake(), *([follower.wake(changed)] if hasattr(follower, "wake") else ())]
+    tasks = [asyncio.create_task(one) for one in wakers]
+    only = getattr(follower, "project", None)
     try:
         while True:
             if wanted and not wanted():
@@ -4421,7 +4431,7 @@ async def follow(queue: Queue, follower: Follower) -> None:
                 continue
             changed.clear()
             behind = False
-            for project in await projects_of(queue):
+            for project in [only] if only else await projects_of(queue):
                 if time.monotonic() < again.get(project, 0):
                     continue
                 try:
@@ -4444,7 +4454,8 @@ async def follow(queue: Queue, follower: Follower) -> None:
                     async with asyncio.timeout(FOLLOW_EVERY):  # wait_for may swallow a cancellation
                         await changed.wait()
     finally:
-        waker.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 async def together(*work: Coroutine[Any, Any, None]) -> None:
@@ -7146,6 +7157,7 @@ class Sync:
     board: Board
     told: list[Difference]
     reopen: Collection[str] = ()  # tasks whose status may go back
+    changes: Changes | None = None  # of the queue, where they have been read already
     copy: GitCopy | None = None  # of a file in a repository
     digest: str = ""  # of the file as it was read
     whole: str = ""  # when the whole file was as it is now, where it is an older one
@@ -7317,9 +7329,14 @@ class Sync:
 
     async def read(self) -> None:
         """Read the tasks that may differ, and list the rows to look at."""
-        self.rev = await self.queue.revision(self.project)
-        known = not self.dry and 0 <= self.since <= self.rev  # else Valkey lost its last writes
-        changed = await self.changed() if known else None
+        given, changed = self.changes, cast(set[str] | None, None)
+        if given and given.before == self.since and not given.lost:
+            self.rev, changed = given.rev, self.foreign(given.events)
+            self.tasks |= cast(Mapping[str, Task], given.tasks)
+        else:
+            self.rev = await self.queue.revision(self.project)
+            known = not self.dry and 0 <= self.since <= self.rev  # else Valkey lost its last writes
+            changed = await self.changed() if known else None
         if changed is None or len(changed) > MANY:
             self.tasks = await self.queue.tasks_of(self.project)
             self.look, changed = [*self.rows], set()
@@ -7344,13 +7361,19 @@ class Sync:
             page = await self.queue.events(project=self.project, since=since, limit=1000)
             if page.get("lost"):
                 return None
-            for event in page["events"]:
-                base, rev = self.base.get(event["task"], NOTHING), event["rev"]
-                if rev > base["rev"] and rev != base["own"] and event["op"] != "free":
-                    found.add(event["task"])  # no cell says whether a task is free
+            found |= self.foreign(page["events"])
             if len(page["events"]) < 1000:
                 return found
             since = page["since"]
+
+    def foreign(self, events: Sequence[Event]) -> set[str]:
+        """The tasks that somebody else has changed since the file was last in step with them."""
+        found = set[str]()
+        for event in events:
+            base, rev = self.base.get(event["task"], NOTHING), event["rev"]
+            if rev > base["rev"] and rev != base["own"] and event["op"] != "free":
+                found.add(event["task"])  # no cell says whether a task is free
+        return found
 
     async def fetch(self, names: Collection[str]) -> None:
         """Read some tasks again; one that is gone is none of `tasks` then."""
@@ -7868,15 +7891,17 @@ async def sync_file(
     milestones: bool = False,
     dry_run: bool = False,
     reopen: Sequence[str] = (),
+    changes: Changes | None = None,
 ) -> SyncReport:
     """Bring a TASKS.md and a project in step, once.
 
     New rows become tasks of `mission`, which is, without one, what the file's `Mission:` line
     says, else the configuration, else the file's name; with `milestones` each table has a
     mission of its own under a heading with that word.  `to-file` changes nothing in the queue,
-    `to-queue` nothing in the file, `dry_run` neither; a status goes back for tasks of `reopen`
-    alone.  Refuses INVALID for a file that is no UTF-8 text with a task table, or that has a merge
-    conflict in it; HELD when another sync does not end, or in the middle of a git operation.
+    `to-queue` nothing in the file, `dry_run` neither.  A status goes back for tasks of `reopen`
+    alone.  `changes` of the queue are not read again.  Refuses INVALID for a file that is no UTF-8
+    text with a task table, or that has a merge conflict in it; HELD when another sync does not end,
+    or in the middle of a git operation.
     """
     if direction not in DIRECTIONS:
         invalid("direction", direction, ", ".join(DIRECTIONS))
@@ -7886,7 +7911,7 @@ async def sync_file(
     words = words_of(tuple((m, tuple(texts)) for m, texts in more.get("words", {}).items()))
     told: list[Difference] = []
     # The base of a path: another file of the same name has another one.
-    mark = hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
+    mark = mark_of(file)
     how = compact([mission, direction, milestones, more.get("words"), more.get("worktrees")])
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
@@ -7909,6 +7934,7 @@ async def sync_file(
             named = mission or mission_of(board) or mission_from(queue.config, file)
             sync = Sync(acting, file, mark, project, named, milestones, dry_run, board, told)
             sync.reopen, sync.copy, sync.digest = reopen, copy, digest_of_file(data)
+            sync.changes, changes = changes, None
             sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
             if copy and more.get("worktrees") != "all" and not copy.is_written():
                 sync.writes = False
@@ -7934,6 +7960,11 @@ async def sync_file(
                     raise
             told = [row for row in sync.told if row["kind"] in ("created", "changed")]
         raise Refused("HELD", f"{file} or its tasks change faster than they can be synced")
+
+
+def mark_of(file: Path) -> str:
+    """What stands for a file's path in Valkey."""
+    return hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
 
 
 def digest_of_file(data: bytes) -> str:
@@ -7986,32 +8017,87 @@ def require_words(words: Any, source: str) -> None:
         raise ConfigError(f"{shown}; accepted: lists of words by {', '.join(accepted)}")
 
 
+class TaskFile:
+    """A TASKS.md as a follower of its project: what changes in the queue is applied to the file,
+    and a change of the file wakes it too."""
+
+    keep, every = None, WRITE_EVERY
+
+    def __init__(
+        self, queue: Queue, path: Path, project: str, tell: Callable[[SyncReport], None], **how: Any
+    ) -> None:
+        self.queue, self.path, self.project, self.tell, self.how = queue, path, project, tell, how
+        self.mark = mark_of(real_path(path))
+        self.name = f"files.{self.mark}"
+        self.seen: tuple[int, ...] | None = None  # state of the file when it was last looked at
+        self.told: list[Difference] = []
+
+    def touched(self) -> bool:
+        """Whether the file is another than the one that was looked at."""
+        return file_state(self.path) != self.seen
+
+    async def wake(self, changed: asyncio.Event) -> None:
+        """Set the event when the file changes, until cancelled."""
+        while True:
+            if self.touched():
+                changed.set()
+            await asyncio.sleep(LOOK_EVERY)
+
+    async def cursor(self, project: str) -> tuple[str, int] | None:
+        """How far the file has seen its project, which may begin with the file."""
+        since, _, rev = await self.queue.file_facts(project, self.mark)
+        if since < 0 or not rev:
+            await self.sync(None)
+            since, _, _ = await self.queue.file_facts(project, self.mark)
+        epoch, _, _ = await self.queue.followed(project, self.name)
+        return (epoch, since) if since >= 0 else None
+
+    async def apply(self, changes: Changes) -> None:
+        """Bring the file in step with the queue's changes, and the queue with the file's."""
+        await self.sync(changes)
+
+    rebuild = apply
+
+    async def sync(self, changes: Changes | None) -> None:
+        """Sync, and tell what is new.  What is wrong with the file is told, not raised: it may be
+        put right any moment."""
+        self.seen = file_state(self.path)
+        report = SyncReport(
+            file=str(self.path), project=self.project, mission="", wrote=False, rows=[], ready=[]
+        )
+        try:
+            given = {**self.how, "changes": changes}
+            report = await sync_file(self.queue, self.path, self.project, **given)
+        except Refused as problem:
+            if problem.passes:
+                self.seen = None
+                raise
+            if problem.code == "HELD":  # it is over in a moment
+                self.seen = None
+            report["rows"] = [{"kind": "invalid", "why": f"{problem.code}: {problem.message}"}]
+        if report["rows"] and report["rows"] != self.told:
+            self.tell(report)
+        self.told = report["rows"]
+
+
 async def watch_file(
     queue: Queue, path: str | Path, project: str, **how: Any
 ) -> AsyncIterator[SyncReport]:
-    """Keep a file in step, and say what is new.  An edit is noticed within a
-    second; the file is written at most once a second."""
-    before: Any = None
-    said: list[Difference] = []
-    state: Any
-    while True:
-        report = SyncReport(
-            file=str(path), project=project, mission="", wrote=False, rows=said, ready=[]
-        )
-        try:
-            state = (file_state(Path(path)), await queue.revision(project))
-            if state != before:
-                report = await sync_file(queue, path, project, **how)
-        except Refused as problem:
-            if before is None:
-                raise
-            # A file that is away, or Valkey: both may come back.
-            state = state if problem.code == "INVALID" else ()
-            report["rows"] = [{"kind": "invalid", "why": f"{problem.code}: {problem.message}"}]
-        if report["rows"] and report["rows"] != said:
-            yield report
-        before, said = state, report["rows"]
-        await asyncio.sleep(WRITE_EVERY if report["wrote"] else LOOK_EVERY)
+    """Keep a file in step, and say what is new.  An edit is noticed within a second; the file is
+    written at most once a second."""
+    reports: asyncio.Queue[SyncReport] = asyncio.Queue()
+    first = await sync_file(queue, path, project, **how)
+    if first["rows"]:
+        yield first
+    follower = TaskFile(queue, Path(path), project, reports.put_nowait, **how)
+    follower.told = first["rows"]
+    task = asyncio.create_task(follow(queue, follower))
+    try:
+        while True:
+            yield await reports.get()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def file_state(path: Path) -> tuple[int, ...]:
@@ -8180,7 +8266,8 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
         place = f"{socket.gethostname()} {given['path']}"
         mark = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
         how = {key: value for key, value in given.items() if key not in ("words", "worktrees")}
-        parts[f"files.{mark}"] = functools.partial(keep_file, queue, **how)
+        tell = functools.partial(log_sync, given["path"], given["project"])
+        parts[f"files.{mark}"] = functools.partial(follow, queue, TaskFile(queue, **how, tell=tell))
     kinds = dict.fromkeys(name.partition(".")[0] for name in parts)
     for name in only:
         if name not in kinds:
@@ -8203,15 +8290,9 @@ def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
     return found
 
 
-async def keep_file(queue: Queue, path: Path, project: str, **how: Any) -> None:
-    """Keep a TASKS.md in step until cancelled; what cannot be synced yet is tried again."""
-    while True:
-        try:
-            async for report in watch_file(queue, path, project, **how):
-                log("sync", file=str(path), project=project, rows=report["rows"])
-        except Refused as problem:
-            log("error", file=str(path), code=problem.code, message=problem.message)
-            await asyncio.sleep(5)
+def log_sync(path: Path, project: str, report: SyncReport) -> None:
+    """Log what a sync of a workspace file has found."""
+    log("sync", file=str(path), project=project, rows=report["rows"])
 
 
 async def led(

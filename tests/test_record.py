@@ -473,7 +473,8 @@ async def test_edits_reach_the_task_table(
     def squeezed(text: str) -> list[str]:
         return [" ".join(line.split()) for line in text.splitlines()]
 
-    async with recording(queue, config), at_work(mq.keep_file(queue, board, "p", mission="m")):
+    follower = mq.TaskFile(queue, board, "p", lambda report: None, mission="m")
+    async with recording(queue, config), at_work(mq.follow(queue, follower)):
         await until(lambda: same(queue, postgres))
         for edit in edits:
             await person.execute(edit)

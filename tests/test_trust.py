@@ -292,7 +292,7 @@ def test_a_repository_sets_nothing_until_its_user_trusts_it(tell: Tell, clone: P
     assert f"no project is named; {said}" in done.stderr
     assert "mosaic-queue trust" in done.stderr
     done = tell("trust", cwd=clone / ".git")
-    assert (done.returncode, "  project: \"prod\"" in done.stdout) == (0, True)
+    assert (done.returncode, '  project: "prod"' in done.stdout) == (0, True)
     assert settings(tell, clone) == ALL
     assert tell("status", cwd=clone).stderr == ""
     file.write_text(EVIL + "lane: coding\n")
@@ -392,9 +392,7 @@ def test_a_file_of_another_user_stops_nobody(tell: Tell, folder: Path, text: str
 
 
 @pytest.mark.parametrize("bad", [*BAD_FILES, "aliases", "deep", "large", "link"])
-def test_a_broken_file_of_a_repository_stops_no_command(
-    tell: Tell, folder: Path, bad: Any
-) -> None:
+def test_a_broken_file_of_a_repository_stops_no_command(tell: Tell, folder: Path, bad: Any) -> None:
     file = folder / ".mosaic/queue.yaml"
     if bad == "link":
         outside = folder.parent / "secret"
