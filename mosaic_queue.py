@@ -10986,6 +10986,7 @@ AGENTS_MD = (
 )
 SHELLS = ("bash", "zsh", "fish")
 SCOPES = ("user", "project")
+CREDENTIAL = "MOSAIC_QUEUE_TOKEN"  # the variable from which a client takes the token of a server
 ARGUMENTS |= {
     "client": Argument("word", "whose file: " + ", ".join(CLIENTS), words=tuple(CLIENTS)),
     "write": Argument("bool", "into the file, not to stdout"),
@@ -10993,6 +10994,7 @@ ARGUMENTS |= {
     "scope": Argument("word", "user, or project: a file of this folder", words=SCOPES),
     "server_name": Argument("id", "what the client calls it; default: mosaic"),
     "shell": Argument("word", ", ".join(SHELLS), words=SHELLS),
+    "http": Argument("text", f"URL of a `serve`, with the token of ${CREDENTIAL}", 1, 500),
 }
 
 
@@ -11042,6 +11044,29 @@ def mcp_entry(client: str, config: Config, tools: str, file: str | None) -> dict
         wanted = sorted({name for value in raw for name, _ in VARIABLE.findall(value)})
         entry |= {"env_vars": wanted} if wanted else {}
     return entry
+
+
+AUTHORIZATION = {  # how a client names it in a header
+    "claude": f"Bearer ${{{CREDENTIAL}:-}}",
+    "gemini": f"Bearer ${CREDENTIAL}",
+    "opencode": f"Bearer {{env:{CREDENTIAL}}}",
+    "vscode": f"Bearer ${{env:{CREDENTIAL}}}",
+    "generic": f"Bearer ${{{CREDENTIAL}}}",
+}
+
+
+def http_entry(client: str, url: str) -> dict[str, Any]:
+    """The entry of a `serve` among a client's servers; its token stands in no file."""
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
+        invalid("--http", masked(url), "http(s)://HOST:PORT, as serve prints it")
+    entry: dict[str, Any] = {**CLIENTS[client].extra, "url": url.rstrip("/")}
+    if not entry["url"].endswith("/mcp"):
+        entry["url"] += "/mcp"
+    if "type" in entry or client == "gemini":
+        entry["type"] = "remote" if client == "opencode" else "http"
+    if client == "codex":
+        return entry | {"bearer_token_env_var": CREDENTIAL}
+    return entry | {"headers": {"Authorization": AUTHORIZATION[client]}}
 
 
 def file_of_client(client: str, named: str | None, scope: str = "user") -> Path:
@@ -11141,6 +11166,7 @@ def mcp_config(
     client_file: str | None = None,
     server_name: str = "mosaic",
     tools: str = "default",
+    http: str | None = None,
 ) -> ClientEntry:
     """Print the entry for an MCP client, or write it into the client's file.
 
@@ -11149,6 +11175,8 @@ def mcp_config(
     Example: mosaic-queue mcp-config claude --project web --write
     """
     entry = mcp_entry(client, queue.config, tools, queue.config.file)
+    if http:
+        entry = http_entry(client, http)
     answer: ClientEntry = {"client": client, "entry": entry}
     if write or dry_run:
         path = file_of_client(client, client_file, scope)

@@ -400,6 +400,25 @@ async def test_an_agent_does_a_task_over_http(serve: Serve, mode: str) -> None:
         assert 'next: it is done: take another: queue_next {"project":"p"' in said
 
 
+def test_clients_get_an_entry_without_the_token(environ: dict[str, str], tmp_path: Path) -> None:
+    for name in mq.CLIENTS:
+        words = [str(PROGRAM), "mcp-config", name, "--http", "http://h:8377", "--json"]
+        done = subprocess.run(
+            [sys.executable, *words], env=environ | {"MOSAIC_QUEUE_TOKEN": "hunter2"},
+            cwd=tmp_path, text=True, capture_output=True,
+        )  # fmt: skip
+        entry = json.loads(done.stdout)["entry"]
+        assert entry["url"] == "http://h:8377/mcp"
+        assert "command" not in entry
+        assert "MOSAIC_QUEUE_TOKEN" in str(entry)
+        assert "hunter2" not in done.stdout
+    words = [str(PROGRAM), "mcp-config", "claude", "--http", "h:8377"]
+    done = subprocess.run(
+        [sys.executable, *words], env=environ, cwd=tmp_path, text=True, capture_output=True
+    )
+    assert (done.returncode, "http(s)://HOST:PORT" in done.stderr) == (2, True)
+
+
 def test_signals_end_it_cleanly(serve: Serve) -> None:
     process = serve()
     process.process.send_signal(signal.SIGINT)
