@@ -230,9 +230,7 @@ async def test_events_as_a_stream_go_on_where_they_were(serve: Serve) -> None:
 # ---- who may do what ----
 
 
-async def test_without_a_token_that_is_known_nothing_is_done(
-    serve: Serve, server: Server
-) -> None:
+async def test_without_a_token_that_is_known_nothing_is_done(serve: Serve, server: Server) -> None:
     process = serve(tokens=True)
     before = key_space(server)
     async with client(process) as one:
@@ -424,4 +422,3 @@ def test_signals_end_it_cleanly(serve: Serve) -> None:
     process.process.send_signal(signal.SIGINT)
     _, err = process.process.communicate(timeout=20)
     assert (process.process.returncode, "Traceback" in err) == (0, False)
-
