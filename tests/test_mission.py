@@ -15,6 +15,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -189,13 +190,13 @@ def test_a_mission_is_found_upward_or_by_path(tell: Tell, folder: Path, tmp_path
 
 ODD = """\
 {
-\t"missionId": "m-1",
-\t"projectPath": "/x",
+\t"mission_id": "m-1",
+\t"project_path": "/x",
 \t"x": "\\u00fc",
 \t"f": 1.50,
 \t"milestones": [
 \t\t{
-\t\t\t"milestoneId": "one",
+\t\t\t"id": "one",
 \t\t\t"status": "not-started",
 \t\t\t"mine": []
 \t\t},
@@ -210,7 +211,7 @@ ODD = """\
 
 
 def test_what_others_wrote_is_kept(tell: Tell, server: Server, folder: Path) -> None:
-    """camelCase, tabs, CRLF, a byte order mark, escapes, words of their own."""
+    """Tabs, CRLF, a byte order mark, escapes, words of their own."""
     file = folder / HERE / "mission.json"
     file.write_bytes(ODD)
     create(server, "T1", "one")
@@ -221,8 +222,8 @@ def test_what_others_wrote_is_kept(tell: Tell, server: Server, folder: Path) -> 
     assert tell("mission", "run", "--loop", "--", "true")[0] == 0
     raw = file.read_bytes()
     session = raw[raw.index(b',\r\n\t"sessions"') : raw.index(b"\r\n}\r\n\r\n")]
-    assert b'\t\t\t"sessionId": "sess-001",\r\n' in session
-    assert b'"endedReason": "completed"' in session
+    assert b'\t\t\t"session_id": "sess-001",\r\n' in session
+    assert b'"ended_reason": "completed"' in session
     expected = ODD.replace(b'"not-started"', b'"completed"').replace(b"1.50", b"1.5")
     assert raw.replace(session, b"") == expected
 
@@ -286,6 +287,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "no number": (b'{"mission_id": "m", "a": NaN}', "not JSON compliant"),
     "too large": (b'{"mission_id": "m", "a": 1e999}', "not JSON compliant"),
     "too deep": (b"[" * 100_000, "one JSON object"),
+    "camelCase": (b'{"missionId": "m"}', "snake_case"),
     "no id": (b'{"milestones": []}', "mission_id"),
     "an empty id": (b'{"mission_id": "-"}', "mission_id"),
     "milestones": (b'{"mission_id": "m", "milestones": {"a": 1}}', "a list of objects"),
@@ -325,7 +327,7 @@ def test_a_file_that_is_written_meanwhile_is_edited_again(folder: Path) -> None:
         times.append(mission)
         if len(times) == 1:
             write(folder, MISSION | {"theirs": 1})
-        mission["ours"] = 2
+        mission.data["ours"] = 2
 
     mq.change(file, edit)
     assert len(times) == 2
@@ -338,7 +340,7 @@ def test_who_writes_all_the_time_is_left_alone(folder: Path) -> None:
 
     def edit(mission: mq.Mission) -> None:
         write(folder, MISSION | {"theirs": time.monotonic_ns()})
-        mission["ours"] = 2
+        mission.data["ours"] = 2
 
     with pytest.raises(mq.Refused) as refused:
         mq.change(file, edit)
@@ -361,7 +363,7 @@ def test_a_read_only_file_is_not_replaced(tell: Tell, server: Server, folder: Pa
 
 def add_sessions(file: Path, mark: str) -> None:
     async def add(n: int) -> None:
-        edit = functools.partial(mq.Mission.note, session=f"{mark}-{n}", facts={"pid": n})
+        edit = functools.partial(mq.Mission.note_session, name=f"{mark}-{n}", facts={"pid": n})
         async with mq.locked(file.parent):
             mq.change(file, edit)
 
@@ -839,17 +841,36 @@ def test_a_kill_at_any_moment_can_be_resumed(
 
 
 def test_resume_goes_on_where_another_was_cut_off(tell: Tell, server: Server, folder: Path) -> None:
-    """The lock was removed, and nothing else was done."""
-    session = {"session_id": "sess-001", "pid": dead_pid(), "agent": "alice"}
-    unknown = [{"session_id": "older"}, {"pid": dead_pid()}]
-    write(folder, MISSION | {"sessions": [*unknown, session]})
-    create(server, "T1")
-    ask(server, "claim", "T1", "alice")
+    """What the session held is given back, and nothing else was done."""
+    unknown = [{"session_id": "older"}, {"pid": dead_pid()}, {"session_id": "x", "pid": dead_pid()}]
+    write(folder, MISSION | {"sessions": [*unknown, {"session_id": "sess-009"}]})
+    lock = put_lock(folder, **DEAD)
     status, out, _ = tell("mission", "resume", "--json")
     assert status == 0
-    assert json.loads(out)["cleaned"] == [{"sessionId": "sess-001", "released": ["p/T1"]}]
+    assert json.loads(out)["cleaned"] == [{"sessionId": "sess-009", "released": []}]
     *before, last = read(folder)["sessions"]
     assert (before, last["ended_reason"]) == (unknown, "crashed"), "of some nothing is known"
+    assert not lock.exists()
+
+
+def test_only_the_session_of_the_lock_gives_anything_back(
+    tell: Tell, server: Server, folder: Path
+) -> None:
+    """A repository may name any agent as dead; alice lives, and holds what she holds."""
+    dead = {**DEAD, "agent": "alice", "session_id": "sess-001"}
+    write(folder, MISSION | {"sessions": [dead]})
+    for name, session in (("T1", "of-alice"), ("T2", "of-the-lock")):
+        create(server, name)
+        ask(server, "claim", name, "alice", session=session)
+    for lock in ({}, {"queue_session": ""}, {"queue_session": ["of-alice"]}, {"agent": "alice"}):
+        put_lock(folder, **DEAD, **lock)
+        assert tell("mission", "resume")[0] == 0
+    assert read(folder)["sessions"][0]["ended_reason"] == "crashed"
+    assert [ask(server, "get", name)["status"] for name in ("T1", "T2")] == ["claimed"] * 2
+    put_lock(folder, **DEAD, queue_session="of-the-lock")
+    status, out, _ = tell("mission", "resume")
+    assert (status, "sess-009 had crashed; released: p/T2" in out) == (0, True)
+    assert [ask(server, "get", name)["status"] for name in ("T1", "T2")] == ["claimed", "pending"]
 
 
 async def resumed_without_valkey(folder: Path) -> None:
@@ -860,7 +881,7 @@ async def resumed_without_valkey(folder: Path) -> None:
 
 def test_nothing_is_broken_while_valkey_is_away(folder: Path) -> None:
     write(folder)
-    lock = put_lock(folder, pid=dead_pid())
+    lock = put_lock(folder, **DEAD)
     with pytest.raises(mq.Refused) as refused:
         asyncio.run(resumed_without_valkey(folder))
     assert refused.value.code == "UNREACHABLE"
@@ -873,27 +894,38 @@ def dead_pid() -> int:
     return process.pid
 
 
+DEAD = {"pid": dead_pid(), "host": socket.gethostname(), "process_began": "1"}
+
+
 def put_lock(folder: Path, **facts: Any) -> Path:
     lock = folder / HERE / "session.lock"
     lock.write_text(json.dumps({"session_id": "sess-009", "runtime": "codex", **facts}))
     return lock
 
 
-def test_a_lock_of_the_old_coordinator(tell: Tell, folder: Path) -> None:
-    """It has a pid alone, and its session stands nowhere."""
+@pytest.mark.parametrize("missing", ["host", "process_began"])
+@pytest.mark.parametrize("pid", ["the first", "dead", "alive"])
+def test_a_lock_that_names_no_process_for_certain_is_broken_on_demand(
+    tell: Tell, folder: Path, pid: str, missing: str
+) -> None:
+    """As that of the old coordinator, or a committed one with pid 1: numbers are used again."""
     write(folder)
-    lock = put_lock(folder, pid=os.getpid(), started_at="2026-03-12T10:00:00Z")
-    status, _, err = tell("mission", "resume")
-    assert (status, "since 2026-03-12T10:00:00Z" in err) == (4, True)
-    lock = put_lock(folder, pid=dead_pid())
-    status, out, _ = tell("mission", "resume")
+    numbers = {"the first": 1, "dead": DEAD["pid"], "alive": os.getpid()}
+    facts = {**DEAD, "pid": numbers[pid], "started_at": "2026-03-12T10:00:00Z"}
+    del facts[missing]
+    lock = put_lock(folder, **facts)
+    for words in (["resume"], ["run", "--", "true"]):
+        status, _, err = tell("mission", *words)
+        assert (status, "--clean-lock" in err) == (4, True)
+        assert "since 2026-03-12T10:00:00Z" in err
+    status, out, _ = tell("mission", "resume", "--clean-lock")
     assert (status, "removed the lock of session sess-009" in out) == (0, True)
     assert not lock.exists()
 
 
 def test_a_lock_of_another_host_is_broken_on_demand_only(tell: Tell, folder: Path) -> None:
     write(folder)
-    lock = put_lock(folder, pid=dead_pid(), host="elsewhere")
+    lock = put_lock(folder, **DEAD | {"host": "elsewhere"})
     for words in (["resume"], ["run", "--", "true"]):
         status, _, err = tell("mission", *words)
         assert (status, "on elsewhere" in err, "--clean-lock" in err) == (4, True, True)
@@ -904,7 +936,7 @@ def test_a_lock_of_another_host_is_broken_on_demand_only(tell: Tell, folder: Pat
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
 def test_a_number_that_was_given_again_is_another_process(tell: Tell, folder: Path) -> None:
     write(folder)
-    put_lock(folder, pid=os.getpid(), process_began="1")
+    put_lock(folder, **DEAD | {"pid": os.getpid()})
     assert tell("mission", "resume")[0] == 0
 
 
@@ -934,7 +966,7 @@ def test_a_lock_that_cannot_be_filled_is_taken_back(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(mq.Refused) as refused:
-        asyncio.run(mq.begin(file, {"pid": os.getpid()}))
+        asyncio.run(mq.begin_session(file, {"pid": os.getpid()}))
     assert (refused.value.code, "No space left" in refused.value.message) == ("UNFIT", True)
     assert file.read_bytes() == before
     assert sorted(one.name for one in file.parent.iterdir()) == ["mission.json"]
@@ -942,10 +974,15 @@ def test_a_lock_that_cannot_be_filled_is_taken_back(
 
 def breaker(file: Path, ready: Any, tried: Any, won: Any) -> None:
     """Try to take the lock at the same moment as the others, and live until all have tried."""
-    facts = {"pid": os.getpid(), "process_began": mq.process_began(os.getpid())}
+    facts = {**DEAD, "pid": os.getpid(), "process_began": mq.process_began(os.getpid())}
+
+    async def take() -> None:
+        await mq.clean_up(mq.Queue(mq.Config()), file)
+        await mq.begin_session(file, facts)
+
     ready.wait(LIMIT)
     try:
-        asyncio.run(mq.begin(file, facts))
+        asyncio.run(take())
         won.put(os.getpid())
     except mq.Refused as refused:
         if refused.code != "HELD":
@@ -956,10 +993,9 @@ def breaker(file: Path, ready: Any, tried: Any, won: Any) -> None:
 @pytest.mark.parametrize(("breakers", "rounds"), [(2, 20), (3, 15), (20, 5)])
 def test_one_breaker_wins(folder: Path, breakers: int, rounds: int) -> None:
     fork = multiprocessing.get_context("fork")
-    stale = dead_pid()
     for _ in range(rounds):
         file = write(folder)
-        lock = put_lock(folder, pid=stale)
+        lock = put_lock(folder, **DEAD)
         ready, tried, won = fork.Barrier(breakers), fork.Barrier(breakers), fork.SimpleQueue()
         racers = [
             fork.Process(target=breaker, args=(file, ready, tried, won)) for _ in range(breakers)
