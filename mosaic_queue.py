@@ -771,9 +771,9 @@ def open_file(path: Path, limit: int, within: Path | None = None) -> Iterator[IO
             require_own(path, os.fstat(file.fileno()), limit)
             yield file
     except OSError as problem:
-        hint, case = "name a file that this user may read", "no file" * (problem.errno == errno.ENOENT)
         said = f"{path} cannot be read: {problem.strerror}"
-        raise Refused("INVALID", said, hint, case=case) from None
+        case = "no file" if problem.errno == errno.ENOENT else ""
+        raise Refused("INVALID", said, "name a file that this user may read", case=case) from None
 
 
 def read_file(path: Path, limit: int, within: Path | None = None) -> bytes:
@@ -786,11 +786,11 @@ def read_file(path: Path, limit: int, within: Path | None = None) -> bytes:
 
 
 def bytes_of(path: Path, limit: int, within: Path | None = None) -> bytes | None:
-    """The bytes of a file; None where there is none, not even a link."""
+    """The bytes of a file; None where there is none.  A link to nowhere is refused."""
     try:
         return read_file(path, limit, within)
     except Refused as problem:
-        if problem.case != "no file" or os.path.lexists(path):
+        if problem.case != "no file" or os.path.islink(path):
             raise
     return None
 
