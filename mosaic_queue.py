@@ -92,7 +92,6 @@ import socket
 import stat
 import struct
 import time
-from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -128,7 +127,6 @@ from typing import (
 if TYPE_CHECKING:
     import argparse
     import asyncio
-    import binascii
     import datetime
     import difflib
     import fcntl
@@ -141,7 +139,6 @@ if TYPE_CHECKING:
     import shlex
     import shutil
     import signal
-    import ssl
     import subprocess
     import tempfile
     import termios
@@ -153,7 +150,6 @@ if TYPE_CHECKING:
 
     import anyio
     import asyncpg
-    import hiredis
     import httpx2
     import tomlkit
     import yaml
@@ -171,10 +167,11 @@ else:
             return getattr(module, name)
 
     for _name in (
-        *("argparse", "asyncio", "binascii", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
-        *("graphlib", "hmac", "ipaddress", "plistlib", "shlex", "shutil", "signal", "ssl"),
-        *("subprocess", "tempfile", "termios", "textwrap", "threading", "traceback", "tty"),
-        *("unicodedata", "anyio", "asyncpg", "hiredis", "httpx2", "tomlkit", "yaml"),
+        *("argparse", "asyncio", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
+        *("graphlib", "hmac", "ipaddress", "plistlib", "shlex", "shutil", "signal"),
+        *("subprocess", "tempfile"),
+        *("termios", "textwrap", "threading", "traceback", "tty", "unicodedata", "anyio"),
+        *("asyncpg", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -521,6 +518,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("change the server's settings, or override with --unsafe", at_shell=True),
         OPERATOR,
     ),
+    "UNFIT unreadable": (Step("see what is wrong there", "doctor project"), OPERATOR),
 }
 
 
@@ -639,6 +637,11 @@ class Refused(Exception):
         return self
 
     @property
+    def spares(self) -> bool:
+        """Whether the fault may lie in one project alone, so that the others can be looked at."""
+        return self.code in ("UNFIT", "SCHEMA", "INVALID", "TOO_LARGE")
+
+    @property
     def passes(self) -> bool:
         """Whether the fault lies outside of the call: a server, a service or a file that cannot be
         used now, or data of a newer program.  A command ends with it; a process that lives on
@@ -666,6 +669,48 @@ def log_fault(problem: Exception, **facts: Any) -> None:
     *_, last = traceback.extract_tb(problem.__traceback__) or [None]
     place = f"{last.name}:{last.lineno}" if last else "?"
     log("bug", message=f"{type(problem).__name__}: {problem}", place=place, **facts)
+
+
+class Pauses:
+    """Pauses after failures, of each name for itself: one is twice the last, up to `most` s."""
+
+    def __init__(self, first: float = 0.5, most: float = 60.0) -> None:
+        self.first, self.most = first, most
+        self._next: dict[str, float] = {}
+        self._ends: dict[str, float] = {}
+
+    def begin(self, name: str = "") -> float:
+        """Begin the next pause; its length in s."""
+        pause = self._next.get(name, self.first)
+        self._next[name] = min(2 * pause, self.most)
+        self._ends[name] = time.monotonic() + pause
+        return pause
+
+    def forget(self, name: str = "") -> None:
+        """It went well: the next pause is a first one."""
+        self._next.pop(name, None)
+        self._ends.pop(name, None)
+
+    def lasts(self, name: str = "") -> bool:
+        """Whether a pause is not over yet."""
+        return time.monotonic() < self._ends.get(name, 0)
+
+
+async def keep_going(work: Callable[[], Awaitable[Any]], **facts: Any) -> None:
+    """Do some work again and again until cancelled.  What it meets goes to the log, whatever it
+    is, and is followed by a pause: of a process that lives on no part ends another."""
+    pauses = Pauses()
+    while True:
+        began = time.monotonic()
+        try:
+            await work()
+            pauses.forget()
+        except Exception as problem:
+            if time.monotonic() - began > pauses.most:
+                pauses.forget()
+            pause = pauses.begin()
+            log_fault(problem, again=pause, **facts)
+            await asyncio.sleep(pause)
 
 
 # ==== FILES ==================================================================================
@@ -1540,9 +1585,10 @@ class Meta(TypedDict):
 
 
 class Overview(TypedDict, total=False):
-    """An answer that is of one project, or else of all."""
+    """An answer that is of one project, or else of all but those that cannot be read."""
 
     project: str
+    unreadable: list[str]  # what is wrong with each of them, as a sentence
 
 
 class TaskList(Overview, total=False):
@@ -1785,7 +1831,15 @@ INTEGERS = NUMBERS.union(STATUSES) | {  # of a task, and of the other rows that 
 }
 
 
-DECODERS: dict[str, Callable[[str], Any]] = {"ids": str.split, "json": json.loads, "mark": bool}
+def json_value(text: str) -> Any:
+    """A value that a field keeps as JSON; a ValueError for one that is deeper than any of ours."""
+    value = json.loads(text)
+    if not isinstance(value, (dict, list)) or is_deep(value):
+        raise ValueError(f"no JSON object of up to {LEVELS} levels")
+    return value
+
+
+DECODERS: dict[str, Callable[[str], Any]] = {"ids": str.split, "json": json_value, "mark": bool}
 
 
 def stored_in(where: str) -> tuple[str, ...]:
@@ -1806,15 +1860,62 @@ def paired(row: str | Mapping[str, str]) -> dict[str, Any]:
     return {name: int(value) if name in INTEGERS else value for name, value in given.items()}
 
 
-def event_from(project: str, row: Sequence[Any], task: str | None = None) -> Event | None:
-    """An event of the stream; None where it is another task's."""
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
+ANY_NUMBER = re.compile("[0-9]{1,15}")
+
+
+def unreadable(project: str, problem: Exception) -> Refused:
+    """The refusal of what a server has of a project, where it is no data of ours: somebody else
+    may have written there."""
+    why = f"{type(problem).__name__}: {clipped(str(problem), 200)}"
+    said = f"what Valkey has of project {project} cannot be read: {why}"
+    refused = Refused("UNFIT", said, case="unreadable")
+    refused.facts = {"project": project}
+    return refused
+
+
+@contextlib.contextmanager
+def reading(project: str) -> Iterator[None]:
+    """Read what a server has of a project; refuses UNFIT what cannot be read."""
+    try:
+        yield
+    except UNREADABLE as problem:
+        raise unreadable(project, problem) from problem
+
+
+def event_from(project: str, row: Sequence[Any]) -> Event:
+    """An event of the stream; a ValueError for one that no script has written."""
     values = row[1] if isinstance(row[1], (list, tuple)) else next(iter(row[1].items()))
     name, op, before, to, rev, fence, agent, at, text = values[1].split("\t", 8)
-    if task not in (None, name):
-        return None
+    if not ID.fullmatch(name) or row[0] != f"{rev}-0":
+        raise ValueError(f"event {row[0]} is of another change or of no task")
+    if not all(map(ANY_NUMBER.fullmatch, (rev, fence or "0", at))):
+        raise ValueError(f"event {row[0]} has a number that is none")
     event = {"project": project, "task": name, "op": op, "from": before, "to": to, "rev": int(rev)}
     event |= {"fence": int(fence or 0), "agent": agent, "at": int(at), "text": text}
     return cast(Event, {key: value for key, value in event.items() if value not in ("", 0)})
+
+
+def events_from(
+    project: str, rows: Iterable[Sequence[Any]], task: str | None = None
+) -> tuple[list[Event], int]:
+    """The events of a task, or all, and how many there are that cannot be read."""
+    found: list[Event] = []
+    odd = 0
+    for row in rows:
+        try:
+            event = event_from(project, row)
+        except UNREADABLE:
+            odd += 1
+            continue
+        if task in (None, event["task"]):
+            found.append(event)
+    return found, odd
+
+
+def last_rev(rows: Sequence[Sequence[Any]]) -> int:
+    """The number of the last event of some, 0 where there is none; no rev is larger than ours."""
+    return min(int(rows[-1][0].partition("-")[0]), 10**15 - 1) if rows else 0
 
 
 def values_of(reply: Sequence[Any]) -> dict[str, Any]:
@@ -1822,20 +1923,32 @@ def values_of(reply: Sequence[Any]) -> dict[str, Any]:
     hash and its texts; what comes first wins."""
     pairs: dict[str, Any] = {}
     for text in reply[3:5]:
-        pairs |= json.loads(text or "{}")
+        texts = json.loads(text or "{}")
+        "".join(texts.values()).encode()  # each is a string, and can be shown
+        pairs |= texts
     pairs |= dict(zip(("summary", "notes"), reply[5:], strict=False))
     for row in reversed(reply[1:3]):
         pairs |= cells(row)
     return paired(pairs)
 
 
+NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "updatedAt")
+NEEDED_IN = {  # and in a status, of a task that is shown whole or as a line of a list
+    **dict.fromkeys(HELD, ("claimedBy", "claimedAt", "claimTTL", "leaseExpiresAt")),
+}
+
+
 def task_from(project: str, reply: Sequence[Any]) -> Task:
     """A task from a script's reply.
 
     The hash keeps what is left of earlier states; here a field is shown only in the statuses
-    that have it (DESIGN section 3).
+    that have it (DESIGN section 3).  Refuses UNFIT what is no task.
     """
-    pairs = values_of(reply)
+    with reading(project):
+        return _task_from(project, values_of(reply), reply[0] == "SUPERSEDED")
+
+
+def _task_from(project: str, pairs: Mapping[str, Any], superseded: bool) -> Task:
     task: dict[str, Any] = {"id": f"{project}/{pairs['taskId']}", "project": project}
     status = pairs.get("status")
     for name, value in pairs.items():
@@ -1851,25 +1964,27 @@ def task_from(project: str, reply: Sequence[Any]) -> Task:
         task.pop("blockedReason", None)
     if "title" in task:
         task = {"dependencies": [], "retryCount": 0} | task
+        for name in (*NEEDED, *NEEDED_IN.get(str(status), ())):
+            task[name]  # a KeyError where it is missing
     if "opRev" in pairs:
         task["rev"] = pairs["opRev"]
         if "opFence" in pairs:
             task["fence"] = pairs["opFence"]
-    if reply[0] == "SUPERSEDED":
+    if superseded:
         task["superseded"] = True
     return cast(Task, {name: task[name] for name in FIELDS if name in task})
 
 
 def record_from(project: str, reply: Sequence[Any]) -> Record:
     """A task whole; receipts are left out, and what follows from its dependencies."""
-    pairs = values_of(reply)
-    record: dict[str, Any] = {**task_from(project, reply), "order": int(pairs.pop("order"))}
-    if "waits" in pairs:
-        record["waits"] = sorted(pairs.pop("waits").split())
-    for name in ("op", "edges"):
-        pairs.pop(name, None)
-    hidden = {name: value for name, value in pairs.items() if name not in record}
-    return cast(Record, record | ({"hidden": hidden} if hidden else {}))
+    with reading(project):
+        pairs = values_of(reply)
+        record: dict[str, Any] = {**_task_from(project, pairs, False), "order": int(pairs["order"])}
+        if "waits" in pairs:
+            record["waits"] = sorted(pairs.pop("waits").split())
+        without = {"order", "op", "edges", *record}
+        hidden = {name: value for name, value in pairs.items() if name not in without}
+        return cast(Record, record | ({"hidden": hidden} if hidden else {}))
 
 
 # ==== OPERATIONS =============================================================================
@@ -2391,366 +2506,68 @@ def server_binary() -> str:
 
 
 # ==== CONNECTION =============================================================================
-#
-# One connection carries all calls that do not block: what is asked in one turn of the event loop
-# goes out in one write, and the answers come in the order of the questions.  What blocks has a
-# connection of its own.  A call that gets no answer is sent again by `Link`, over a new one.
 
-SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", "redis+sentinel", "redis+cluster")
-URL_FORM = "scheme://[user:password@]host:port/db"
-OPTIONS = ("db", "username", "password")
-TLS_OPTIONS = (
-    *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"),
-    *("ssl_cert_reqs", "ssl_check_hostname"),
+IN_THE_OPEN = (
+    "mosaic-queue: the password of --url stands in the list of processes; "
+    "$MOSAIC_VALKEY_URL or redis.url in a file keeps it out of there"
 )
-SLOTS = 16384  # of a cluster
-MOST = 128 << 20  # bytes of one answer; what is longer comes from no queue
+SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", "redis+sentinel", "redis+cluster")
 
 
-class Place(NamedTuple):
-    """Where one server listens: the path of a Unix socket, else host and port."""
+def connect(url: str) -> Any:
+    """A client of redis-py for a URL.
 
-    path: str = ""
-    host: str = ""
-    port: int = 0
-
-
-class Address(NamedTuple):
-    """What a URL says: the servers that are asked first, and what it takes to get in."""
-
-    scheme: str
-    places: tuple[Place, ...]
-    service: str = ""  # that Sentinels know
-    user: str = ""
-    password: str = ""
-    db: int = 0
-    tls: Any = None  # an ssl.SSLContext
-
-
-def parse_url(url: str) -> Address:
-    """What a URL says; refused INVALID where it says nothing that can be understood."""
-    from urllib.parse import unquote
+    Its own retries are off, since it would execute a script again, and so are its socket
+    timeouts: the deadline is Queue's, around the operation.  `redis+sentinel://[user:password@]
+    host:port,host:port/service` and `redis+cluster://host:port` name what they say.
+    """
+    import redis.asyncio
+    from redis.asyncio.cluster import RedisCluster
+    from redis.asyncio.retry import Retry
+    from redis.asyncio.sentinel import Sentinel
+    from redis.backoff import NoBackoff
 
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in SCHEMES:
         invalid("URL scheme", scheme if colon else masked(url), ", ".join(SCHEMES))
-    rest, _, query = rest.partition("?")
-    head, slash, path = rest.partition("/")
-    login, _, hosts = head.rpartition("@")
-    user, _, password = map(unquote, login.partition(":"))
-    options = {}
-    known = (*OPTIONS, *TLS_OPTIONS) if scheme in ("rediss", "valkeys") else OPTIONS
-    for pair in filter(None, query.split("&")):
-        name, equals, value = pair.partition("=")
-        if not equals or name not in known:
-            shown = name if equals and re.fullmatch(r"\w+", name) else "***"
-            invalid("URL option", shown, ", ".join(known))
-        options[name] = unquote(value)
-    db = options.get("db", "" if scheme in ("unix", "redis+sentinel") else path) or "0"
-    places: list[Place | None]
-    if scheme == "unix":
-        places = [Place(path=unquote(slash + path)) if path and not hosts else None]
-    else:
-        needs_port = scheme == "redis+sentinel"
-        places = [place_of(host, needs_port) for host in hosts.split(",")]
-    if None in places or (len(places) > 1 and "+" not in scheme):
-        invalid("URL", masked(url), URL_FORM)
-    if not re.fullmatch(r"\d{1,6}", db):
-        invalid("database of the URL", db if re.fullmatch(r"\w*", db) else "***", "a number")
-    return Address(
-        scheme,
-        tuple(place for place in places if place),
-        unquote(path) or "mymaster",
-        options.get("username", user),
-        options.get("password", password),
-        int(db),
-        tls_context(url, options) if scheme in ("rediss", "valkeys") else None,
-    )
-
-
-def place_of(host: str, needs_port: bool) -> Place | None:
-    """host:port as a place, [host] for one with colons; None where it is neither."""
-    found = re.fullmatch(r"(\[[\w:.%]+\]|[\w.%-]*)(?::(\d{1,5}))?", host, re.ASCII)
-    if not found or (needs_port and not found[2]) or int(found[2] or 1) not in range(1, 65536):
-        return None
-    return Place(host=found[1].strip("[]") or "localhost", port=int(found[2] or 6379))
-
-
-def tls_context(url: str, options: Mapping[str, str]) -> Any:
-    """How certificates are checked, and which one is shown."""
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "encoding_errors": "backslashreplace",  # what is no UTF-8 is none of ours: it is shown
+        "max_connections": 10_000,  # every waiter blocks one; redis-py's default is 100
+        "socket_timeout": None,
+        "socket_connect_timeout": DEADLINE,
+        "retry": Retry(NoBackoff(), 0),
+    }
     try:
-        context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
-        if "ssl_certfile" in options:
-            context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
-    except OSError as problem:
-        invalid("URL", masked(url), f"files of TLS that can be used ({problem})")
-    if options.get("ssl_check_hostname", "true").lower() == "false":
-        context.check_hostname = False
-    if options.get("ssl_cert_reqs") == "none":
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
+        if scheme == "redis+cluster":
+            return patient(RedisCluster).from_url("redis://" + rest, **options)
+        if scheme == "redis+sentinel":
+            login, _, places = rest.rpartition("@")
+            hosts, _, service = places.partition("/")
+            pairs = [host.rpartition(":")[::2] for host in hosts.split(",")]
+            user, _, password = login.partition(":")
+            options |= {"username": user or None, "password": password or None}
+            sentinel: Any = cast(Any, Sentinel)([(h, int(port)) for h, port in pairs], **options)
+            return sentinel.master_for(service or "mymaster", **options)
+        scheme = {"valkey": "redis", "valkeys": "rediss"}.get(scheme, scheme)
+        return redis.asyncio.Redis.from_url(f"{scheme}://{rest}", **options)
+    except ValueError:
+        invalid("URL", masked(url), "scheme://[user:password@]host:port/db")
 
 
-class ErrorReply(Exception):
-    """The line with which a server refused a command."""
+def patient(cluster: Any) -> Any:
+    """A cluster client that follows no ASK: while a slot moves, a root of which half the keys have
+    moved looks empty.  The error goes to Link, which waits and sends the same op id again."""
 
-
-NO_ANSWER = (ErrorReply, OSError)  # what a command may end in; a timeout is an OSError
-
-
-class Wire:
-    """One connection, as a protocol of asyncio.
-
-    `patience` (s) is how long the server may be silent while somebody waits; then the connection
-    is given up, and whoever waits gets a TimeoutError.
-    """
-
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
-        self.over: Exception | None = None  # why nobody can ask any more
-        self.loop = asyncio.get_running_loop()
-        self._nothing = object()
-        self._reader = hiredis.Reader(
-            encoding="utf-8",
-            errors="backslashreplace",
-            replyError=ErrorReply,
-            notEnoughData=self._nothing,
-        )
-        self._waiting: deque[asyncio.Future[Any]] = deque()
-        self._out: list[bytes] = []
-        self._heard: asyncio.Queue[Any] | None = None  # what a subscriber is told
-        self._unread = 0  # bytes of an answer that is not whole yet
-        self._last = 0.0  # when the server was last heard, or the first of those who wait asked
-        self._alarm: Any = None
-        self._transport: Any = None
-
-    def ask(self, *command: Any) -> asyncio.Future[Any]:
-        """Send a command; the future of its answer, ErrorReply where that is an error."""
-        if self.over:
-            raise self.over
-        future = self.loop.create_future()
-        if not self._waiting:
-            self._last = self.loop.time()
-            if not self._alarm:
-                self._alarm = self.loop.call_later(self.patience, self._ring)
-        self._waiting.append(future)
-        if not self._out:
-            self.loop.call_soon(self._flush)
-        self._out.append(hiredis.pack_command(cast(Any, command)))
-        return future
-
-    async def subscribe(self, pattern: str) -> AsyncIterator[str]:
-        """What is published on the channels of a pattern, and "" when the listening begins."""
-        self._heard = asyncio.Queue()
-        self._out.append(hiredis.pack_command(cast(Any, ("PSUBSCRIBE", pattern))))
-        self._flush()
-        while not isinstance(message := await self._heard.get(), Exception):
-            yield str(message[3]) if message[0] == "pmessage" else ""
-        raise message
-
-    def close(self, problem: Exception | None = None) -> None:
-        """Give the connection up; whoever waits gets the problem."""
-        self.over = self.over or problem or ConnectionError("the connection was closed")
-        if self._alarm:
-            self._alarm.cancel()
-        if self._transport:
-            self._transport.abort()
-        if self._heard:
-            self._heard.put_nowait(self.over)
-        for future in self._waiting:
-            if not future.done():
-                future.set_exception(self.over)
-        self._waiting.clear()
-
-    def _flush(self) -> None:
-        if not self.over:
-            self._transport.write(b"".join(self._out))
-        self._out.clear()
-
-    def _ring(self) -> None:
-        """Look whether the server was silent for too long."""
-        self._alarm = None
-        late = self._last + self.patience - self.loop.time()
-        if self._waiting and late <= 0:
-            self.close(TimeoutError("no answer in time"))
-        elif self._waiting:
-            self._alarm = self.loop.call_later(late, self._ring)
-
-    # ---- what asyncio calls ----
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        self._last = self.loop.time()
-        self._unread += len(data)
-        try:
-            self._reader.feed(data)
-            while (answer := self._reader.gets()) is not self._nothing:
-                self._unread = 0
-                self._deliver(answer)
-        except (hiredis.HiredisError, MemoryError) as problem:
-            self.close(ConnectionError(f"it does not speak the protocol of Valkey: {problem}"))
-        if self._unread > MOST:
-            self.close(ConnectionError(f"an answer has more than {MOST >> 20} MiB"))
-
-    def _deliver(self, answer: Any) -> None:
-        if isinstance(answer, hiredis.PushNotification):
-            if self._heard:
-                self._heard.put_nowait(answer)
-        elif self._waiting:
-            future = self._waiting.popleft()
-            if future.done():
-                return  # whoever asked has gone
-            if isinstance(answer, ErrorReply):
-                future.set_exception(answer)
-            else:
-                future.set_result(answer)
-        elif isinstance(answer, ErrorReply):
-            self.close(answer)  # of a subscription that is not allowed
-
-    def eof_received(self) -> None:
-        pass
-
-    def connection_lost(self, problem: Exception | None) -> None:
-        self.close(problem)
-
-    def pause_writing(self) -> None:
-        pass
-
-    def resume_writing(self) -> None:
-        pass
-
-
-async def open_wire(
-    address: Address, place: Place, patience: float, server: PrivateServer | None = None
-) -> Wire:
-    """A connection to a place, logged in."""
-    wire = Wire(patience)
-    loop, protocol = wire.loop, cast(Any, lambda: wire)
-    try:
-        async with asyncio.timeout(patience):
-            if server:
-                sock = server.connect()
-                sock.setblocking(False)
-                await loop.create_unix_connection(protocol, sock=sock)
-            elif place.path:
-                await loop.create_unix_connection(protocol, place.path)
-            else:
-                where = (place.host, place.port)
-                await loop.create_connection(protocol, *where, ssl=address.tls)
-            login = ("AUTH", address.user or "default", address.password)
-            await wire.ask("HELLO", 3, *(login if address.user or address.password else ()))
-            if address.db:
-                await wire.ask("SELECT", address.db)
-    except BaseException:
-        wire.close()
-        raise
-    return wire
-
-
-def slot_of(key: str) -> int:
-    """The slot of a key in a cluster: of what stands between its first braces, if anything does."""
-    tag = re.search(r"\{([^}]+)\}", key)
-    return binascii.crc_hqx((tag[1] if tag else key).encode(), 0) % SLOTS
-
-
-def key_of(command: Sequence[Any]) -> str | None:
-    """The key that a command of ours names; None for one that any server may answer."""
-    if command[0] in ("EVAL", "EVALSHA"):
-        return str(command[3])
-    if command[0] == "XREAD":
-        return str(command[command.index("STREAMS") + 1])
-    return str(command[1]) if command[0] in WITH_KEY else None
-
-
-WITH_KEY = {
-    *("HGET", "HGETALL", "HMGET", "XRANGE", "XREVRANGE", "ZSCAN", "SMEMBERS", "SADD"),
-    *("BLPOP", "GET", "TYPE"),
-}
-
-
-class Route:
-    """Which server a command goes to: the one of the URL, the primary that a Sentinel names, or
-    the node of a cluster that serves the slot of the command's key.
-
-    An ASK of a cluster is never followed: while a slot moves, a root of which half the keys have
-    moved looks empty.  It is an error that passes; the same op id is sent again.
-    """
-
-    def __init__(self, address: Address, patience: float) -> None:
-        self.address, self.patience = address, patience
-        self._primary: Place | None = None
-        self._slots: Sequence[tuple[int, int, Place]] = ()
-        self._nodes: Sequence[Place] = address.places
-
-    def forget(self) -> None:
-        """Ask anew who serves what."""
-        self._primary, self._slots = None, ()
-
-    async def place(self, command: Sequence[Any]) -> Place:
-        """Where a command goes."""
-        if self.address.scheme == "redis+sentinel":
-            self._primary = self._primary or await self._ask_sentinels()
-            return self._primary
-        if self.address.scheme != "redis+cluster":
-            return self.address.places[0]
-        key = key_of(command)
-        slot = slot_of(key) if key is not None else None
-        for first, last, place in await self._served():
-            if slot is None or first <= slot <= last:
-                return place
-        raise ErrorReply(f"CLUSTERDOWN slot {slot} is served by nobody")
-
-    async def all_places(self) -> Sequence[Place]:
-        """Every server that has keys."""
-        if self.address.scheme != "redis+cluster":
-            return [await self.place(("PING",))]
-        return list(dict.fromkeys(place for _, _, place in await self._served()))
-
-    async def _served(self) -> Sequence[tuple[int, int, Place]]:
-        if not self._slots:
-            rows = await self._ask_first(self.address, self._nodes, "CLUSTER", "SLOTS")
-            with unreadable("CLUSTER SLOTS"):
-                self._slots = [
-                    (int(first), int(last), Place(host=str(host), port=int(port)))
-                    for first, last, (host, port, *_), *_ in rows
-                ]
-            known = (place for _, _, place in self._slots)
-            self._nodes = list(dict.fromkeys([*self.address.places, *known]))
-        return self._slots
-
-    async def _ask_sentinels(self) -> Place:
-        ask = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.service)
-        found = await self._ask_first(Address("redis", ()), self.address.places, *ask)
-        if found is None:
-            raise ConnectionError(f"its Sentinels know no {self.address.service}")
-        with unreadable("SENTINEL"):
-            host, port = str(found[0]), int(found[1])
-        return Place(host=host, port=port)
-
-    async def _ask_first(self, address: Address, places: Sequence[Place], *command: Any) -> Any:
-        """The answer of the first of some servers that gives one."""
-        why: Exception = ConnectionError("it has no servers")
-        for place in places:
+    class Patient(cluster):  # type: ignore[misc]
+        async def _execute_command(self, node: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                wire = await open_wire(address, place, self.patience)
-                try:
-                    return await wire.ask(*command)
-                finally:
-                    wire.close()
-            except NO_ANSWER as problem:
-                why = problem
-        raise why
+                return await node.execute_command(*args, **kwargs)
+            except Exception:
+                self._initialize = True  # reads the slots again before the next command
+                raise
 
-
-@contextlib.contextmanager
-def unreadable(what: str) -> Iterator[None]:
-    """An answer of another shape than it has to have is no answer."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError):
-        raise ConnectionError(f"its answer to {what} cannot be read") from None
+    return Patient
 
 
 class Fault(NamedTuple):
@@ -2798,6 +2615,28 @@ WRONG_TYPE = re.compile("(ERR )?WRONGTYPE ")
 UNKNOWN = Fault("UNFIT", False, "report it: a bug of mosaic-queue, or a server that is not known")
 
 
+def client_errors() -> tuple[type[Exception], ...]:
+    """What a command over redis-py may end in.  ValueError: a redirection that cannot be read."""
+    from redis.exceptions import RedisClusterException, RedisError
+
+    return (RedisError, RedisClusterException, OSError, ValueError)
+
+
+def error_line(problem: Exception) -> str:
+    """The line with which a server refused a command, or "" where no such line came.  redis-py
+    takes the first word away where it has a class of its own for it."""
+    from redis.exceptions import ResponseError
+
+    word = getattr(problem, "status_code", None)
+    if word:
+        return f"{word} {problem}"
+    if isinstance(problem, ValueError):
+        return "MOVED or ASK, to a place that cannot be read"
+    if isinstance(problem, ResponseError) or fault_of(str(problem)) is not UNKNOWN:
+        return str(problem) or "ERR"
+    return ""
+
+
 def fault_of(line: str) -> Fault:
     """What a line means.  A script hands the error of a command on behind an ERR of its own."""
     line = line.removeprefix("ERR ")
@@ -2832,30 +2671,21 @@ class Link:
         self.config, self.deadline, self.unsafe = config, deadline, unsafe
         self.server: PrivateServer | None = None
         self.fit: dict[str, str] = {}  # what `check` has found
-        self._found: Route | None = None
-        self._wires: dict[Place, Wire] = {}  # for what does not block
-        self._opening: dict[Place, asyncio.Task[Wire]] = {}
-        self._idle: dict[Place, list[Wire]] = {}  # for what blocks, while it is not in use
+        self._client: Any = None
 
     async def close(self) -> None:
         """Close the connections."""
-        for task in self._opening.values():
-            task.cancel()
-        for wire in itertools.chain(self._wires.values(), *self._idle.values()):
-            wire.close()
-        self._wires, self._opening, self._idle = {}, {}, {}
-        await asyncio.sleep(0)  # asyncio closes the sockets now
+        if self._client is not None:
+            await self._client.aclose()
+        self._client = None
 
-    @property
-    def _route(self) -> Route:
-        if self._found is None:
-            self._found = Route(self._address(), self.deadline / 3)
-        return self._found
-
-    def _address(self) -> Address:
+    def _open(self) -> Any:
         url = self.config["redis.url"]
         if url:
-            return parse_url(url)
+            client = connect(url)
+            if self.config.source("redis.url") == "flag" and "***" in masked(url):
+                say(IN_THE_OPEN, sys.stderr)
+            return client
         if not self.config["embedded"]:
             raise Refused(
                 "UNREACHABLE",
@@ -2863,26 +2693,29 @@ class Link:
                 "name one: --url redis://HOST:6379, $MOSAIC_VALKEY_URL or redis.url",
             )
         self.server = PrivateServer()
-        return Address("unix", (Place(path=str(self.server.socket)),))
+        with contextlib.suppress(OSError):
+            self.server.connect().close()  # refused where another user could answer
+        return connect(f"unix://{self.server.socket}")
 
     @property
     def address(self) -> str:
         """Where Valkey is, without a password."""
         return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
 
-    async def send(self, *command: Any, lua: str = "", at: Place | None = None) -> Any:
+    async def send(self, *command: Any, lua: str = "") -> Any:
         """One command to Valkey, sent again until an answer or the deadline comes.  `lua` is the
-        text of the script that the command names, `at` the server if it matters which.  Refuses
-        UNREACHABLE and UNFIT."""
+        text of the script that the command names.  Refuses UNREACHABLE and UNFIT."""
         give_up = time.monotonic() + self.deadline
         pause, starts = 0.01, 0
         while True:
             left = give_up - time.monotonic()
             try:
-                wire = await self._wire(at or await self._route.place(command))
-                return await wire.ask(*command)
-            except NO_ANSWER as problem:
-                line = str(problem) if isinstance(problem, ErrorReply) else ""
+                if self._client is None:
+                    self._client = self._open()
+                async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
+                    return await self._client.execute_command(*command)
+            except client_errors() as problem:
+                line = error_line(problem)
                 fault, refusal = self._refusal(problem, command)
             if command[0] == "EVALSHA" and line.startswith("NOSCRIPT"):
                 command = ("EVAL", lua, *command[2:])
@@ -2901,60 +2734,20 @@ class Link:
                 began = time.monotonic()
                 starts += await asyncio.to_thread(self.server.ensure)
                 give_up += time.monotonic() - began
-            self._route.forget()
-            if line.startswith(("READONLY", "MASTERDOWN")):  # the name may lead elsewhere by now
-                wire.close()
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.5)
 
-    async def _wire(self, place: Place) -> Wire:
-        """The connection to a place that all calls share; whoever is the first opens it."""
-        wire = self._wires.get(place)
-        if wire and not wire.over:
-            return wire
-        task = self._opening.get(place)
-        if task is None:
-            task = self._opening[place] = asyncio.create_task(self._open(place))
-        try:
-            self._wires[place] = wire = await asyncio.shield(task)
-        finally:
-            if task.done() and self._opening.get(place) is task:
-                del self._opening[place]
-        return wire
-
-    async def _open(self, place: Place) -> Wire:
-        return await open_wire(self._route.address, place, self.deadline / 3, self.server)
-
-    async def wait(self, seconds: float, *command: Any) -> None:
-        """Wait until a command that blocks is answered or the time is over; an error is as good as
-        an answer."""
-        try:
-            place = await self._route.place(command)
-            idle = self._idle.setdefault(place, [])
-            while idle and idle[-1].over:
-                idle.pop()
-            wire = idle.pop() if idle else await self._open(place)
-            wire.patience = seconds + 2
-            try:
-                await wire.ask(*command)
-                idle.append(wire)
-            except BaseException:
-                wire.close()
-                raise
-        except NO_ANSWER:
-            await asyncio.sleep(min(0.2, seconds))
-
     def _refusal(self, problem: Exception, command: Sequence[Any] = ()) -> tuple[Fault, Refused]:
         """What an error means, and how it is told."""
-        line = str(problem)
-        fault = fault_of(line) if isinstance(problem, ErrorReply) else LOST
-        if isinstance(problem, ErrorReply) and WRONG_TYPE.match(line):
+        line = error_line(problem)
+        fault = fault_of(line) if line else LOST
+        if WRONG_TYPE.match(line):
             within = re.search(r" at (mosaic:\S+)", line)
             direct = command and not command[0].startswith("EVAL")
             key = within[1] if within else command[1] if direct else "a key of ours"
             line = f"{key} holds another kind of value: {line}"
         # An unknown command is answered with its arguments, which may be a password.
-        said = (line or "no answer in time").partition(", with args")[0]
+        said = (line or str(problem) or "no answer in time").partition(", with args")[0]
         said = said if len(said) <= 300 else said[:297] + "..."
         return fault, Refused(fault.code, f"{self.address}: {printable(said)}", fault.hint)
 
@@ -2967,9 +2760,12 @@ class Link:
         except Refused as problem:
             if problem.code != "UNFIT":
                 raise
-            info = ""
-        lines = (line.partition(":") for line in str(info).splitlines())
-        info = {name: value for name, _, value in lines}
+            info = {}
+        if isinstance(info, str):
+            lines = (line.partition(":") for line in info.splitlines())
+            info = {name: value for name, _, value in lines}
+        elif info and "maxmemory_policy" not in info:  # of a cluster: the first node's
+            info = next((node for node in info.values() if isinstance(node, dict)), info)
         valkey = info.get("valkey_version")
         version = str(valkey or info.get("redis_version") or "unknown")
         policy = str(info.get("maxmemory_policy") or "unknown")
@@ -2992,45 +2788,42 @@ class Link:
         self.fit = {"version": f"{name} {version}".strip(), "policy": policy}
         return self.fit
 
+    async def listen(self, bells: Sequence[str], seconds: float) -> None:
+        """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
+        try:
+            async with asyncio.timeout(seconds + 2):
+                await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
+        except client_errors():
+            await asyncio.sleep(min(0.2, seconds))
+
     async def told(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
         anew: what was published meanwhile is never told."""
         while True:
-            with contextlib.suppress(*NO_ANSWER, Refused):
-                await self.send("PING")  # starts the server if need be
-                wire = await self._open(await self._route.place(("PING",)))
-                try:
-                    async for message in wire.subscribe(pattern):
-                        yield message
-                finally:
-                    wire.close()
+            with contextlib.suppress(*client_errors(), Refused):
+                await self.send("PING")  # opens the client
+                async with self._client.pubsub() as channel:
+                    await channel.psubscribe(pattern)
+                    async for message in channel.listen():
+                        yield str(message["data"]) if message["type"] == "pmessage" else ""
             await asyncio.sleep(1)
 
     async def scan(self, pattern: str) -> AsyncIterator[str]:
         """All keys that match a pattern, some perhaps twice."""
-        await self.send("PING")
         try:
-            places = await self._route.all_places()
-        except NO_ANSWER as problem:
+            async for key in self._client.scan_iter(match=pattern, count=1000):
+                yield key
+        except client_errors() as problem:
             raise self._refusal(problem)[1] from None
-        for place in places:
-            cursor = "0"
-            while True:
-                scan = ("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
-                cursor, keys = await self.send(*scan, at=place)
-                for key in keys:
-                    yield key
-                if cursor == "0":
-                    break
 
     async def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
         """All members of a sorted set with their scores, some perhaps twice."""
-        cursor = "0"
+        cursor = 0
         while True:
-            cursor, found = await self.send("ZSCAN", key, cursor, "COUNT", 1000)
-            for member, score in zip(found[::2], found[1::2], strict=True):
+            cursor, members = await self.send("ZSCAN", key, cursor, "COUNT", 1000)
+            for member, score in members:
                 yield member, float(score)
-            if cursor == "0":
+            if not cursor:
                 return
 
 
@@ -3385,7 +3178,7 @@ class Queue:
                 raise Refused("UNFIT", problem.message, hint) from None
             names = []
         own = self.config["project"]
-        known = {*names, *([own] if own else [])}
+        known = {*filter(ID.fullmatch, names), *([own] if own else [])}
         return sorted(known & self.reach if self.reach else known)
 
     async def _like(self, project: str) -> str:
@@ -3399,17 +3192,20 @@ class Queue:
         return ""
 
     async def everywhere(
-        self, project: str | None, ask: Callable[[str], Awaitable[R]]
+        self, project: str | None, ask: Callable[[str], Awaitable[R]], overview: Any
     ) -> AsyncIterator[tuple[str, R]]:
         """The answer of the project that an overview is of, or of each.  Where the call names none,
-        those are passed over that are known by name and not there."""
+        those are passed over that are known by name and not there; of all projects those too that
+        cannot be read, and the overview says so."""
         own = self.scope(project)
         for one in [own] if own else await self.projects():
             try:
                 answer = await ask(one)
             except Refused as problem:
-                if project or problem.code != "NOT_FOUND":
+                if project or not (problem.code == "NOT_FOUND" or (not own and problem.spares)):
                     raise
+                if problem.code != "NOT_FOUND":
+                    overview.setdefault("unreadable", []).append(f"{one}: {problem.message}")
                 continue
             yield one, answer
 
@@ -3538,9 +3334,11 @@ class Queue:
                 page = await self.page(one, asked)
             except Refused as problem:
                 # Named in the registry, but never created; or without a lane of that name.
-                if problem.code != "NOT_FOUND" and lane is None:
-                    raise
                 refusal = refusal or (problem if problem.code == "INVALID" else None)
+                if problem.code not in ("NOT_FOUND", "INVALID"):
+                    if not problem.spares:
+                        raise
+                    answer.setdefault("unreadable", []).append(f"{one}: {problem.message}")
                 continue
             answered = True
             cursor = ""
@@ -3673,9 +3471,7 @@ class Queue:
             bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
             block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
             try:
-                await self.link.wait(
-                    block, "BLPOP", f"{root}:inbox:{agent}", *bells, f"{block:.3f}"
-                )
+                await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
             except asyncio.CancelledError:
                 if assign:
                     await self._left(project, waiter)
@@ -3953,8 +3749,13 @@ class Queue:
         """
         answer: Reaped = {"reaped": [], "settled": 0, "grace": 0, "soonest": 0}
         answer = self.overview(project, answer)
-        async for one, reply in self.everywhere(project, lambda one: self.call("reap", one, {})):
-            values = paired(reply[1])
+
+        async def reap_one(one: str) -> dict[str, Any]:
+            reply = await self.call("reap", one, {})
+            with reading(one):
+                return {"settled": 0, "grace": 0, **paired(reply[1])}
+
+        async for one, values in self.everywhere(project, reap_one, answer):
             answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
             answer["settled"] += values["settled"]
             answer["grace"] = max(answer["grace"], values["grace"])
@@ -4025,9 +3826,11 @@ class Queue:
             project = self.own(None)  # a rev is one of a project
         if project is None:
             ask = functools.partial(self.page_of_events, limit=limit)
-            pages = [page async for _, page in self.everywhere(None, ask)]
-            merged = [event for page in pages for event in page["events"]]
-            return {"events": sorted(merged, key=lambda event: event["at"])[-limit:]}
+            merged: EventList = {"events": []}
+            async for _, page in self.everywhere(None, ask, merged):
+                merged["events"] += page["events"]
+            merged["events"].sort(key=lambda event: event["at"])
+            return merged | {"events": merged["events"][-limit:]}
         if since is None:
             return await self.page_of_events(project, limit, task)
         self.require_reach(project)
@@ -4039,16 +3842,16 @@ class Queue:
         give_up = time.monotonic() + wait
         while True:
             rows = await self.link.send("XRANGE", stream, f"({since}-0", "+", "COUNT", limit)
-            found += [event for row in rows if (event := event_from(project, row, task))]
-            since = int(rows[-1][0].partition("-")[0]) if rows else since
+            events, odd = events_from(project, rows, task)
+            found, lost = found + events, lost + odd
+            since = last_rev(rows) or since
             left = give_up - time.monotonic()
             if found or (left <= 0 and len(rows) < limit):
                 answer: EventList = {"events": found, "since": since}
                 return answer | {"lost": lost} if lost else answer
             if not rows:
-                block = min(left, 1)
-                read = ("XREAD", "BLOCK", round(block * 1000), "STREAMS", stream)
-                await self.link.wait(block, *read, f"{since}-0")
+                block = round(min(left, 1) * 1000)
+                await self.link.send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
 
     async def page_of_events(self, project: str, limit: int, task: str | None = None) -> EventList:
         """The last events of a project, or those of a task among its last 1,000."""
@@ -4057,11 +3860,10 @@ class Queue:
         stream = f"mosaic:queue:project:{{{project}}}:events"
         most = 1000 if task else limit
         rows = await self.link.send("XREVRANGE", stream, "+", "-", "COUNT", most)
-        found = [event for row in reversed(rows) if (event := event_from(project, row, task))]
+        found, _ = events_from(project, reversed(rows), task)
         if not rows:
             await self.call("records", project, {"ids": ""})  # refuses one that is not there
-        since = int(rows[0][0].partition("-")[0]) if rows else 0
-        return {"events": found[-limit:], "since": since, "project": project}
+        return {"events": found[-limit:], "since": last_rev(rows[:1]), "project": project}
 
     async def lead(self, token: str, ttl: int, part: str = "watchdog") -> bool:
         """Be the one monitor that leads in a part of its work, for `ttl` seconds; 0 steps down."""
@@ -4076,16 +3878,19 @@ class Queue:
         `keep` of them at most.  Epoch and rev of the project; when its epoch is not the one that
         is named, nothing was said."""
         given = {"name": name, "cursor": rev, "keep": keep, "of": epoch}
-        facts = paired((await self.call("follow", project, given))[1])
-        return str(facts.get("epoch", "")), facts["rev"]
+        reply = await self.call("follow", project, given)
+        with reading(project):
+            facts = paired(reply[1])
+            return str(facts.get("epoch", "")), facts["rev"]
 
     async def followed(self, project: str, name: str) -> tuple[str, int, int | None]:
         """Epoch and rev of a project, and what a follower has said last of how far it has come."""
         await self.link.check()
         root = f"mosaic:queue:project:{{{project}}}"
         facts = await self.link.send("HMGET", root, "epoch", "rev", f"follow:{name}")
-        stored = int(facts[2].split()[0]) if facts[2] else None
-        return facts[0] or "", int(facts[1] or 0), stored
+        with reading(project):
+            stored = int(facts[2].split()[0]) if facts[2] else None
+            return facts[0] or "", int(facts[1] or 0), stored
 
     async def records(self, project: str, ids: Sequence[str]) -> tuple[Meta, dict[str, Record]]:
         """The tasks of these ids that are there, whole, and what is the project's own.  Each task
@@ -4097,7 +3902,8 @@ class Queue:
             part = " ".join(ids[at : at + RECORDS])
             _, facts, rows, count = await self.call("records", project, {"ids": part})
             at += count
-            meta = meta or {"epoch": "", **paired(facts)}
+            with reading(project):
+                meta = meta or {"epoch": "", **paired(facts)}
             found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
         return cast(Meta, meta), found
 
@@ -4189,13 +3995,14 @@ class Queue:
         return self.policy_from(project, reply[1])
 
     def policy_from(self, project: str, row: str) -> Policy:
-        stored = paired(row)
-        lanes = [lane.partition("=") for lane in stored["lanes"].split()]
-        stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
+        with reading(project):
+            stored = paired(row)
+            lanes = [lane.partition("=") for lane in stored["lanes"].split()]
+            stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
         numbers, caps = self.config.policy()
         words = numbers.split()
         local = zip(words[::2], map(int, words[1::2]), strict=True)
-        differs = [name for name, value in local if stored[name] != value]
+        differs = [name for name, value in local if stored.get(name) != value]
         for cap in caps.split():
             name, _, most = cap.partition("=")
             if stored["lanes"].get(name) != int(most):
@@ -4397,10 +4204,11 @@ LEASE_ENDED = (
 async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
     """What stands between a task and its completion, with its last events."""
     reply = await queue.call("explain", project, {"task": name})
-    shown = task_from(project, reply[1])
-    waits = [paired(one) for one in reply[2]]
-    holders = [paired(one) for one in reply[4]]
-    why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
+    with reading(project):
+        shown = task_from(project, reply[1])
+        waits = [paired(one) for one in reply[2]]
+        holders = [paired(one) for one in reply[4]]
+        why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
     events = await queue.events(project=project, task=name, limit=5)
     steps = queue.steps(todo, task=shown["id"], project=project)
     return {"task": shown, "why": why, "todo": steps, "events": events["events"]}
@@ -4476,7 +4284,7 @@ def unfollowed(project: ProjectStatus, config: Config) -> list[str]:
 async def setting_of(queue: Queue, name: str) -> str:
     """One setting of the server, or unknown."""
     try:
-        found = await queue.link.send("CONFIG", "GET", name)
+        found = await queue.link.send("CONFIG GET", name)
     except Refused:
         return "unknown"
     return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
@@ -4516,24 +4324,43 @@ async def unregistered(queue: Queue, project: str | None) -> list[str]:
 
 async def examine(queue: Queue, project: str | None, answer: Findings) -> Findings:
     """Hold a project, or all, against the rules; set right what is wrong where the answer counts
-    repairs."""
-    repairs, faults = "repaired" in answer, 0
+    repairs.  A project that cannot be examined is a finding."""
+    repairs = "repaired" in answer
     project = queue.scope(project)
-    unlisted = await unregistered(queue, project)
+    try:
+        unlisted = await unregistered(queue, project)
+    except Refused as problem:
+        if problem.code == "UNREACHABLE":
+            raise
+        answer["findings"].append(f"{REGISTRY} cannot be read: {problem.message}")
+        unlisted = []
     for one in unlisted:
         answer["findings"].append(f"project {one} is missing in {REGISTRY}: no overview shows it")
         if repairs:
             await queue.link.send("SADD", REGISTRY, one)
+    faults = len(unlisted)
     for one in [project] if project else sorted({*await queue.projects(), *unlisted}):
-        async for ids, problems in problems_in(queue, one):
-            answer["checked"] += len(ids)
-            answer["findings"] += [f"{one}/{task} {sentence}" for task, sentence in problems]
-            wrong = sorted({task for task, _ in problems})
-            faults += len(wrong)
-            for at in range(0, len(wrong) if repairs else 0, REPAIR):
-                await queue.call("repair", one, {"ids": " ".join(wrong[at : at + REPAIR])})
-    answer["repaired" if repairs else "repairable"] = len(unlisted) + faults
+        try:
+            faults += await examine_project(queue, one, answer, repairs)
+        except Refused as problem:
+            if problem.code == "UNREACHABLE" or (project and problem.code == "NOT_FOUND"):
+                raise
+            answer["findings"].append(f"project {one} cannot be examined: {problem.message}")
+    answer["repaired" if repairs else "repairable"] = faults
     return queue.overview(project, answer)
+
+
+async def examine_project(queue: Queue, project: str, answer: Findings, repairs: bool) -> int:
+    """Hold one project against the rules; how many tasks `repair` helps, or has helped."""
+    faults = 0
+    async for ids, problems in problems_in(queue, project):
+        answer["checked"] += len(ids)
+        answer["findings"] += [f"{project}/{task} {sentence}" for task, sentence in problems]
+        wrong = sorted({task for task, _ in problems})
+        faults += len(wrong)
+        for at in range(0, len(wrong) if repairs else 0, REPAIR):
+            await queue.call("repair", project, {"ids": " ".join(wrong[at : at + REPAIR])})
+    return faults
 
 
 @operation(reads=True)
@@ -4556,13 +4383,20 @@ async def status(queue: Queue, *, project: str | None = None) -> QueueStatus:
         "roundTripMs": round(took, 3),
     }
     answer: QueueStatus = {"server": server, "projects": []}
-    ask = functools.partial(queue.call, "status", arguments={"soon": 60})
-    async for one, reply in queue.everywhere(project, ask):
-        answer["projects"].append(project_status(queue, one, reply))
+    ask = functools.partial(project_status, queue)
+    async for _, found in queue.everywhere(project, ask, answer):
+        answer["projects"].append(found)
     return queue.overview(project, answer)
 
 
-def project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
+async def project_status(queue: Queue, project: str) -> ProjectStatus:
+    """Counts and warnings of one project."""
+    reply = await queue.call("status", project, {"soon": 60})
+    with reading(project):
+        return _project_status(queue, project, reply)
+
+
+def _project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
     counts, facts, lanes, expiring, policy, followers = reply[1:]
     tasks = {name: int(count) for name, count in cells(counts).items()}
     status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
@@ -4597,11 +4431,17 @@ async def agents(queue: Queue, *, project: str | None = None) -> AgentList:
     Example: mosaic-queue agents
     """
     found: dict[str, Agent] = {}
-    async for one, held in queue.everywhere(project, lambda one: held_in(queue, one)):
+    answer: AgentList = {"agents": []}
+
+    async def look(one: str) -> tuple[Sequence[Task], Sequence[Event]]:
+        page = await queue.events(project=one, limit=1000)
+        return await held_in(queue, one), page["events"]
+
+    async for _, (held, events) in queue.everywhere(project, look, answer):
         said = {
             event["agent"]: event["text"]
-            for event in (await queue.events(project=one, limit=1000))["events"]
-            if event["op"] in ("note", "progress") and event.get("text")
+            for event in events
+            if event["op"] in ("note", "progress") and event.get("text") and "agent" in event
         }
         for task in held:
             name = task["claimedBy"]
@@ -4612,7 +4452,7 @@ async def agents(queue: Queue, *, project: str | None = None) -> AgentList:
             agent["lastHeard"] = max(agent["lastHeard"], heard)
             if name in said:
                 agent["note"] = said[name]
-    answer: AgentList = {"agents": [found[name] for name in sorted(found)]}
+    answer["agents"] = [found[name] for name in sorted(found)]
     return queue.overview(project, answer)
 
 
@@ -4629,8 +4469,9 @@ async def doctor(queue: Queue, *, project: str | None = None) -> Findings:
     durable = await setting_of(queue, "appendonly")
     if durable == "no":
         answer["findings"].append("the server keeps no append-only file: appendonly no")
-    for one in (await status(queue, project=project))["projects"]:
-        answer["findings"] += unfollowed(one, queue.config)
+    with contextlib.suppress(Refused):  # what is wrong with a project is found below
+        for one in (await status(queue, project=project))["projects"]:
+            answer["findings"] += unfollowed(one, queue.config)
     return await examine(queue, project, answer)
 
 
@@ -4747,8 +4588,7 @@ async def follow(queue: Queue, follower: Follower) -> None:
     """Keep a follower in step with all projects, until cancelled.  A project that cannot be
     followed is tried again after a pause that doubles, up to a minute, and holds up no other."""
     cursors: dict[str, tuple[str, int]] = {}
-    pauses: dict[str, float] = {}
-    again: dict[str, float] = {}
+    pauses = Pauses()
     changed = asyncio.Event()
     every, wanted = getattr(follower, "every", 0.0), getattr(follower, "wanted", None)
     most = FOLLOW * (20 if every else 1)
@@ -4769,21 +4609,19 @@ async def follow(queue: Queue, follower: Follower) -> None:
             changed.clear()
             behind = False
             for project in [only] if only else await projects_of(queue):
-                if time.monotonic() < again.get(project, 0):
+                if pauses.lasts(project):
                     continue
                 try:
                     since = cursors.pop(project, None) or await follower.cursor(project)
                     cursors[project] = await caught_up(queue, follower, project, since, most)
                     behind = behind or cursors[project] != since
-                    pauses.pop(project, None)
-                except Refused as problem:
-                    if problem.code == "NOT_FOUND":
+                    pauses.forget(project)
+                except Exception as problem:
+                    if isinstance(problem, Refused) and problem.code == "NOT_FOUND":
                         continue
                     cursors.pop(project, None)
-                    pause = pauses[project] = min(60, 2 * pauses.get(project, 0.25))
-                    again[project] = time.monotonic() + pause
-                    log("error", follower=follower.name, project=project, code=problem.code,
-                        message=problem.message, hint=problem.hint, again=pause)  # fmt: skip
+                    facts = {"follower": follower.name, "project": project}
+                    log_fault(problem, **facts, again=pauses.begin(project))
             if behind:
                 await asyncio.sleep(every)
             else:
@@ -4811,7 +4649,7 @@ async def projects_of(queue: Queue) -> Sequence[str]:
     try:
         return await queue.projects()
     except Refused as problem:
-        log("error", code=problem.code, message=problem.message)
+        log_fault(problem)
         await asyncio.sleep(1)
         return []
 
@@ -4828,9 +4666,9 @@ ARGUMENTS |= {
 }
 Records = AsyncIterator[Sequence[Record]]
 VERSION = 1  # of the files with records
-NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "order", "rev", "updatedAt")
-NEEDED_IN = {
-    **dict.fromkeys(HELD, ("claimedBy", "claimedAt", "claimTTL", "fence", "leaseExpiresAt")),
+RECORDED = (*NEEDED, "order", "rev")
+RECORDED_IN = {
+    **{status: (*names, "fence") for status, names in NEEDED_IN.items()},
     "completed": ("completedAt",),
     "failed": ("failedAt",),
 }
@@ -4923,8 +4761,8 @@ def record_of(value: Any, meta: Meta) -> Record:
     """A record as a file has it, held against every rule; refuses what does not fit."""
     if not isinstance(value, dict):
         invalid("a record", value, "a JSON object")
-    check_fields(value, *NEEDED)
-    check_fields(value, *NEEDED_IN.get(value["status"], ()))
+    check_fields(value, *RECORDED)
+    check_fields(value, *RECORDED_IN.get(value["status"], ()))
     check_fields(value.get("hidden", {}))
     if value["lane"] not in [lane.partition("=")[0] for lane in meta["lanes"].split()]:
         invalid("lane", value["lane"], meta["lanes"])
@@ -5234,6 +5072,7 @@ def manifest_lines(
 # order.  The cursor is kept in Valkey, and moves when the receiver has said yes.
 
 CAPTURE_WITHIN = 10.0  # s for one thought, from the connection to the end of the answer
+CAPTURE_ANSWER = 64 * KIB  # bytes that are read of an answer; it is asked for as it is
 ANSWERS = {  # what a status means that is not 2xx: UNREACHABLE may pass, INVALID never will
     **dict.fromkeys((400, 409, 413, 422), ("INVALID", "")),
     **dict.fromkeys((401, 403), ("UNFIT", "set openbrain.token, or $OPENBRAIN_TOKEN")),
@@ -5250,7 +5089,7 @@ def receiver(config: Config) -> tuple[str, dict[str, str]]:
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise ConfigError("openbrain.token, or $OPENBRAIN_TOKEN, has white space or no ASCII in it")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    return url.rstrip("/") + "/v1/thoughts", headers
+    return url.rstrip("/") + "/v1/thoughts", {"Accept-Encoding": "identity", **headers}
 
 
 async def post_thought(client: Any, config: Config, text: str, metadata: Mapping[str, Any]) -> str:
@@ -5262,9 +5101,16 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
     url, headers = receiver(config)
     thought = {"content": text, "source": "mosaic-queue", "metadata": metadata}
     said = f"OpenBrain at {masked(url)}"
+    body = b""
     try:
-        async with asyncio.timeout(CAPTURE_WITHIN):
-            answer = await client.post(url, json=thought, headers=headers)
+        async with (
+            asyncio.timeout(CAPTURE_WITHIN),
+            client.stream("POST", url, json=thought, headers=headers) as answer,
+        ):
+            async for part in answer.aiter_raw():
+                body += part
+                if len(body) >= CAPTURE_ANSWER:
+                    break
     except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as problem:  # a TimeoutError is one
         why = str(problem) or f"no answer within {CAPTURE_WITHIN:g} s"
         raise Refused("UNREACHABLE", f"{said}: {why}", "is it running there?") from None
@@ -5273,12 +5119,12 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
         code, hint = ANSWERS.get(answer.status_code, elsewhere)
         said += f" answers {answer.status_code}"
         if code == "INVALID":
-            excerpt = answer.text[:300].replace(config["openbrain.token"] or "\0", "***")
-            said += f": it does not take this thought: {excerpt}"
+            text = body.decode(errors="replace").replace(config["openbrain.token"] or "\0", "***")
+            said += f": it does not take this thought: {clipped(text, 300)}"
         raise Refused(code, said, hint)
-    with contextlib.suppress(ValueError, AttributeError):
-        found = answer.json()
-        return str(found.get("id") or found.get("thought", {}).get("id") or "")
+    with contextlib.suppress(*UNREADABLE):
+        found = json.loads(body)
+        return clipped(str(found.get("id") or found.get("thought", {}).get("id") or ""), 300)
     return ""
 
 
@@ -6102,37 +5948,29 @@ async def record(queue: Queue, config: Config) -> None:
     follower, editor = Postgres(config), Postgres(config)
     instead = Manifests(manifest_folder(config), lambda: follower.away and not config["manifests"])
     try:
-        await together(follow(queue, follower), follow(queue, instead), carry_out(queue, editor))
+        edits = functools.partial(carry_out, queue, editor, set[str]())
+        going = keep_going(edits, follower="postgres", part="edits")
+        await together(follow(queue, follower), follow(queue, instead), going)
     finally:
         await follower.close()
         await editor.close()
 
 
-async def carry_out(queue: Queue, postgres: Postgres) -> None:
+async def carry_out(queue: Queue, postgres: Postgres, lost: set[str]) -> None:
     """Carry out edits as they come; Postgres tells when there is one."""
-    changed, pause, lost = asyncio.Event(), 0.25, set[str]()
-    while True:
-        try:
-            async with postgres.session() as db:
-                await db.add_listener(postgres.schema, lambda *_: changed.set())
-                db.add_termination_listener(lambda *_: changed.set())
-                due = 0.0
-                while True:
-                    changed.clear()
-                    if time.monotonic() >= due:
-                        await refresh(queue, db, lost)
-                        due = time.monotonic() + REFRESH
-                    await carry_out_all(queue, db)
-                    pause = 0.25
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(max(0, due - time.monotonic())):
-                            await changed.wait()
-        except Refused as problem:
-            pause = min(60, 2 * pause)
-            log("error", follower="postgres", part="edits", code=problem.code,
-                message=problem.message, hint=problem.hint, again=pause)  # fmt: skip
-            await postgres.close()
-            await asyncio.sleep(pause)
+    changed, due = asyncio.Event(), 0.0
+    async with postgres.session() as db:
+        await db.add_listener(postgres.schema, lambda *_: changed.set())
+        db.add_termination_listener(lambda *_: changed.set())
+        while True:
+            changed.clear()
+            if time.monotonic() >= due:
+                await refresh(queue, db, lost)
+                due = time.monotonic() + REFRESH
+            await carry_out_all(queue, db)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0, due - time.monotonic())):
+                    await changed.wait()
 
 
 async def facts_of(queue: Queue, project: str) -> Meta | None:
@@ -6149,16 +5987,28 @@ async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
     """Record what changes without an event, and say once which projects are `lost`: recorded, and
     not in the queue."""
     for project, epoch in await db.fetch("select project, epoch from projects where rev >= 0"):
-        facts = await facts_of(queue, project)
-        if facts is None and project not in lost:
-            lost.add(project)
-            log("error", follower="postgres", project=project, code="NOT_FOUND",
-                message=f"project {project} is recorded, and not in the queue",
-                hint=f"mosaic-queue restore --project {project}")  # fmt: skip
-        if facts is not None and facts["epoch"] == epoch:
-            lost.discard(project)
-            held = [task["taskId"] for task in await held_in(queue, project)]
-            await record_now(queue, db, project, epoch, held)
+        with sparing(project, part="refresh"):
+            facts = await facts_of(queue, project)
+            if facts is None and project not in lost:
+                lost.add(project)
+                log("error", follower="postgres", project=project, code="NOT_FOUND",
+                    message=f"project {project} is recorded, and not in the queue",
+                    hint=f"mosaic-queue restore --project {project}")  # fmt: skip
+            if facts is not None and facts["epoch"] == epoch:
+                lost.discard(project)
+                held = [task["taskId"] for task in await held_in(queue, project)]
+                await record_now(queue, db, project, epoch, held)
+
+
+@contextlib.contextmanager
+def sparing(project: str, **facts: Any) -> Iterator[None]:
+    """Tell the log what is wrong with one project, and go on with the others."""
+    try:
+        yield
+    except Refused as problem:
+        if not problem.spares:
+            raise
+        log_fault(problem, follower="postgres", project=project, **facts)
 
 
 async def record_now(queue: Queue, db: Any, project: str, epoch: str, names: Sequence[str]) -> None:
@@ -6176,12 +6026,13 @@ async def carry_out_all(queue: Queue, db: Any) -> None:
     queue."""
     ask = "select distinct project, epoch from edits left join projects using (project)"
     for project, epoch in await db.fetch(ask + " where done_at is null"):
-        facts = await facts_of(queue, project)
-        if (facts["epoch"] if facts else None) == epoch:
-            ask = "select id from edits where project = $1 and done_at is null order by id"
-            for edit in await db.fetch(ask, project):
-                async with db.transaction():
-                    await carry_out_one(queue, db, edit["id"], epoch)
+        with sparing(project, part="edits"):
+            facts = await facts_of(queue, project)
+            if (facts["epoch"] if facts else None) == epoch:
+                ask = "select id from edits where project = $1 and done_at is null order by id"
+                for edit in await db.fetch(ask, project):
+                    async with db.transaction():
+                        await carry_out_one(queue, db, edit["id"], epoch)
 
 
 async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -> None:
@@ -6201,10 +6052,13 @@ async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -
     except Refused as refusal:
         if refusal.passes:
             raise
-        code = refusal.code
-        message = as_ascii(f"{refusal.message}; {refusal.hint}".rstrip("; "))
+        code, message = refusal.code, f"{refusal.message}; {refusal.hint}".rstrip("; ")
+    except Exception as problem:  # whatever it is, it ends this edit and no other
+        code, message = "INVALID", f"it cannot be read: {type(problem).__name__}: {problem}"
+        log_fault(problem, follower="postgres", part="edits", id=number)
     if code is None and epoch is not None:
         await record_now(queue, db, project, epoch, [task])
+    message = message and as_ascii(clipped(message, 4 * KIB))
     done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
     await db.execute(done, number, code, message)
     facts = {"code": code, "message": message} if code else {}
@@ -8637,28 +8491,23 @@ async def led(
 ) -> None:
     """Do one part of the monitor's work while this process leads in it; stand by otherwise."""
     task: asyncio.Task[None] | None = None
-    facts = {} if part == "watchdog" else {"part": part}
+    facts: dict[str, Any] = {} if part == "watchdog" else {"part": part}
     try:
         while True:
             try:
                 leads = await queue.lead(token, LEADS, part)
                 if leads and task is None:
                     log("lead", **facts)
-                    task = asyncio.create_task(work())
+                    task = asyncio.create_task(keep_going(work, **facts))
                 elif task and not leads:
                     log("stand by", **facts)
                     await ended(task)
                     task = None
                 pause = LEADS / 3
             except Refused as problem:
-                log("error", code=problem.code, message=problem.message, **facts)
+                log_fault(problem, **facts)
                 pause = 1.0
-            if task:
-                await asyncio.wait([task], timeout=pause)
-                if task.done():
-                    task.result()  # it never ends by itself: this is a bug, and is shown
-            else:
-                await asyncio.sleep(pause)
+            await asyncio.sleep(pause)
     finally:
         if task:
             await ended(task)
@@ -8676,39 +8525,44 @@ async def ended(task: Any) -> None:
 async def watchdog(queue: Queue, interval: float, assign: bool) -> None:
     """End leases that ran out, every `interval` seconds and when the next one ends; with `assign`
     give tasks to the agents that wait."""
-    look_at = 0.0
+    look_at, unreadable = 0.0, list[str]()
     while True:
         now = time.monotonic()
         try:
             if now >= look_at:
-                look_at = now + await watched(queue, interval)
+                pause, found = await end_leases(queue, interval)
+                look_at = now + pause
+                for said in found if found != unreadable else ():
+                    log("error", code="UNFIT", message=said)
+                unreadable = found
             if assign:
-                await served(queue)
+                await serve_all(queue)
         except Refused as problem:
-            log("error", code=problem.code, message=problem.message)
+            log_fault(problem)
             look_at = now + 1
         pause = look_at - time.monotonic()
         await asyncio.sleep(max(0.02, min(pause, ASSIGN_EVERY) if assign else pause))
 
 
-async def watched(queue: Queue, interval: float) -> float:
-    """Reap all projects; seconds until the next look."""
+async def end_leases(queue: Queue, interval: float) -> tuple[float, list[str]]:
+    """Reap all projects; seconds until the next look, and what is wrong with those that cannot be
+    reaped."""
     while True:
         reaped = await queue.reap()
         if not reaped["reaped"] and not reaped["settled"]:
             soonest = max(reaped["soonest"] / 1000, reaped["grace"]) or interval
-            return min(interval, soonest + 0.02)
+            return min(interval, soonest + 0.02), reaped.get("unreadable", [])
         log("reap", tasks=reaped["reaped"], settled=reaped["settled"])
 
 
-async def served(queue: Queue) -> None:
+async def serve_all(queue: Queue) -> None:
     """Give every waiting agent the best task of its lane, while there is one."""
     for project in await queue.projects():
         try:
             async for task in queue.serve(project):
                 log("assign", task=task["id"], agent=task["claimedBy"])
         except Refused as problem:
-            if problem.code != "NOT_FOUND":
+            if problem.code != "NOT_FOUND" and not problem.spares:
                 raise
 
 
@@ -9849,8 +9703,11 @@ def facts_text(result: Mapping[str, Any]) -> str:
 
 
 def of_which(answer: Overview) -> str:
-    """Which projects an overview is of."""
-    return f"of project {answer['project']}" if "project" in answer else "of all projects"
+    """Which projects an overview is of, and which of them cannot be read."""
+    if "project" in answer:
+        return f"of project {answer['project']}"
+    broken = ", ".join(one.partition(":")[0] for one in answer.get("unreadable", ()))
+    return "of all projects" + (f" but {broken}, which cannot be read: doctor" if broken else "")
 
 
 @renders(TaskList)
@@ -11811,10 +11668,6 @@ def service_text(answer: ServiceUnit) -> str:
 # Every operation is a command.  Its signature makes the parser, the type of its result says how
 # it is shown and which exit status it stands for.  stdout is data, stderr is for people.
 
-IN_THE_OPEN = (
-    "mosaic-queue: the password of --url stands in the list of processes; "
-    "$MOSAIC_VALKEY_URL or redis.url in a file keeps it out of there"
-)
 EVERYWHERE = {  # the flags of every command
     "project": ARGUMENTS["project"].help,
     "agent": ARGUMENTS["agent"].help,
@@ -12401,10 +12254,7 @@ def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
         if (name or switch) in arguments:
             of = other
             arguments.pop(switch if not name else "", None)
-    file, url = arguments.pop("config", None), arguments.pop("url", None)
-    if url and parse_url(url).password and not in_json:
-        say(IN_THE_OPEN, sys.stderr)
-    flags = {"redis.url": url}
+    file, flags = arguments.pop("config", None), {"redis.url": arguments.pop("url", None)}
     # What an operation has no parameter for is a part of its configuration.
     flags |= {
         name: arguments.pop(name, None)

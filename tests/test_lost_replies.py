@@ -34,7 +34,7 @@ class Proxy:
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.socket = server, folder / "proxy"
         self.lost = 0
-        self.wires: list[mq.Wire] = []  # whose patience may be made to end
+        self.patience: asyncio.Timeout | None = None  # of the call that is under way
         self.sha, self.silent, self.meanwhile = b"", False, None
 
     def lose(self, name: str, mode: str, meanwhile: Act | None = None) -> None:
@@ -71,13 +71,13 @@ class Proxy:
                     back.write(data)
                     continue
                 self.sha, self.lost = b"", self.lost + 1
-                wires = list(self.wires)
+                patience = self.patience
                 if self.meanwhile:
                     await self.meanwhile()
                 if not self.silent:
                     return
-                for wire in wires:
-                    wire.close(TimeoutError("no answer in time"))
+                if patience:
+                    patience.reschedule(asyncio.get_running_loop().time())
                 while await replies.read(1 << 20):
                     pass
 
@@ -96,13 +96,13 @@ async def proxy(
     server: Server, db: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Proxy]:
     async with Proxy(server, tmp_path) as made:
-        begin = mq.Wire.__init__
+        begin = asyncio.timeout
 
-        def note(wire: mq.Wire, patience: float) -> None:
-            begin(wire, patience)
-            made.wires.append(wire)
+        def timeout(seconds: float | None) -> asyncio.Timeout:
+            made.patience = begin(seconds)
+            return made.patience
 
-        monkeypatch.setattr(mq.Wire, "__init__", note)
+        monkeypatch.setattr(asyncio, "timeout", timeout)
         yield made
 
 
@@ -229,12 +229,12 @@ async def test_lost_answer_of_eval(far: mq.Queue, proxy: Proxy, db: redis.Redis)
 
 
 async def test_silence_lasts_for_a_third_of_the_deadline(
-    far: mq.Queue, proxy: Proxy, db: redis.Redis
+    far: mq.Queue, proxy: Proxy, db: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here nobody ends the caller's patience but the caller."""
-    far.link.deadline = 6
     await create(far, "p")
-    proxy.wires.clear()
+    monkeypatch.undo()
+    proxy.patience, far.link.deadline = None, 6
     proxy.lose("claim", "silent")
     began = time.monotonic()
     assert (await far.claim("T", "alice"))["claimedBy"] == "alice"

@@ -44,6 +44,8 @@ class Receiver(http.server.ThreadingHTTPServer):
         self.answers: list[int] = []
         self.always = 201
         self.slow = 0.0  # s before each answer
+        self.endless, self.sent = False, 0  # an answer that has no end, and its bytes so far
+        self.encodings: list[str] = []
         self.ended = threading.Event()
         self.asked: list[dict[str, Any]] = []  # every call
         self.taken: list[dict[str, Any]] = []  # those that were answered 201
@@ -78,7 +80,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 201:
             self.server.taken.append(thought)
         answer = {"id": f"t-{len(self.server.taken)}", "detail": f"echo {thought['token']}"}
+        self.server.encodings.append(self.headers["Accept-Encoding"])
         with contextlib.suppress(OSError):
+            if self.server.endless:
+                self.send_response(status)
+                self.end_headers()
+                while not self.server.ended.is_set():
+                    self.wfile.write(b"[" * 65536)
+                    self.server.sent += 65536
+                return
             self.send_response(status or 500)
             if 300 <= status < 400:
                 self.send_header("Location", "http://127.0.0.1:1/")
@@ -429,3 +439,20 @@ def test_capture_without_a_receiver(server: Server, tmp_path: Path) -> None:
     done = by_hand(server, tmp_path, "x")
     assert done.returncode == 2
     assert "openbrain.url, or $OPENBRAIN_URL, is missing" in done.stderr
+
+
+@pytest.mark.parametrize("status", [201, 400, 503])
+async def test_an_answer_without_an_end(
+    queue: mq.Queue, db: redis.Redis, capturing: mq.Config, brain: Receiver, status: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """64 KiB of it are read, as it is: it is asked for without an encoding."""
+    brain.endless, brain.always = True, status
+    await create(queue, "A")
+    async with following(queue) as follower:
+        await until(lambda: at_present(db))
+        await queue.note("A", "found")
+        await until(lambda: brain.taken or follower.aside or capsys.readouterr().err)
+    assert set(brain.encodings) == {"identity"}
+    await until(lambda: brain.sent)
+    assert brain.sent < 16 * 2**20 * len(brain.asked)

@@ -656,6 +656,34 @@ async def test_two_edits_before_the_first_is_seen(
     await person.execute("drop owned by ann; drop role ann")
 
 
+async def test_an_edit_that_cannot_be_read_ends_no_other(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is closed as INVALID, and those behind it are carried out; so are those of other projects
+    when one project cannot be read."""
+    await create(queue, "T1", "T2", "T3")
+    await create(queue, "T", project="broken")
+    for project in ("p", "broken"):
+        await follow(queue, postgres, project)
+    change = "update tasks set metadata = $1 where task_id = $2"
+    await person.execute(change, '{"a":' * 3000 + "1" + "}" * 3000, "T1")
+    await person.execute(change, '{"a": ' + "9" * 5000 + "}", "T2")
+    await person.execute("update tasks set title = 'x' where project = 'broken'")
+    await person.execute("update tasks set title = 'fine' where task_id = 'T3'")
+    client = redis.Redis(unix_socket_path=config["redis.url"].removeprefix("unix://"))
+    client.hset("mosaic:queue:project:{broken}", "limits", "schema=1 claimTTL=" + "9" * 5000)
+    client.set("mosaic:queue:project:{broken}:text:T", "{")
+    async with recording(queue, config):
+        await until(lambda: person.fetchval("select done_at from edits where task_id = 'T3'"))
+    edits = await person.fetch("select task_id, code, message from edits order by id")
+    codes = {edit["task_id"]: edit["code"] for edit in edits}
+    assert codes == {"T1": "INVALID", "T2": "INVALID", "T": None, "T3": None}
+    assert all(edit["message"] for edit in edits[:2])
+    assert (await queue.get("p/T3"))["title"] == "fine"
+    assert "secret" not in capsys.readouterr().err
+
+
 async def test_who_sees_that_an_edit_is_done_sees_what_it_did(
     queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any
 ) -> None:
