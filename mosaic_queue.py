@@ -1564,9 +1564,8 @@ class Task(TypedDict, total=False):
 class Record(Task, total=False):
     """A task whole, as JSON can carry it: from its records a project is restored as it was.
 
-    `freed` are here the tasks that depend on it and wait for it no more, though it is not
-    completed (it was, and has been reopened).  What a task shows in its status stands where Task
-    has it; `hidden` is what its hash keeps besides.
+    What a task shows in its status stands where Task has it; `hidden` is what its hash keeps
+    besides.  `freed`, in the files of an older program, means nothing any more.
     """
 
     order: int  # us since the epoch: its place among those of one priority
@@ -4709,37 +4708,16 @@ def restored_row(record: Record) -> dict[str, str]:
         "summary": values.get("summary", ""),
         "notes": compact(values["notes"]) if "notes" in values else "",
         "ends": str(record.get("leaseExpiresAt", "")),
+        "waits": " ".join(record.get("waits", ())),
     }
 
 
-class Unsettled:
-    """The tasks of which other tasks decide where they stand: they wait until all are entered."""
-
-    def __init__(self) -> None:
-        # By task its rev and what it waits not for; rev and name of those that have freed it.
-        self.tasks: dict[str, tuple[int, str]] = {}
-        self.freed: dict[str, list[tuple[int, str]]] = {}
-
-    def note(self, records: Iterable[Record]) -> None:
-        """Look at records on their way."""
-        for record in records:
-            task, rev, edges = record["taskId"], record["rev"], record.get("dependencies", [])
-            for other in record.get("freed", ()):
-                self.freed.setdefault(other, []).append((rev, task))
-            # Blocked by what is no dependency of it, or not blocked: its place has to be found.
-            by_hand = bool(record.get("hidden", {}).get("blocked"))
-            odd = record["status"] == ("pending" if by_hand else "blocked")
-            if record["status"] != "completed" and (edges or odd):
-                waits = record.get("waits", ())
-                self.tasks[task] = rev, " ".join(one for one in edges if one not in waits)
-
-    def rows(self) -> Sequence[dict[str, str]]:
-        """The rows of the step `settle`.  What two records say of one edge is true in the newer."""
-        rows = []
-        for task, (rev, free) in self.tasks.items():
-            later = [other for at, other in self.freed.get(task, ()) if at > rev]
-            rows.append({"task": task, "freed": " ".join([free, *later])})
-        return rows
+def stands_by_others(record: Record) -> bool:
+    """Whether other tasks decide where this one stands: it is placed when all are entered."""
+    by_hand = bool(record.get("hidden", {}).get("blocked"))
+    # Blocked by what is no dependency of it, or not blocked: its place has to be found.
+    odd = record["status"] == ("pending" if by_hand else "blocked")
+    return record["status"] != "completed" and bool(record.get("dependencies") or odd)
 
 
 def check_fields(given: Mapping[str, Any], *needed: str) -> None:
@@ -4826,17 +4804,16 @@ async def enter_records(queue: Queue, project: str, meta: Meta, source: Records)
     for at in range(0, len(left), FOLLOW):
         await step("clear", keys=" ".join(left[at : at + FOLLOW]))
     count = 0
-    last = Unsettled()
+    last: list[dict[str, str]] = []
     async for records in source:
         for at in range(0, len(records), RECORDS):
             part = records[at : at + RECORDS]
             if not await step("enter", [restored_row(record) for record in part]):
                 return -1  # somebody else was faster
-            last.note(part)
+            last += [{"task": one["taskId"]} for one in part if stands_by_others(one)]
             count += len(part)
-    rows = last.rows()
-    for at in range(0, len(rows), RECORDS):
-        await step("settle", rows[at : at + RECORDS])
+    for at in range(0, len(last), RECORDS):
+        await step("settle", last[at : at + RECORDS])
     await queue.register(project, anew=True)
     await step("open")
     return count

@@ -169,12 +169,12 @@ class History(RuleBasedStateMachine):
         one.waits = {name for name in on if self.tasks[name].status != "completed"}
 
     def leads_to(self, task: str, on: list[str]) -> bool:
-        seen, todo = set(), list(on)
+        seen, todo = set(), [name for name in on if self.tasks[name].status != "completed"]
         while todo:
             name = todo.pop()
             if name in self.tasks and name not in seen:
                 seen.add(name)
-                todo += self.tasks[name].dependencies
+                todo += self.tasks[name].waits
         return task in seen
 
     def free(self, task: str) -> None:
@@ -200,7 +200,7 @@ class History(RuleBasedStateMachine):
         return [
             one
             for one in self.tasks.values()
-            if task in one.dependencies and one.status != "completed"
+            if task in one.waits
         ]
 
     # ---- the call and its comparison ----

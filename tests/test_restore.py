@@ -60,8 +60,6 @@ async def test_a_record_says_what_a_task_waits_for(queue: mq.Queue) -> None:
     await queue.reopen("A", reason="blank")
     _, records = await queue.records("p", ["A", "B", "T"])
     assert records["T"]["waits"] == ["B"]
-    assert records["A"]["freed"] == ["T"]
-    assert "freed" not in records["B"]
 
 
 # ---- a project made again ----

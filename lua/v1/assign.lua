@@ -28,7 +28,7 @@ local function best()
         if task and task.status == 'pending' and not turn_of(task) then
           local its = RANK[task.priority]
           if rank and its > rank then break end
-          local count = read('ZCOUNT', key('dependents', id), 0, 0)
+          local count = #waiting_for(id, BATCH)
           if not rank or its < rank or count > waiting or
              count == waiting and tonumber(task.order) < tonumber(found.order) then
             found, rank, waiting = task, its, count

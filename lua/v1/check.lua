@@ -54,20 +54,22 @@ local function check(id, task, indexes)
   local needs = 0
   for other in dependencies:gmatch('%S+') do
     looked = looked + 1
-    local dependency = fields(other)
-    local waits = read('SISMEMBER', key('waits', id), other) == 1
-    local score = read('ZSCORE', key('dependents', other), id)
-    if waits then needs = needs + 1 end
-    if task.status ~= 'completed' then
-      if dependency and not score then problem(id, 'is missing among the dependents of ' .. other) end
-      if waits and not dependency then problem(id, 'waits for ' .. other .. ', which is gone') end
-      if waits and dependency and dependency.status == 'completed' and
-         not read('ZSCORE', root .. ':unsettled', other) then
+    if read('SISMEMBER', key('waits', id), other) == 1 then
+      needs = needs + 1
+      local dependency = fields(other)
+      if not dependency then
+        problem(id, 'waits for ' .. other .. ', which is gone')
+      elseif dependency.status == 'completed' and not read('ZSCORE', root .. ':unsettled', other) then
         problem(id, 'waits for ' .. other .. ', which is completed')
+      elseif read('ZSCORE', key('dependents', other), id) ~= '0' then
+        problem(id, 'is missing among the dependents of ' .. other)
       end
-      if score and (score == '0') ~= waits then problem(id, 'and ' .. other .. ' disagree on waiting') end
-    elseif score then
-      problem(id, 'is completed and among the dependents of ' .. other)
+    end
+  end
+  for _, other in ipairs(waiting_for(id, BATCH)) do
+    looked = looked + 1
+    if read('SISMEMBER', key('waits', other), id) == 0 then
+      problem(id, 'has ' .. other .. ' among its dependents, which does not wait for it')
     end
   end
   if read('SCARD', key('waits', id)) ~= needs then problem(id, 'waits for what it does not depend on') end

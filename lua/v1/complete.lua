@@ -34,11 +34,11 @@ if arg.summary ~= '' then write('SET', key('summary', task.id), arg.summary) end
 local past = {}
 if late ~= '' then past = {'late', late, 'reaped', ''} end
 move(task, 'completed', '', 'completedAt', at, unpack(past))
-if task.edges ~= '' then remove_edges(task) end
-local freed, more = free_dependents(task)
+if task.edges ~= '' then wait_no_more(task) end
+local freed, more = {}, false
+if read('EXISTS', key('dependents', task.id)) == 1 then freed, more = free_dependents(task) end
 local texts = {key('work', task.id)}
 if arg.summary == '' then append(texts, key('summary', task.id)) end
-if task.edges ~= '' then append(texts, key('waits', task.id)) end
 finish(task, more, unpack(texts))
 return show(task, 'status', 'completed', 'fence', task.fence, 'completedAt', at, 'late', late,
             'freed', table.concat(freed, ' '))

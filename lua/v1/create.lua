@@ -89,7 +89,7 @@ for _, new in ipairs(sorted) do
     local status = next(new.needs) and 'blocked' or 'pending'
     emit(task, 'create', status)
     write('SET', key('text', task.id), text_of(new, table.concat(new.edges, ' ')))
-    if #new.edges > 0 then write_edges(task, new.edges, new.needs) end
+    if #new.edges > 0 then wait_for(task, new.needs) end
     write('ZADD', key('mission', new.mission), task.order, task.id)
     place(task, status)
     local rare = {}

@@ -19,7 +19,7 @@ if done and (not again or tonumber(again.rev) > tonumber(done.rev)) then
 end
 local task = load(arg.task, 'fence', 'mission', 'notBefore', 'edges')
 local dependents = {}
-for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do
+for _, id in ipairs(waiting_for(task.id, BATCH + 1)) do
   if read('EXISTS', key('task', id)) == 1 then dependents[#dependents + 1] = id end
 end
 if arg.force ~= '1' then

@@ -52,18 +52,6 @@ local function write_work(task, changes)
   end
 end
 
--- The long texts of what a task says of itself.  Title and dependencies stand first, so that a list
--- reads them without the others.
-local function text_of(values, dependencies)
-  local text = '{"title":' .. cjson.encode(values.title)
-  if dependencies ~= '' then text = text .. ',"dependencies":"' .. dependencies .. '"' end
-  if values.metadata ~= '' then text = text .. ',"metadata":' .. cjson.encode(values.metadata) end
-  if values.description ~= '' then
-    text = text .. ',"description":' .. cjson.encode(values.description)
-  end
-  return text .. '}'
-end
-
 -- When a delay is over, or '' for none.
 local function after(seconds)
   return seconds > 0 and string.format('%d', now + seconds * 1000) or ''
@@ -178,85 +166,89 @@ local function pick_up(task, ttl) -- seldom
   task.claimTTL = ttl
 end
 
--- Edges of the dependency graph: what the task depends on, and what of it is not completed.
-local function write_edges(task, edges, needs) -- seldom
-  write('DEL', key('waits', task.id))
-  for _, id in ipairs(edges) do write('ZADD', key('dependents', id), needs[id] and 0 or 1, task.id) end
-  for id in pairs(needs) do write('SADD', key('waits', task.id), id) end
+-- What a task waits for: `waits` says it, and `dependents` of each of those says who.
+local function wait_for(task, needs) -- seldom
+  for id in pairs(needs) do
+    write('SADD', key('waits', task.id), id)
+    write('ZADD', key('dependents', id), 0, task.id)
+  end
 end
 
--- Derives both from the task's text again: what a completion freed stays free.
-local function restore_edges(task) -- seldom
-  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
-  local edges, needs = {}, {}
-  for id in (text.dependencies or ''):gmatch('%S+') do
-    local other = fields(id)
-    if other then edges[#edges + 1] = id end
-    if other and other.status ~= 'completed' and
-       read('ZSCORE', key('dependents', id), task.id) ~= '1' then needs[id] = true end
+-- Leaves of what a task waits for those in `needs`; with `needs` nil none.
+local function wait_no_more(task, needs) -- seldom
+  for _, id in ipairs(read('SMEMBERS', key('waits', task.id))) do
+    if not (needs and needs[id]) then
+      write('ZREM', key('dependents', id), task.id)
+      write('SREM', key('waits', task.id), id)
+    end
   end
-  write_edges(task, edges, needs)
-  task.edges = text.dependencies and select(2, text.dependencies:gsub('%S+', '')) or ''
+end
+
+-- Says the same in both again, of dependencies that are there and not completed.
+local function mend_waits(task) -- seldom
+  local needs, count = {}, 0
+  for id in dependencies_of(task.id):gmatch('%S+') do
+    count = count + 1
+    if read('SISMEMBER', key('waits', task.id), id) == 1 or
+       read('ZSCORE', key('dependents', id), task.id) == '0' then
+      local other = fields(id)
+      needs[id] = other and other.status ~= 'completed' and true or nil
+    end
+  end
+  wait_for(task, needs)
+  wait_no_more(task, needs)
+  task.edges = count > 0 and count or ''
   write('HSET', task.key, 'edges', task.edges)
 end
 
-local function remove_edges(task) -- seldom
-  local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
-  for id in (text.dependencies or ''):gmatch('%S+') do
-    write('ZREM', key('dependents', id), task.id)
-  end
+-- A task that waits for nothing any more becomes pending, by an event that `op` and `text` tell.
+local function free(task, op, text) -- seldom
+  if task.status ~= 'blocked' or settled(task) ~= 'pending' then return false end
+  emit(task, op, 'pending', text)
+  place(task, 'pending')
+  displace(task)
+  write('HSET', task.key, 'status', 'pending', 'rev', task.rev, 'updatedAt', at)
+  return true
 end
 
 -- Tells the tasks that wait for this one that it is completed; frees those that wait for no
 -- other.  Returns the freed, and whether some of a long list are left for reap.
 local function free_dependents(task) -- seldom
-  local freed, edges = {}, key('dependents', task.id)
-  if read('ZCARD', edges) == 0 then return freed, false end
-  for i, id in ipairs(read('ZRANGEBYSCORE', edges, 0, 0, 'LIMIT', 0, BATCH + 1)) do
+  local freed = {}
+  for i, id in ipairs(waiting_for(task.id, BATCH + 1)) do
     if i > BATCH then return freed, true end
     local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
     write('SREM', key('waits', id), task.id)
-    if dependent and dependent.status == 'blocked' and settled(dependent) == 'pending' then
-      emit(dependent, 'free', 'pending', task.id)
-      place(dependent, 'pending')
-      displace(dependent)
-      write('HSET', dependent.key, 'status', 'pending', 'rev', dependent.rev, 'updatedAt', at)
-      freed[#freed + 1] = id
-    end
-    write('ZADD', edges, 1, id)
+    if dependent and free(dependent, 'free', task.id) then freed[#freed + 1] = id end
+    write('ZREM', key('dependents', task.id), id)
   end
   return freed, false
 end
 
 -- Takes a task out of everything.  Once its status is `deleted` reap finishes what is cut off; its
--- hash goes last.  Tasks that depended on it do not any more; BATCH of them at most.
-local function bury(task)
+-- hash goes last.  Tasks that waited for it do not depend on it any more; BATCH of them at most.
+local function bury(task) -- seldom
   displace(task)
   write('HSET', task.key, 'status', 'deleted')
-  for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do
-    local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked')
+  for _, id in ipairs(waiting_for(task.id, BATCH + 1)) do
+    local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
     if dependent then
-      local text, others = cjson.decode(read('GET', key('text', id)) or '{}'), {}
-      for other in (text.dependencies or ''):gmatch('%S+') do
+      local others = {}
+      for other in dependencies_of(id):gmatch('%S+') do
         if other ~= task.id then others[#others + 1] = other end
       end
-      text.dependencies = given(table.concat(others, ' '))
-      dependent.edges = #others > 0 and #others or ''
       write('SREM', key('waits', id), task.id)
-      local frees = dependent.status == 'blocked' and settled(dependent) == 'pending'
-      local status = frees and 'pending' or dependent.status
-      emit(dependent, 'update', status, 'dependencies')
-      write('SET', key('text', id), cjson.encode(text))
-      if frees then
-        place(dependent, 'pending')
-        displace(dependent)
+      local text = with_dependencies(id, table.concat(others, ' '))
+      if not free(dependent, 'update', 'dependencies') then
+        emit(dependent, 'update', dependent.status, 'dependencies')
       end
-      write('HSET', dependent.key, 'status', status, 'edges', dependent.edges,
-            'rev', dependent.rev, 'updatedAt', at)
+      write('SET', key('text', id), text)
+      write('HSET', dependent.key, 'edges', #others > 0 and #others or '', 'rev', dependent.rev,
+            'updatedAt', at)
     end
     write('ZREM', key('dependents', task.id), id)
   end
-  if task.edges ~= '' then remove_edges(task) end
+  if task.edges ~= '' then wait_no_more(task) end
   write('ZREM', key('mission', task.mission), task.id)
   for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents'}) do
     write('DEL', key(kind, task.id))
@@ -291,7 +283,7 @@ local function heal(task)
   for _, index in ipairs({'delayed', 'blocked', 'failed', 'completed'}) do
     write('ZREM', root .. ':' .. index, task.id)
   end
-  if task.status ~= 'completed' and task.status ~= 'deleted' then restore_edges(task) end
+  if task.status ~= 'completed' and task.status ~= 'deleted' then mend_waits(task) end
   if held(task) then return false end
   write('DEL', key('lock', task.id))
   if task.status == 'deleted' then
@@ -304,8 +296,8 @@ local function heal(task)
     settle_again(task)
   end
   if task.status ~= 'completed' then return false end
-  write('DEL', key('work', task.id), key('waits', task.id))
-  if task.edges ~= '' then remove_edges(task) end
+  write('DEL', key('work', task.id))
+  wait_no_more(task)
   local _, more = free_dependents(task)
   return more
 end

@@ -23,7 +23,7 @@ for _, id in ipairs(read('ZRANGE', key('running', task.lane), 0, 9)) do
   local other = fields(id, 'claimedBy')
   if other then holders[#holders + 1] = row('taskId', id, 'claimedBy', other.claimedBy) end
 end
-return {'OK', whole(task), waits, read('ZRANGEBYSCORE', key('dependents', task.id), 0, 0, 'LIMIT', 0, 10),
+return {'OK', whole(task), waits, waiting_for(task.id, 10),
         holders,
         row('place', read('ZRANK', key('ready', task.lane), task.id) or '',
          'held', read('ZCARD', key('running', task.lane)), 'maxConcurrent', cap(task.lane) or '',

@@ -260,26 +260,26 @@ local function give_ids(batch, done) -- seldom
   return number
 end
 
--- New dependencies may not lead back to the task.
-local function require_no_path(task, edges) -- seldom
-  local seen, todo, count = {}, {unpack(edges)}, 0
-  while #todo > 0 do
-    local id = table.remove(todo)
+-- What a task would wait for may not wait for it.
+local function require_no_path(task, needs) -- seldom
+  local seen, todo = {}, {}
+  local function look_at(id)
     if id == task.id then
       reject('CYCLE', 'with these dependencies ' .. name_of(task) .. ' would wait for itself')
     end
     if not seen[id] then
-      seen[id], count = true, count + 1
-      if count > LOOK then
+      seen[id], todo[#todo + 1] = true, id
+      if #todo > LOOK then
         reject('TOO_LARGE', 'more than ' .. LOOK .. ' tasks would have to be completed before ' ..
                name_of(task))
       end
-      local other = fields(id, 'edges')
-      if other and other.edges ~= '' then
-        local text = cjson.decode(read('GET', key('text', id)) or '{}')
-        for further in (text.dependencies or ''):gmatch('%S+') do todo[#todo + 1] = further end
-      end
     end
+  end
+  for id in pairs(needs) do look_at(id) end
+  local i = 1
+  while todo[i] do
+    for _, id in ipairs(read('SMEMBERS', key('waits', todo[i]))) do look_at(id) end
+    i = i + 1
   end
 end
 

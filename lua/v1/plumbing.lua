@@ -23,9 +23,9 @@
 --                                   blockedReason
 --   <root>:summary:<id>     string  what the last completion said
 --   <root>:notes:<id>       string  JSON array of the last notes: agent at (ms) text
---   <root>:waits:<id>       set     the dependencies of a task that are not completed
---   <root>:dependents:<id>  zset    tasks that depend on it and are not completed; score 0:
---                                   waiting for it, 1: freed
+--   <root>:waits:<id>       set     the dependencies that a task waits for
+--   <root>:dependents:<id>  zset    who waits for it; score 0 (an older program keeps those that it
+--                                   has freed, with 1)
 --   <root>:ready:<lane>     zset    pending and due, by priority, then age
 --   <root>:delayed          zset    pending and not due, by notBefore (ms)
 --   <root>:running:<lane>   zset    claimed and in-progress, by the end of the lease (ms)
@@ -192,10 +192,41 @@ local function head_of(task)
     at = at + 2
   end
   local edges = at and text:match('^,"dependencies":"([^"]*)"', at + 1)
-  if at and (edges or task.edges == '') then return text:sub(10, at), edges or '', #text end
+  if at and (edges or task.edges == '' or text:byte(at + 1) == 125) then
+    return text:sub(10, at), edges or '', #text
+  end
   text = read('GET', key('text', task.id)) or '{}'
   local values = cjson.decode(text)
   return cjson.encode(values.title or ''), values.dependencies or '', #text
+end
+
+-- The long texts of what a task says of itself.  Title and dependencies stand first, so that a list
+-- reads them without the others.
+local function text_of(values, dependencies)
+  local text = '{"title":' .. cjson.encode(values.title)
+  if dependencies ~= '' then text = text .. ',"dependencies":"' .. dependencies .. '"' end
+  if values.metadata ~= '' then text = text .. ',"metadata":' .. cjson.encode(values.metadata) end
+  if values.description ~= '' then
+    text = text .. ',"description":' .. cjson.encode(values.description)
+  end
+  return text .. '}'
+end
+
+local function dependencies_of(id)
+  local _, dependencies = head_of({id = id})
+  return dependencies
+end
+
+-- The text of a task with other dependencies.
+local function with_dependencies(id, dependencies) -- seldom
+  local values = cjson.decode(read('GET', key('text', id)) or '{}')
+  return text_of({title = values.title or id, description = values.description or '',
+                  metadata = values.metadata or ''}, dependencies)
+end
+
+-- Who waits for a task, `most` of them.
+local function waiting_for(id, most)
+  return read('ZRANGEBYSCORE', key('dependents', id), 0, 0, 'LIMIT', 0, most)
 end
 
 local function append(list, ...)

@@ -9,7 +9,7 @@
 -- Flags    no-writes
 --
 -- `ids` stand between spaces, BATCH of them at most; after TEXTS bytes it stops.  With each task come the dependencies that it
--- waits for, and those that it has freed, LOOK at most, though it is not completed.
+-- waits for.
 
 meta = project()
 local tasks, count, size = {}, 0, 0
@@ -20,10 +20,8 @@ for id in arg.ids:gmatch('%S+') do
   if count > BATCH then reject('TOO_LARGE', 'accepted: up to ' .. BATCH .. ' ids') end
   local task = fields(id, '*')
   if task and task.status ~= 'deleted' then
-    local freed = task.status ~= 'completed' and
-                  read('ZRANGEBYSCORE', key('dependents', id), 1, 1, 'LIMIT', 0, LOOK) or {}
     local waits = task.edges ~= '' and read('SMEMBERS', key('waits', id)) or {}
-    local reply = whole(task, 'waits', table.concat(waits, ' '), 'freed', table.concat(freed, ' '))
+    local reply = whole(task, 'waits', table.concat(waits, ' '))
     tasks[#tasks + 1], size = reply, size + #reply[4] + #reply[5] + #reply[6] + #reply[7]
   end
 end

@@ -12,25 +12,21 @@ local task = load(arg.task, 'op', 'priority', 'order', 'notBefore', 'edges')
 local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'completed')
--- A dependency that was purged since was completed, and is none any more.
-local text, edges, needs = nil, {}, {}
-if task.edges ~= '' then
-  text = cjson.decode(read('GET', key('text', task.id)) or '{}')
-  for id in (text.dependencies or ''):gmatch('%S+') do
-    local other = fields(id)
-    if other then edges[#edges + 1] = id end
-    if other and other.status ~= 'completed' then needs[id] = true end
-  end
+-- A dependency that is gone was completed, and a new task of its name is another.
+local edges, needs = {}, {}
+for id in (task.edges == '' and '' or dependencies_of(task.id)):gmatch('%S+') do
+  local other = fields(id)
+  if other then edges[#edges + 1] = id end
+  if other and other.status ~= 'completed' then needs[id] = true end
 end
+local text = tostring(#edges) ~= task.edges and task.edges ~= '' and
+             with_dependencies(task.id, table.concat(edges, ' '))
 local status = next(needs) and 'blocked' or 'pending'
 
 emit(task, 'reopen', status, arg.reason)
 begin(task)
-if text then
-  text.dependencies = given(table.concat(edges, ' '))
-  write('SET', key('text', task.id), cjson.encode(text))
-  write_edges(task, edges, needs)
-end
+wait_for(task, needs)
+if text then write('SET', key('text', task.id), text) end
 move(task, status, '', 'completedAt', '', 'late', '', 'blocked', '',
      'edges', #edges > 0 and #edges or '')
 finish(task)

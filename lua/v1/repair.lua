@@ -22,7 +22,7 @@ for id in arg.ids:gmatch('%S+') do
     write('ZREM', root .. ':' .. name, id)
   end
   if not task then
-    remove_edges({id = id})
+    wait_no_more({id = id})
     for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents', 'lock'}) do
       write('DEL', key(kind, id))
     end
@@ -31,6 +31,11 @@ for id in arg.ids:gmatch('%S+') do
     if not text.title then
       text.title = id
       write('SET', key('text', id), cjson.encode(text))
+    end
+    for _, other in ipairs(waiting_for(id, BATCH)) do
+      if read('SISMEMBER', key('waits', other), id) == 0 then
+        write('ZREM', key('dependents', id), other)
+      end
     end
     write('ZADD', key('mission', task.mission), task.order, id)
     if held(task) then

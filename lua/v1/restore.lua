@@ -2,7 +2,7 @@
 --
 -- State    - -> any
 -- Args     actor mark step epoch rev fence limits lanes keys
--- Each     task hash text work summary notes ends freed
+-- Each     task hash text work summary notes ends waits
 -- Returns  nothing; REPEATED, with the project's rev, when it lives with this epoch already
 -- Rejects  SCHEMA INVALID TOO_LARGE EXISTS
 -- Emits    update for each task that is blocked, or no longer, and its record says otherwise
@@ -10,8 +10,7 @@
 -- Steps: `begin`; `clear`, for the `keys`, without the root, that an earlier restore left; `enter`,
 -- with tasks; `settle`, when all are there, with those whose place depends on others; `open`.
 -- Until then the root has a rev, no limits, and for its epoch the mark of this restore; one that
--- begins later takes its place.  `hash` is a row; `freed` are the dependencies that a task which
--- is not completed waits for no more.
+-- begins later takes its place.  `hash` is a row; `waits` has ids between spaces.
 
 meta = project(true)
 local name = root:match('{(.*)}')
@@ -125,6 +124,9 @@ local function enter(task)
   if task.new.summary ~= '' then write('SET', key('summary', task.id), task.new.summary) end
   if task.new.notes ~= '' then write('SET', key('notes', task.id), task.new.notes) end
   write('ZADD', key('mission', task.mission), task.order, task.id)
+  local needs = {}
+  for id in task.new.waits:gmatch('%S+') do needs[id] = true end
+  wait_for(task, needs)
   write('HSET', task.key, unpack(task.fields))
   if held(task) then
     lease_again(task)
@@ -133,12 +135,8 @@ local function enter(task)
   end
 end
 
--- What a completion freed stays free, also when it was taken back.
-local function settle(task, freed)
-  for other in freed:gmatch('%S+') do
-    if fields(other) then write('ZADD', key('dependents', other), 1, task.id) end
-  end
-  restore_edges(task)
+local function settle(task)
+  mend_waits(task)
   if task.status == 'pending' or task.status == 'blocked' then settle_again(task) end
 end
 
@@ -152,7 +150,7 @@ elseif arg.step == 'enter' then
 elseif arg.step == 'settle' then
   for new in each_task() do
     local task = fields(new.task, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
-    if task then settle(task, new.freed) end
+    if task then settle(task) end
   end
 else
   write('HSET', root, 'epoch', arg.epoch, 'rev', decimal(rev), 'fence', decimal(fence),

@@ -36,7 +36,7 @@ local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
 local edges, needs
 if changes('dependencies') then
   edges, needs = require_dependencies(task.id, arg.dependencies, {}, {})
-  require_no_path(task, edges)
+  require_no_path(task, needs)
 end
 local status = task.status
 if status == 'pending' or status == 'blocked' then
@@ -48,19 +48,14 @@ emit(task, 'update', status, arg.given)
 begin(task)
 local marks = edges and held(task)
 if marks then write('ZADD', root .. ':unsettled', at, task.id) end
-if edges then
-  local keeps = {}
-  for _, id in ipairs(edges) do keeps[id] = true end
-  for id in (text.dependencies or ''):gmatch('%S+') do
-    if not keeps[id] then write('ZREM', key('dependents', id), task.id) end
-  end
+if edges then wait_for(task, needs) end
+local values = {title = changes('title') and arg.title or text.title or task.id}
+for name, value in pairs({description = arg.description, metadata = arg.metadata}) do
+  values[name] = changes(name) and value or not changes(name) and text[name] or ''
 end
-for name, value in pairs({title = arg.title, description = arg.description, metadata = arg.metadata}) do
-  if changes(name) then text[name] = given(value) end
-end
-if edges then text.dependencies = given(table.concat(edges, ' ')) end
-write('SET', key('text', task.id), cjson.encode(text))
-if edges then write_edges(task, edges, needs) end
+write('SET', key('text', task.id),
+      text_of(values, edges and table.concat(edges, ' ') or text.dependencies or ''))
+if edges then wait_no_more(task, needs) end
 local mission = changes('mission') and arg.mission or task.mission
 if mission ~= task.mission then write('ZADD', key('mission', mission), task.order, task.id) end
 local notBefore = task.notBefore
