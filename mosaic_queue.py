@@ -2660,6 +2660,9 @@ def naming_keys(lua: str) -> str:
     return shebang + NAMES_KEYS + rest
 
 
+NO_TURN = contextlib.nullcontext()
+
+
 class Link:
     """The way to one Valkey: connects, sends again, starts the private server when it is down.
 
@@ -2670,6 +2673,8 @@ class Link:
         self.config, self.deadline, self.unsafe = config, deadline, unsafe
         self.server: PrivateServer | None = None
         self.fit: dict[str, str] = {}  # what `check` has found
+        self.ears: Ears | None = None  # of a process in which many wait
+        self.turns: Any = NO_TURN  # where many send at once: how many connections they share
         self._client: Any = None
 
     async def close(self) -> None:
@@ -2704,6 +2709,10 @@ class Link:
     async def send(self, *command: Any, lua: str = "") -> Any:
         """One command to Valkey, sent again until an answer or the deadline comes.  `lua` is the
         text of the script that the command names.  Refuses UNREACHABLE and UNFIT."""
+        async with NO_TURN if command[0] == "XREAD" else self.turns:
+            return await self._send(*command, lua=lua)
+
+    async def _send(self, *command: Any, lua: str) -> Any:
         give_up = time.monotonic() + self.deadline
         pause, starts = 0.01, 0
         while True:
@@ -2787,13 +2796,22 @@ class Link:
         self.fit = {"version": f"{name} {version}".strip(), "policy": policy}
         return self.fit
 
-    async def listen(self, bells: Sequence[str], seconds: float) -> None:
-        """Wait until one of the bells rings or the time is over; an error is as good as a ring."""
+    async def listen(self, bells: Sequence[str], seconds: float) -> str:
+        """Wait until one of the bells rings or the time is over; an error is as good as a ring.
+        Which one rang, "" for none."""
+        if self.ears:
+            return await self.ears.listen(bells, seconds)
+        return await self.block(bells, seconds)
+
+    async def block(self, bells: Sequence[str], seconds: float) -> str:
+        """The same, on a connection of its own."""
         try:
             async with asyncio.timeout(seconds + 2):
-                await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
+                found = await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
+                return str(found[0]) if found else ""
         except client_errors():
             await asyncio.sleep(min(0.2, seconds))
+            return ""
 
     async def told(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
@@ -2824,6 +2842,63 @@ class Link:
                 yield member, float(score)
             if not cursor:
                 return
+
+
+class Ears:
+    """One connection for each project on whose bells many callers of this process wait: a token
+    wakes the caller that has waited longest, as Valkey does with connections."""
+
+    EVERY = 0.5  # s after which a bell that somebody has begun to wait for is listened to
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.waiting: dict[str, dict[asyncio.Future[str], None]] = {}  # by bell, in their order
+        self.listening: dict[str, asyncio.Task[None]] = {}  # by project's root
+
+    async def listen(self, bells: Sequence[str], seconds: float) -> str:
+        """Wait until one of the bells rings, or the time is over."""
+        root = bells[0].partition("}")[0]
+        rung: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        for bell in bells:
+            self.waiting.setdefault(bell, {})[rung] = None
+        if root not in self.listening or self.listening[root].done():
+            self.listening[root] = asyncio.create_task(self.hear(root))
+        try:
+            async with asyncio.timeout(seconds):
+                return await rung
+        except TimeoutError:
+            return ""
+        finally:
+            self.forget(bells, rung)
+            if rung.done() and not rung.cancelled() and self.cancelled():
+                self.wake(rung.result())  # it will not use the token
+
+    @staticmethod
+    def cancelled() -> bool:
+        """Whether the call that waits is being cancelled."""
+        task = asyncio.current_task()
+        return bool(task and task.cancelling())
+
+    def forget(self, bells: Sequence[str], rung: asyncio.Future[str]) -> None:
+        """Take a caller away from its bells."""
+        for bell in bells:
+            callers = self.waiting.get(bell, {})
+            callers.pop(rung, None)
+            if not callers:
+                self.waiting.pop(bell, None)
+
+    def wake(self, bell: str) -> None:
+        """Hand a token to the caller that has waited longest for its bell."""
+        for rung in self.waiting.get(bell, ()):
+            if not rung.done():
+                rung.set_result(bell)
+                return
+
+    async def hear(self, root: str) -> None:
+        """Listen for a project while anybody waits there."""
+        while bells := [bell for bell in self.waiting if bell.startswith(root + "}")]:
+            if bell := await self.link.block(bells, self.EVERY):
+                self.wake(bell)
 
 
 # ==== SESSIONS ===============================================================================
@@ -3052,7 +3127,7 @@ class Queue:
             self.leases.pop(full, None)
         task = task_from(project, reply)
         if "claimTTL" in task and name in ("start", "heartbeat") and not arguments["force"]:
-            self._hold(task, arguments["agent"] or self.agent or self.actor)
+            self.hold(task, arguments["agent"] or self.agent or self.actor)
         if name == "complete":
             await self._register_again(project, task["rev"])
         return task
@@ -3076,7 +3151,7 @@ class Queue:
                 await asyncio.sleep(min(pause, left))
                 pause = min(2 * pause, 10)
 
-    def _hold(self, task: Task, agent: str) -> Task:
+    def hold(self, task: Task, agent: str) -> Task:
         """Remember a claim, for `renew_leases`."""
         if not task.get("superseded"):
             lease = Lease(task["project"], task["taskId"], agent, task["fence"], 0, 0, 0)
@@ -3413,7 +3488,7 @@ class Queue:
             if problem.case != "session" or not await self._disown(project, agent):
                 raise
             reply = await self._claimed("claim", project, given | {"resume": int(resume)})
-        return self._hold(task_from(project, reply), agent)
+        return self.hold(task_from(project, reply), agent)
 
     @operation()
     async def next(
@@ -3456,7 +3531,7 @@ class Queue:
             if looks:
                 self._looked_back[project, agent] = now
             if reply[0] != "NOTHING":
-                return {"tasks": [self._hold(task_from(project, reply), agent)]}
+                return {"tasks": [self.hold(task_from(project, reply), agent)]}
             _, why, _, due, lanes, assign, missing = reply
             left = give_up - time.monotonic()
             if left <= 0:
@@ -10397,6 +10472,7 @@ BODY = 4 * KIB * KIB  # bytes of a request at most
 BODY_WITHIN = 30.0  # s
 BEAT = 15.0  # s between two signs of life in a stream of events
 STOP_WITHIN = 10  # s
+CONNECTIONS = 32  # to Valkey, which all callers share
 RENEW_EVERY = 10.0  # s between two renewals of what an agent holds
 LOGINS, LOGINS_WITHIN = 10, 60.0  # failed ones of an address, and the seconds in which they count
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # s
@@ -10583,6 +10659,7 @@ class HttpServer:
 
     def __init__(self, queue: Queue, host: str) -> None:
         self.queue = queue
+        queue.link.ears, queue.link.turns = Ears(queue.link), asyncio.Semaphore(CONNECTIONS)
         self.callers = callers_from(queue.config)
         self.names = {"localhost", host, *queue.config["http.hosts"]}
         self.stopping = asyncio.Event()
@@ -10692,7 +10769,7 @@ class HttpServer:
             queue.agent = caller.agent if caller.agent and "*" not in caller.agent else None
             queue.session = f"http.{caller.name}" if caller.role == "agent" else None
             queue.actor = caller.name or queue.actor
-            queue.reach, queue.leases, queue.lost = frozenset(caller.projects), Unkept(), []
+            queue.reach, queue.leases, queue.lost = frozenset(caller.projects), {}, []
             queue.reader, queue.guard = http_reader(caller), caller.require
             self.queues[caller.name] = queue
         return self.queues[caller.name]
@@ -10708,12 +10785,13 @@ class HttpServer:
     def renew(self, caller: Caller, queue: Queue, agent: str | None) -> None:
         """Renew what an agent holds, beside the call that shows it to be alive."""
         now = time.monotonic()
-        if not agent or now < self.renewed.get((caller.name, agent), 0) + RENEW_EVERY:
+        last = self.renewed.get((caller.name, agent or ""))
+        if not agent or (last is not None and now < last + RENEW_EVERY):
             return
         if len(self.renewed) > 100_000:
             self.renewed.clear()
         self.renewed[caller.name, agent] = now
-        work = asyncio.create_task(renew_held(queue, agent))
+        work = asyncio.create_task(renew_held(queue, agent, last is None))
         self.background.add(work)
         work.add_done_callback(self.background.discard)
 
@@ -10909,13 +10987,6 @@ class MethodsOf:
         await response(scope, receive, send)
 
 
-class Unkept(dict[str, Lease]):
-    """Leases that nobody of this process renews by itself: a call of their agent does."""
-
-    def __setitem__(self, name: str, lease: Lease) -> None:
-        """Forget it."""
-
-
 def is_address(name: str) -> bool:
     """Whether a host is named by its number: no other site can own that name."""
     with contextlib.suppress(ValueError):
@@ -10938,16 +11009,19 @@ async def give_back(queue: Queue, result: Any) -> None:
                 await queue.call("release", task["project"], given)
 
 
-async def renew_held(queue: Queue, agent: str) -> None:
-    """Renew the leases of what an agent holds in this session, for the length that each has."""
-    for project in sorted(queue.reach) or await queue.projects():
-        with contextlib.suppress(Refused):
+async def renew_held(queue: Queue, agent: str, first: bool) -> None:
+    """Renew the leases of what an agent holds by its calls, each for its length; at `first` also
+    of what it held before this process was there."""
+    with contextlib.suppress(Refused):
+        for project in (sorted(queue.reach) or await queue.projects()) if first else ():
             asked = {"agent": agent, "limit": 100, "full": 1}
             for row in (await queue.call("list", project, asked))[3]:
                 task = task_from(project, row)
-                if task.get("session") == queue.session or not queue.session:
-                    given = {"task": task["taskId"], "agent": agent, "fence": task["fence"]}
-                    await queue.call("heartbeat", project, given)
+                if task["status"] in HELD and task.get("session") == queue.session:
+                    queue.hold(task, agent)
+    held = [name for name, lease in queue.leases.items() if lease.agent == agent]
+    await asyncio.gather(*(renew(queue, name) for name in held))
+    queue.lost.clear()  # many agents share it: each is told by its own next refusal
 
 
 async def body_of(request: Any) -> Any:

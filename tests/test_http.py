@@ -190,6 +190,23 @@ async def test_who_waits_gets_the_task_that_comes(serve: Serve) -> None:
         assert (await waiting).json()["tasks"][0]["taskId"] == "T1"
 
 
+async def test_many_wait_on_one_connection_and_one_token_wakes_one(
+    config: mq.Config, db: redis.Redis
+) -> None:
+    async with mq.Queue(config) as queue:
+        queue.link.ears = mq.Ears(queue.link)
+        await queue.create("p", "m", "T0", title="t", delay=3600)
+        waiting = [asyncio.create_task(queue.next(f"a{i}", wait=30)) for i in range(50)]
+        await asyncio.sleep(1)
+        assert db.info("clients")["blocked_clients"] == 1
+        waiting[0].cancel()  # it has waited longest, and will use no token
+        for i in range(1, 50):
+            await queue.create("p", "m", f"T{i}", title="t")
+        offers = await asyncio.gather(*waiting[1:])
+        assert len({offer["tasks"][0]["taskId"] for offer in offers}) == 49
+        assert not queue.link.ears.waiting
+
+
 async def test_a_stop_answers_who_waits(serve: Serve) -> None:
     process = serve()
     async with client(process) as one:
