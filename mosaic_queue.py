@@ -6480,7 +6480,12 @@ EMPTY = ("", "—", "\u2013", "-")
 
 def plain(text: str) -> str:
     """Text without the marks around it: `**T1**`, `[T1](url)`."""
-    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", text).strip(" *`~")
+    return without_links(text).strip(" *`~")
+
+
+def without_links(text: str) -> str:
+    """Text without the addresses of its links."""
+    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", text) if "](" in text else text
 
 
 def phrase(text: str) -> str:
@@ -6512,7 +6517,7 @@ class Words:
     def status(self, cell: str) -> tuple[str, str]:
         """The meaning of a status cell, '' when it is empty, and the word it was read from."""
         if cell not in self.read:
-            self.read[cell] = self._status(plain_links(cell))
+            self.read[cell] = self._status(without_links(cell).strip(" *`"))
         return self.read[cell]
 
     def _status(self, text: str) -> tuple[str, str]:
@@ -6563,7 +6568,7 @@ class Words:
 
     def priority(self, cell: str) -> str:
         """The priority that a cell means; its own words where it means none."""
-        text = plain_links(cell)[:CELL]
+        text = without_links(cell).strip(" *`")[:CELL]
         cut = SEPARATOR.search(text)
         for said in (text, text[: cut.start()] if cut else text):
             word = phrase(said) or said.strip(" *`_\ufe0f")
@@ -6608,11 +6613,6 @@ class Words:
         meaning = self.status(cell)[0]
         vague = ("", "set aside", "unknown", "in review")
         return meaning if meaning in vague else MEANINGS[meaning]
-
-
-def plain_links(cell: str) -> str:
-    """A cell without the addresses of its links, and what is around it."""
-    return re.sub(r"\[([^\[\]]*)\]\([^()]*\)", r"\1", cell).strip(" *`")
 
 
 def in_case_of(word: str, others: Iterable[str]) -> str:
@@ -6716,6 +6716,7 @@ class TaskTable:
     heading: str
     rows: list[Row] = field(default_factory=list)
     words: dict[tuple[str, str], str] = field(default_factory=dict)  # the column's own, by value
+    ticks: bool = False  # whether its status is a tick or none
 
     @property
     def last(self) -> int:
@@ -6826,10 +6827,14 @@ class Board:
         row.cells[column] = meaning(column, text, self.words)
         if column in row.said:
             row.said[column] = text
-        if column in row.said:
-            row.said[column] = text
         if column == "status":
-            row.meaning = self.words.status(text)[0]
+            row.meaning = self.status(table, text)[0]
+            row.cells[column] = MEANINGS.get(row.meaning, "")
+
+    def status(self, table: TaskTable, text: str) -> tuple[str, str]:
+        """The meaning of a status in a table, and the word it was read from."""
+        tick = tick_of(text) if table.ticks else None
+        return (tick, text) if tick else self.words.status(text)
 
     def append(self, table: TaskTable, values: Mapping[str, str]) -> None:
         """Add a row like the last of a table; columns without a value are left empty."""
@@ -6845,6 +6850,9 @@ class Board:
             here = [row.said[column] for row in table.rows if row.said.get(column)]
             all_said = [r.said[column] for t in self.tables for r in t.rows if r.said.get(column)]
             known = self.words.own(column, value, here or all_said)
+            if table.ticks and column == "status" and value in ("done", "not-started"):
+                ticks = [one for one in here if MEANINGS[tick_of(one) or "unknown"] == value]
+                known = max(ticks, key=ticks.count, default="x" if value == "done" else "")
             table.words[column, value] = known
         return known
 
@@ -6894,21 +6902,27 @@ def unescaped(cell: str) -> str:
 def meaning(column: str, cell: str, words: Words | None = None) -> str:
     """What a cell says: '' when it is empty, ids between spaces, a status in the queue's word, a
     priority by its name."""
-    text = normal(unescaped(cell))
+    return meaning_of(column, normal(unescaped(cell)), words or words_of())
+
+
+def meaning_of(column: str, text: str, words: Words) -> str:
+    """The same of the text of a cell."""
     if column in ("title", "description", "text"):
         return text
     if column in ("depends_on", "blocks"):
         return " ".join(sorted({one for _, ids in edges_in(text) for one in ids}))
     if column == "status":
-        return MEANINGS.get((words or words_of()).status(text)[0], "")
+        return MEANINGS.get(words.status(text)[0], "")
     if column == "priority":
-        return (words or words_of()).priority(text)
+        return words.priority(text)
     return plain(text if len(text) <= CELL else text[:CELL] + "...")
 
 
 def edges_in(cell: str) -> list[tuple[str, list[str]]]:
     """The parts of a cell of dependencies, each with the ids that it may stand for; prose has
     words that may not be ids."""
+    if ID.fullmatch(cell) and cell.lower() not in NONE:
+        return [(cell, [cell])]
     found = []
     for part in re.split(r"[,;\n&]", cell):
         words = [plain(word).lstrip("#").rstrip(".") for word in part.split()]
@@ -6989,7 +7003,7 @@ def columns_of(names: Sequence[str], rows: Sequence[Sequence[str]], words: Words
             ids = [plain(cell).lstrip("#") for cell in cells if cell not in EMPTY]
             return all(ID.fullmatch(one) for one in ids) and len({*ids}) == len(ids)
         if column == "status" and name in TICKS:
-            return all(tick_of(cell) is not None for cell in cells)
+            return all(tick_of(cell) or words.status(cell)[0] != "unknown" for cell in cells)
         return True
 
     found: dict[str, int] = {}
@@ -7036,23 +7050,22 @@ def tick_of(cell: str) -> str | None:
 
 def read_rows(board: Board, table: TaskTable, rows: Mapping[int, Sequence[str]]) -> None:
     """Enter a table into the board, or among those that are left alone."""
-    ticks = table.columns.pop("tick", None) is not None
+    table.ticks = table.columns.pop("tick", None) is not None
     if not {"id", "status"} <= table.columns.keys():
         board.apart[table.delimiter - 1] = "no task table: it has no id and status column"
         return
     meanings: dict[str, str] = {}
     for line, cells in rows.items():
         at_hand = {c: cells[at] if at < len(cells) else "" for c, at in table.columns.items()}
-        known = {c: meaning(c, cell, board.words) for c, cell in at_hand.items()}
-        if not any(known.values()):
+        texts = {c: normal(unescaped(cell)) for c, cell in at_hand.items()}
+        if not any(texts.values()):
             continue
-        row = Row(line, known.pop("id").lstrip("#"), known)
+        edges = edges_in(texts.get("depends_on", ""))
+        found, word = board.status(table, texts["status"])
+        known = {c: meaning_of(c, text, board.words) for c, text in texts.items() if c != "status"}
+        row = Row(line, known.pop("id").lstrip("#"), known, meaning=found, edges=edges)
         row.said = {c: at_hand[c].strip() for c in ("status", "priority") if c in at_hand}
-        row.edges = edges_in(normal(unescaped(at_hand.get("depends_on", ""))))
-        row.meaning, word = board.words.status(normal(unescaped(at_hand["status"])))
-        if ticks:
-            row.meaning = tick_of(at_hand["status"]) or "unknown"
-            known["status"] = MEANINGS[row.meaning]
+        known["status"] = MEANINGS.get(found, "")
         marked = [at_hand[c].strip() for c in ("id", "title", "text") if c in at_hand]
         struck = any(len(text) > 4 and text[:2] == text[-2:] == "~~" for text in marked)
         if struck and row.meaning in ("", "open"):
@@ -7380,9 +7393,10 @@ CELLS = {name: Cell(name) for name in ("title", "description", "priority", "lane
 }  # fmt: skip
 
 
-def digest_of(text: str) -> str:
-    """What stands for a text among those that were replaced."""
-    return hashlib.blake2b(text.encode(errors="replace"), digest_size=6).hexdigest()
+def digest_of(text: str | bytes) -> str:
+    """What stands for a text that may be met again."""
+    data = text if isinstance(text, bytes) else text.encode(errors="replace")
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 @dataclass
@@ -8169,7 +8183,7 @@ async def sync_file(
                 file=str(file), project=project, mission="", wrote=False, rows=told, ready=[]
             )
             seen, known, rev = await queue.file_facts(project, mark)
-            quiet = [how, digest_of_file(data), copy.head if copy else ""]
+            quiet = [how, digest_of(data), copy.head if copy else ""]
             if seen == rev and known.get("quiet") == quiet and not (dry_run or told):
                 return {**report, "mission": known["mission"]}
             board = read_board(data.decode(), words)
@@ -8194,7 +8208,7 @@ async def sync_file(
                         raise Refused("STALE_REV", f"git is at work in {copy.top}")
                     put(file, text, data)
                 stays = {row["kind"] for row in sync.told} & {*WRONG}
-                quiet = [how, digest_of_file(text), copy.head if copy else ""]
+                quiet = [how, digest_of(text), copy.head if copy else ""]
                 sync.state |= {"mission": named, "quiet": None if stays else quiet}
                 await sync.keep(digest_of_file(text))
                 return {**report, "wrote": text != data}
@@ -8212,7 +8226,7 @@ def mark_of(file: Path) -> str:
 
 def digest_of_file(data: bytes) -> str:
     """What stands for the text of a file, however its tables are padded."""
-    return hashlib.blake2b(re.sub(rb"[ \t]+|-{2,}", b" ", data), digest_size=8).hexdigest()
+    return hashlib.blake2b(data.translate(None, b" \t-"), digest_size=8).hexdigest()
 
 
 def settings_of(config: Config, file: Path, project: str) -> dict[str, Any]:
@@ -9395,7 +9409,7 @@ async def sync_board(queue: Queue, file: Path) -> None:
     try:
         called = mission_in_queue(queue, mission)
         report = await sync_file(queue, board, queue.own(None), mission=called)
-        wrong = [row for row in report["rows"] if row["kind"] in WRONG]
+        wrong = [row for row in report["rows"] if row["kind"] in (*WRONG, "stale")]
         text = sync_text(report | {"rows": wrong, "ready": []}) if wrong else ""
     except Refused as problem:
         if problem.code in ("UNREACHABLE", "SCHEMA"):

@@ -385,3 +385,25 @@ def test_a_hostile_line_costs_no_more_than_its_length(line: str) -> None:
         assert time.process_time() - began < 2
         assert board.text() == text
         assert all(len(row.task) < 210 and len(row.cells["status"]) < 210 for row in rows(board))
+
+
+TICKED = """\
+| # | Task | Done |
+|---|------|------|
+| 1 | one  | x    |
+| 2 | two  |      |
+| 3 | tre  | yes  |
+"""
+
+
+def test_a_column_of_ticks_is_a_status() -> None:
+    board = mq.read_board(TICKED)
+    cells = {row.task: row.cells["status"] for row in rows(board)}
+    assert cells == {"1": "done", "2": "not-started", "3": "done"}
+    assert edited(TICKED, "2", "status", "done") == ["| 2 | two  | x    |"]
+    assert edited(TICKED, "1", "status", "not-started") == ["| 1 | one  |      |"]
+    (line,) = edited(TICKED, "2", "status", "in-progress")
+    again = mq.read_board(TICKED.replace("| 2 | two  |      |", line))
+    assert {row.task: row.cells["status"] for row in rows(again)} == cells | {"2": "in-progress"}
+    dates = TICKED.replace("x   ", "2026-05-01")
+    assert not mq.read_board(dates).tables
