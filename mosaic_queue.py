@@ -1658,10 +1658,22 @@ class Explanation(TypedDict, total=False):
     events: list[Event]
 
 
+class Leader(TypedDict, total=False):
+    """The monitor that leads in a part of its work; its parts are all that it does."""
+
+    part: str
+    host: str
+    process: int
+    version: str
+    parts: list[str]
+
+
 class Findings(Overview, total=False):
-    """What `doctor` found; `repairable` counts the tasks and names that `repair` sets right."""
+    """What `doctor` found; `repairable` counts the tasks and names that `repair` sets right.
+    `leaders` are those of QueueStatus."""
 
     findings: list[str]
+    leaders: list[Leader]
     checked: int
     repairable: int
     repaired: int
@@ -1754,10 +1766,12 @@ class Server(TypedDict):
     roundTripMs: float
 
 
-class QueueStatus(Overview):
-    """The server and all projects, or the one that was asked for."""
+class QueueStatus(Overview, total=False):
+    """The server and all projects, or the one that was asked for.  `leaders` has no entry where no
+    monitor leads, and is absent where the server's ACL hides them."""
 
     server: Server
+    leaders: list[Leader]
     projects: list[ProjectStatus]
 
 
@@ -2975,6 +2989,11 @@ def user_at_host() -> str:
     return name.lstrip("._@-")[:128] or "somebody"
 
 
+def leader_key(part: str) -> str:
+    """The key that has the token of the monitor that leads in a part."""
+    return LEADER if part == "watchdog" else f"{LEADER}:{part}"
+
+
 class Queue:
     """The task queue: one typed method per operation.
 
@@ -3941,8 +3960,8 @@ class Queue:
 
     async def lead(self, token: str, ttl: int, part: str = "watchdog") -> bool:
         """Be the one monitor that leads in a part of its work, for `ttl` seconds; 0 steps down."""
-        root = LEADER if part == "watchdog" else f"{LEADER}:{part}"
-        reply = await self.call("lead", "", {"token": token, "ttl": ttl}, root=root)
+        given = {"token": token, "ttl": ttl}
+        reply = await self.call("lead", "", given, root=leader_key(part))
         return bool(reply[1] == token)
 
     async def follow(
@@ -4457,10 +4476,25 @@ async def status(queue: Queue, *, project: str | None = None) -> QueueStatus:
         "roundTripMs": round(took, 3),
     }
     answer: QueueStatus = {"server": server, "projects": []}
+    with contextlib.suppress(Refused):
+        answer["leaders"] = await leaders(queue)
     ask = functools.partial(project_status, queue)
     async for _, found in queue.everywhere(project, ask, answer):
         answer["projects"].append(found)
     return queue.overview(project, answer)
+
+
+async def leaders(queue: Queue) -> list[Leader]:
+    """Who leads in each part of the monitor's work that is one for all hosts."""
+    found: list[Leader] = []
+    for part in ("watchdog", "postgres", "manifests", "openbrain"):
+        token = await queue.link.send("GET", leader_key(part))
+        place, version, parts = (*str(token or "").split(" "), "", "")[:3]
+        host, process, _ = (*place.rsplit(":", 2), "", "")[:3]
+        if ANY_NUMBER.fullmatch(process):
+            one: Leader = {"part": part, "host": host, "process": int(process)}
+            found.append(one | {"version": version, "parts": parts.split(",")} if version else one)
+    return found
 
 
 async def project_status(queue: Queue, project: str) -> ProjectStatus:
@@ -4544,7 +4578,9 @@ async def doctor(queue: Queue, *, project: str | None = None) -> Findings:
     if durable == "no":
         answer["findings"].append("the server keeps no append-only file: appendonly no")
     with contextlib.suppress(Refused):  # what is wrong with a project is found below
-        for one in (await status(queue, project=project))["projects"]:
+        found = await status(queue, project=project)
+        answer["leaders"] = found.get("leaders", [])
+        for one in found["projects"]:
             answer["findings"] += unfollowed(one, queue.config)
     return await examine(queue, project, answer)
 
@@ -8508,7 +8544,6 @@ async def monitor(queue: Queue, *, assign: bool = False, only: Sequence[str] = (
 async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()) -> None:
     """Do the monitor's work until cancelled: all its parts, or `only` some of them."""
     config = queue.config
-    token = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
     interval = max(1, config["watchdog.interval"])
     parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "watchdog": lambda: watchdog(queue, interval, assign)
@@ -8530,6 +8565,9 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
         if name not in kinds:
             invalid("--only", name, ", ".join(kinds))
     chosen = [name for name in parts if not only or name.partition(".")[0] in only]
+    does = ",".join(dict.fromkeys(name.partition(".")[0] for name in chosen))
+    place = f"{socket.gethostname()}:{os.getpid()}:{os.urandom(4).hex()}"
+    token = f"{place} {__version__} {does}"  # what `leaders` reads
     log("start", token=token, interval=interval, parts=chosen)
     try:
         await together(*(led(queue, token, name, parts[name]) for name in chosen))
@@ -9825,6 +9863,21 @@ def explanation_text(answer: Explanation) -> str:
     return lines_of([*answer["why"], *todo, *map(event_line, answer["events"])])
 
 
+def leader_lines(answer: QueueStatus | Findings) -> list[str]:
+    """Which monitor leads in which part, where that is known."""
+    if "leaders" not in answer:
+        return []
+    lines = []
+    for one in answer["leaders"]:
+        line = f"monitor: {one['part']} is led by process {one['process']} on {one['host']}"
+        if "version" in one:
+            line += f", version {one['version']}, with {', '.join(one['parts'])}"
+        lines.append(line)
+    if "watchdog" not in [one["part"] for one in answer["leaders"]]:
+        lines.append("no monitor leads: nobody ends leases by itself; mosaic-queue monitor")
+    return lines
+
+
 @renders(
     Findings, status=lambda answer: 7 if answer["findings"] and "repaired" not in answer else 0
 )
@@ -9834,7 +9887,7 @@ def findings_text(answer: Findings) -> str:
     faults = f"findings: {len(answer['findings'])}, tasks: {answer['checked']}{fixed}"
     faults += f", {of_which(answer)}"
     todo = ["-> mosaic-queue repair"] if answer.get("repairable") else []
-    return lines_of([*answer["findings"], faults, *todo])
+    return lines_of([*answer["findings"], *leader_lines(answer), faults, *todo])
 
 
 @renders(Reaped)
@@ -9913,6 +9966,7 @@ def status_text(answer: QueueStatus) -> str:
         f"{server['version']} ({server['backend']}) at {server['address']}, "
         f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
     ]
+    lines += leader_lines(answer)
     if "project" not in answer:
         lines += ["", f"all projects: {len(answer['projects'])}"]
     for one in answer["projects"]:

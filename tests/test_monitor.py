@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -458,3 +459,29 @@ async def test_the_monitor_watches_all_projects_whatever_is_configured(
         return [task["status"] for task in tasks] == ["pending", "pending"]
 
     await until(all_pending)
+
+
+async def test_status_says_who_leads(start: Start, queue: mq.Queue, db: redis.Redis) -> None:
+    """Which version, on which host, with which parts; and that nobody does, or it is hidden."""
+    await queue.create("p", "m", "A", title="a")
+    assert (await mq.status(queue))["leaders"] == []
+    assert "no monitor leads: nobody ends leases by itself; mosaic-queue monitor" in mq.status_text(
+        await mq.status(queue)
+    )
+    assert (await mq.doctor(queue))["leaders"] == []
+    one = start()
+    await until(lambda: one.told("lead"))
+    answer = await mq.status(queue)
+    assert answer["leaders"] == [{
+        "part": "watchdog", "host": socket.gethostname(), "process": one.process.pid,
+        "version": mq.__version__, "parts": ["watchdog"],
+    }]  # fmt: skip
+    assert f"version {mq.__version__}, with watchdog" in mq.status_text(answer)
+    assert (await mq.doctor(queue))["leaders"] == answer["leaders"]
+    db.set(f"{mq.LEADER}:postgres", "of:an:older:12:ff")
+    db.set(f"{mq.LEADER}:manifests", "nonsense")
+    found = (await mq.status(queue))["leaders"]
+    assert found[1:] == [{"part": "postgres", "host": "of:an:older", "process": 12}]
+    db.delete(mq.LEADER)
+    db.sadd(mq.LEADER, "x")
+    assert "leaders" not in await mq.status(queue)
