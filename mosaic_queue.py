@@ -4858,13 +4858,14 @@ def record_of(value: Any, meta: Meta) -> Record:
     return cast(Record, value)
 
 
-def meta_of(value: Any, what: str) -> Meta:
-    """The header of a file with records; refuses what is none, and what is newer."""
+def meta_of(value: Any) -> Meta:
+    """What the header of a file with records says of the project; refuses what is no header, and
+    what is newer."""
     version = value.get("v") if isinstance(value, dict) else None
     if type(version) is not int or version < 1:
-        raise Refused("INVALID", f"this is no {what}: it has no version", "")
+        raise Refused("INVALID", "this is no export: it has no version", "")
     if version > VERSION:
-        said = f"this {what} is of version {version}; this program knows version {VERSION}"
+        said = f"this export is of version {version}; this program knows version {VERSION}"
         raise Refused("SCHEMA", said)
     meta = {name: value[name] for name in Meta.__annotations__ if name in value}
     check_fields(meta, *Meta.__annotations__)
@@ -4930,19 +4931,53 @@ async def enter_records(queue: Queue, project: str, meta: Meta, source: Records)
     return count
 
 
-def read_export(path: Path) -> tuple[str, Meta, Records]:
-    """Project, facts and records of an exported file; refuses with the number of the line."""
-    lines = read_file(path, RECORDS_FILE).removesuffix(b"\n").split(b"\n")
-    with refused_at(f"line 1 of {path}"):
-        header = json.loads(lines[0])
-        meta = meta_of(header, "export")
+def values_in(path: Path) -> Iterator[tuple[str, Any]]:
+    """What a file with records has: its header, then the records, each with its place.  A manifest
+    of an older program is one JSON object."""
+    data = read_file(path, RECORDS_FILE)
+    if path.suffix == ".json":
+        with refused_at(path):
+            value = json.loads(data)
+            tasks = value.pop("tasks", []) if isinstance(value, dict) else []
+            if not isinstance(tasks, list):
+                invalid("tasks", tasks, "a list of records")
+        yield str(path), value
+        yield from ((str(path), one) for one in tasks)
+        return
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
+        place = f"line {number} of {path}"
+        with refused_at(place):
+            value = json.loads(line)
+        yield place, value
+
+
+def header_of(path: Path, known: Mapping[str, Any] = {}) -> tuple[dict[str, Any], Meta]:
+    """The header of a file with records, and the facts of the project in it; those that it has not
+    are `known`."""
+    place, header = next(values_in(path))
+    with refused_at(place):
+        return header, meta_of({**known, **header} if isinstance(header, dict) else header)
+
+
+def read_records(
+    path: Path, known: Mapping[str, Any] = {}
+) -> tuple[dict[str, Any], Meta, dict[str, Record]]:
+    """The header of a file with records, the project's facts, and the records, each of them held
+    against every rule; refuses with the place in the file."""
+    header, meta = header_of(path, known)
     found: dict[str, Record] = {}
-    for number, line in enumerate(lines[1:], 2):
-        with refused_at(f"line {number} of {path}"):
-            record = record_of(json.loads(line), meta)
+    for place, value in itertools.islice(values_in(path), 1, None):
+        with refused_at(place):
+            record = record_of(value, meta)
             if record["taskId"] in found:
                 raise Refused("INVALID", f"task {record['taskId']} is in two lines", "")
             found[record["taskId"]] = record
+    return header, meta, found
+
+
+def read_export(path: Path) -> tuple[str, Meta, Records]:
+    """Project, facts and records of an exported file; refuses with the number of the line."""
+    header, meta, found = read_records(path)
     require_no_cycle(found, path)
     return header["project"], meta, at_once(found)
 
@@ -4957,12 +4992,16 @@ async def at_once(records: Mapping[str, Record]) -> Records:
             say(f"{min(at + FOLLOW, len(found))} of {len(found)} tasks", sys.stderr)
 
 
+def header_for(project: str, meta: Meta, **more: Any) -> dict[str, Any]:
+    """The header of a file with records."""
+    return {"v": VERSION, "project": project, **more, **meta}
+
+
 async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
     """A project as the lines of an export: the header, then each task as it was at one moment.  The
     header's rev is the project's before the first of them."""
     meta, _ = await queue.records(project, [])
-    at = round(time.time() * 1000)
-    yield {"v": VERSION, "project": project, **meta, "exportedAt": at}
+    yield header_for(project, meta, exportedAt=round(time.time() * 1000))
     ids = await queue.ids(project)
     for start in range(0, len(ids), RECORDS):
         _, found = await queue.records(project, ids[start : start + RECORDS])
@@ -5008,11 +5047,12 @@ def exported_text(answer: Exported) -> str:
 
 # ==== MANIFESTS ==============================================================================
 #
-# The record as files for people: one per mission, and project.json with what is the project's
-# own and how far the files have come, written last.  A monitor writes all of them when it begins
+# The record as files: an export of each mission, and project.jsonl, an export without records
+# that says how far the files have come, written last.  A monitor writes all of them when it begins
 # and after whatever went wrong, and then those in which something changes.
 
 MANIFEST_EVERY = 1.0  # s between two writes of one file
+PROJECT_FILES = ("project.jsonl", "project.json")  # the second of an older program
 Missions = dict[str, dict[str, tuple[int, str, str]]]  # by mission and taskId: order, taskId, line
 
 
@@ -5029,43 +5069,35 @@ def file_name(name: str) -> str:
     return f"{name}~{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
 
 
-def missions_of(folder: Path) -> Sequence[Path]:
+def project_manifest(folder: Path) -> Path | None:
+    """The file that tells of the whole project in a folder of manifests; None where none does."""
+    return next((folder / n for n in PROJECT_FILES if os.path.lexists(folder / n)), None)
+
+
+def missions_of(folder: Path, suffix: str = ".jsonl") -> Sequence[Path]:
     """The manifests of a project's missions."""
-    return [path for path in sorted(folder.glob("*.json")) if path.name != "project.json"]
-
-
-def read_manifest(path: Path, project: str) -> dict[str, Any]:
-    """What a manifest says; refuses one that is cut off, foreign or newer."""
-    data = read_file(path, RECORDS_FILE)
-    with refused_at(path):
-        value = json.loads(data)
-        if path.name == "project.json":
-            meta_of(value, "manifest")
-        elif not isinstance(value, dict) or not isinstance(value.get("tasks"), list):
-            raise Refused("INVALID", "this is no manifest of a mission", "")
-        for name, wanted in {"project": project, "v": VERSION}.items():
-            if value.get(name) != wanted:
-                invalid(name, value.get(name), str(wanted))
-    return cast(dict[str, Any], value)
+    return [one for one in sorted(folder.glob(f"*{suffix}")) if one.name not in PROJECT_FILES]
 
 
 def read_manifests(folder: Path, project: str) -> tuple[Meta, Records]:
     """Facts and records of a project from its manifests, all of which are read before."""
     folder = folder / file_name(project)
-    if not os.path.lexists(folder / "project.json"):
+    first = project_manifest(folder)
+    if first is None:
         hint = "name an exported file: mosaic-queue restore --from FILE"
         raise Refused("NOT_FOUND", f"{folder} has no record of {project}", hint)
-    meta = meta_of(read_manifest(folder / "project.json", project), "manifest")
+    _, meta = header_of(first)
     found: dict[str, Record] = {}
-    for path in missions_of(folder):
-        value = read_manifest(path, project)
+    for path in (first, *missions_of(folder, first.suffix)):
+        header, _, records = read_records(path, meta)
         with refused_at(path):
-            if value.get("epoch") != meta["epoch"]:
-                invalid("epoch", value.get("epoch"), meta["epoch"])
-            for record in (record_of(one, meta) for one in value["tasks"]):
-                # A task that changed its mission may for a moment stand in two files.
-                if record["rev"] >= found.get(record["taskId"], record)["rev"]:
-                    found[record["taskId"]] = record
+            for name, wanted in {"project": project, "epoch": meta["epoch"]}.items():
+                if header.get(name) != wanted:
+                    invalid(name, header.get(name), wanted)
+        for task, record in records.items():
+            # A task that changed its mission may for a moment stand in two files.
+            if record["rev"] >= found.get(task, record)["rev"]:
+                found[task] = record
     require_no_cycle(found, folder)
     return meta, at_once(found)
 
@@ -5095,30 +5127,34 @@ class Manifests:
         for private in (self.folder, folder):
             private_folder(private)
         changed = taken_over(changes, missions)
-        paths = {folder / f"{file_name(name)}.json": name for name in changed}
+        paths = {folder / f"{file_name(name)}.jsonl": name for name in changed}
         self._require_own(changes, folder)
         for path, name in paths.items():
             if missions[name]:
-                with drafted(path) as file:
-                    file.writelines(manifest_lines(changes, name, missions[name].values()))
+                lines = [line for _, _, line in sorted(missions[name].values())]
+                write_manifest(path, changes, lines, mission=name)
         left = [path for path, name in paths.items() if not missions[name]]
         if whole:  # also what a process left that was killed
             left += [*folder.glob(".*.draft"), *({*missions_of(folder)} - paths.keys())]
         for path in left:
             path.unlink(missing_ok=True)
-        facts = {"v": VERSION, "project": changes.project, **changes.meta}
-        facts |= {"epoch": changes.epoch, "cursor": changes.rev}
-        with drafted(folder / "project.json") as file:
-            file.write((json.dumps(facts, indent=2) + "\n").encode())
+        write_manifest(folder / PROJECT_FILES[0], changes, [], cursor=changes.rev)
+        for path in folder.glob("*.json") if whole else ():  # of an older program
+            path.unlink(missing_ok=True)
         self.written[changes.project] = missions
 
     def _require_own(self, changes: Changes, folder: Path) -> None:
         """Refuse to write over files of another epoch, or that somebody else has gone on with."""
-        for path in (folder / "project.json", *missions_of(folder)):
+        paths: list[Path] = []
+        for name in PROJECT_FILES:
+            paths += [folder / name, *missions_of(folder, Path(name).suffix)]
+        for path in paths:
             try:
-                found = read_manifest(path, changes.project)
+                _, found = next(values_in(path))
             except Refused:
                 continue  # what is cut off, or missing, is written anew
+            if not isinstance(found, dict) or found.get("project") != changes.project:
+                continue
             if found.get("epoch") != changes.epoch:
                 said = f"{path} is of another epoch: what it has may be all that is left"
                 hint = f"mosaic-queue restore --project {changes.project}, or remove {folder}"
@@ -5144,14 +5180,12 @@ def taken_over(changes: Changes, missions: Missions) -> set[str]:
     return changed
 
 
-def manifest_lines(
-    changes: Changes, mission: str, tasks: Iterable[tuple[int, str, str]]
-) -> Iterator[bytes]:
-    """The file of a mission: JSON with a line for each task, in the order of their creation."""
-    head = {"v": VERSION, "project": changes.project, "mission": mission, "epoch": changes.epoch}
-    yield (json.dumps(head, ensure_ascii=False)[:-1] + ', "tasks": [\n').encode()
-    yield ",\n".join(line for _, _, line in sorted(tasks)).encode()
-    yield b"\n]}\n"
+def write_manifest(path: Path, changes: Changes, lines: Sequence[str], **more: Any) -> None:
+    """Write an export of some of a project's records: whole, or not at all."""
+    meta = cast(Meta, {**changes.meta, "epoch": changes.epoch})
+    header = json.dumps(header_for(changes.project, meta, **more), ensure_ascii=False)
+    with drafted(path) as file:
+        file.writelines(f"{line}\n".encode() for line in (header, *lines))
 
 
 # ==== OPENBRAIN ==============================================================================
@@ -6279,7 +6313,7 @@ async def require_not_lost(queue: Queue, project: str) -> None:
         finally:
             await postgres.close()
     folder = manifest_folder(config) / file_name(project)
-    if kept or (config["manifests"] and (folder / "project.json").exists()):
+    if kept or (config["manifests"] and project_manifest(folder)):
         said = f"Valkey has no project {project}, and the record has one: it was lost"
         raise Refused("UNFIT", said, f"mosaic-queue restore --project {project}")
 

@@ -58,19 +58,24 @@ async def create(queue: mq.Queue, *names: str, mission: str = "m", **rest: Any) 
     await queue.create_all(rows, project="p")
 
 
-def manifest(folder: Path, mission: str = "m") -> Any:
-    return json.loads((folder / "p" / f"{mission}.json").read_bytes())
+def manifest(folder: Path, mission: str = "m") -> list[Any]:
+    """The records of a mission."""
+    return lines_in(folder / "p" / f"{mission}.jsonl")[1:]
+
+
+def lines_in(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def titles(folder: Path, mission: str = "m") -> dict[str, str]:
     with contextlib.suppress(FileNotFoundError):
-        return {one["taskId"]: one["status"] for one in manifest(folder, mission)["tasks"]}
+        return {one["taskId"]: one["status"] for one in manifest(folder, mission)}
     return {}
 
 
 def cursor(folder: Path) -> int:
     with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):
-        return int(json.loads((folder / "p" / "project.json").read_bytes())["cursor"])
+        return int(json.loads((folder / "p" / "project.jsonl").read_bytes())["cursor"])
     return -1
 
 
@@ -79,7 +84,7 @@ async def in_step(queue: mq.Queue, folder: Path) -> None:
     meta, found = await queue.records("p", await queue.ids("p"))
     await until(lambda: cursor(folder) == meta["rev"])
     files = mq.missions_of(folder / "p")
-    tasks = [task for path in files for task in json.loads(path.read_bytes())["tasks"]]
+    tasks = [task for path in files for task in lines_in(path)[1:]]
     assert len(tasks) == len(found)
     written = {task["taskId"]: task for task in tasks}
     for one in (*written.values(), *found.values()):
@@ -107,7 +112,7 @@ async def test_every_change_is_in_its_mission(queue: mq.Queue, tmp_path: Path) -
         await queue.delete("B")
         await queue.delete("C")
         await in_step(queue, folder)
-        assert not (folder / "p" / "n.json").exists()
+        assert not (folder / "p" / "n.jsonl").exists()
         await queue.purge(older=0)
         await in_step(queue, folder)
 
@@ -119,21 +124,18 @@ async def test_a_manifest_is_for_people(queue: mq.Queue, tmp_path: Path) -> None
     follower = mq.Manifests(folder)
     async with following(queue, follower):
         await in_step(queue, folder)
-    path = folder / "p" / "m.json"
-    lines = path.read_text().splitlines()
-    head = json.loads(lines[0] + "]}")
-    assert {name: head[name] for name in ("v", "project", "mission")} == {
-        "v": 1,
-        "project": "p",
-        "mission": "m",
-    }
-    assert [json.loads(line.rstrip(","))["taskId"] for line in lines[1:-1]] == ["Z", "A", "M"]
-    meta = json.loads((folder / "p" / "project.json").read_text())
+    path = folder / "p" / "m.jsonl"
+    head, *tasks = lines_in(path)
+    assert {name: head[name] for name in ("v", "project", "mission", "rev")} == {
+        "v": 1, "project": "p", "mission": "m", "rev": 3,
+    }  # fmt: skip
+    assert [task["taskId"] for task in tasks] == ["Z", "A", "M"]
+    (meta,) = lines_in(folder / "p" / "project.jsonl")
     assert (meta["v"], meta["rev"], meta["cursor"]) == (1, 3, 3)
     for one, mode in ((folder, 0o700), (folder / "p", 0o700), (path, 0o600)):
         assert stat.S_IMODE(one.stat().st_mode) == mode
     before = path.read_bytes()
-    (folder / "p" / "project.json").unlink()
+    (folder / "p" / "project.jsonl").unlink()
     async with following(queue, follower):
         await in_step(queue, folder)
     assert path.read_bytes() == before
@@ -147,7 +149,7 @@ async def test_names_that_differ_in_case_alone(queue: mq.Queue, tmp_path: Path) 
         await in_step(queue, tmp_path)
     files = {path.name.lower() for path in mq.missions_of(tmp_path / "p")}
     assert len(files) == len(names)
-    assert "launch.json" in files
+    assert "launch.jsonl" in files
 
 
 async def test_a_busy_mission_is_written_now_and_then(
@@ -173,10 +175,10 @@ async def test_a_busy_mission_is_written_now_and_then(
             await queue.note("A", f"note {n}")
         took = loop.time() - began
         await in_step(queue, tmp_path)
-    times = [at for at, name in written if name == "m.json"]
+    times = [at for at, name in written if name == "m.jsonl"]
     assert 1 <= len(times) <= took / EVERY + 3
     assert all(later - earlier >= 0.95 * EVERY for earlier, later in itertools.pairwise(times))
-    assert {name for _, name in written} == {"m.json", "project.json"}
+    assert {name for _, name in written} == {"m.jsonl", "project.jsonl"}
 
 
 async def test_it_is_kept_while_it_is_wanted(queue: mq.Queue, tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ async def test_it_is_kept_while_it_is_wanted(queue: mq.Queue, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b"", b'{"v": 1, "project"', b"[]", b'{"v": 1}', b"\xff"])
-@pytest.mark.parametrize("name", ["m.json", "project.json"])
+@pytest.mark.parametrize("name", ["m.jsonl", "project.jsonl"])
 async def test_a_broken_file_is_written_anew(
     queue: mq.Queue, tmp_path: Path, name: str, content: bytes
 ) -> None:
@@ -236,14 +238,14 @@ async def test_a_full_disk_leaves_the_old_file(
     monkeypatch.setattr(os, "fsync", no_room)
     async with following(queue, mq.Manifests(tmp_path)):
         await in_step(queue, tmp_path)
-        before = (tmp_path / "p" / "m.json").read_bytes()
+        before = (tmp_path / "p" / "m.jsonl").read_bytes()
         full = True
         await queue.claim("A", "alice")
         said = await until(lambda: [line for line in capsys.readouterr().err.splitlines() if line])
         assert json.loads(said[0])["message"] == (
-            f"{tmp_path}/p/m.json cannot be written: No space left on device"
+            f"{tmp_path}/p/m.jsonl cannot be written: No space left on device"
         )
-        assert (tmp_path / "p" / "m.json").read_bytes() == before
+        assert (tmp_path / "p" / "m.jsonl").read_bytes() == before
         assert not [*(tmp_path / "p").glob(".*.draft")]
         full = False
         await in_step(queue, tmp_path)
@@ -299,17 +301,17 @@ async def test_another_epoch_overwrites_nothing(
     follower = mq.Manifests(tmp_path)
     async with following(queue, follower):
         await in_step(queue, tmp_path)
-    before = (tmp_path / "p" / "m.json").read_bytes()
+    before = (tmp_path / "p" / "m.jsonl").read_bytes()
     db.flushall()
     await create(queue, "X")
     for broken in (False, True):
         if broken:
-            (tmp_path / "p" / "project.json").write_text("{")
+            (tmp_path / "p" / "project.jsonl").write_text("{")
         async with following(queue, follower):
             said = await until(lambda: capsys.readouterr().err)
         assert "epoch" in said
         assert "mosaic-queue restore --project p" in said
-        assert (tmp_path / "p" / "m.json").read_bytes() == before
+        assert (tmp_path / "p" / "m.jsonl").read_bytes() == before
 
 
 # ---- and back ----
@@ -338,14 +340,14 @@ async def test_a_flushed_project_comes_back_from_manifests(
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("m.json", {"epoch": "other"}, "m.json: epoch is 'other'"),
-        ("m.json", {"project": "q"}, "m.json: project is 'q'; accepted: p"),
-        ("m.json", {"v": 2}, "m.json: v is '2'; accepted: 1"),
-        ("m.json", {"tasks": [{"taskId": "A"}]}, "m.json: mission is missing"),
-        ("m.json", {"tasks": [7]}, "m.json: a record is '7'"),
-        ("project.json", {"v": 9}, "version 9"),
-        ("project.json", {"rev": "1"}, "project.json: rev is '1'"),
-        ("project.json", {"lanes": None}, "lanes is 'null'"),
+        ("m.jsonl", {"epoch": "other"}, "m.jsonl: epoch is 'other'"),
+        ("m.jsonl", {"project": "q"}, "m.jsonl: project is 'q'; accepted: p"),
+        ("m.jsonl", {"v": 2}, "version 2; this program knows version 1"),
+        ("m.jsonl", [{"taskId": "A"}], "m.jsonl: mission is missing"),
+        ("m.jsonl", [7], "m.jsonl: a record is '7'"),
+        ("project.jsonl", {"v": 9}, "version 9"),
+        ("project.jsonl", {"rev": "1"}, "project.jsonl: rev is '1'"),
+        ("project.jsonl", {"lanes": None}, "lanes is 'null'"),
     ],
 )
 async def test_what_is_refused_is_said_with_its_path(
@@ -355,11 +357,62 @@ async def test_what_is_refused_is_said_with_its_path(
     async with following(queue, mq.Manifests(tmp_path)):
         await in_step(queue, tmp_path)
     path = tmp_path / "p" / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    head, *records = lines_in(path)
+    new = [head | change, *records] if isinstance(change, dict) else [head, *change]
+    path.write_text("".join(json.dumps(line) + "\n" for line in new))
     with pytest.raises(mq.Refused) as refused:
         mq.read_manifests(tmp_path, "p")
     assert said in refused.value.message
     assert str(path) in refused.value.message
+
+
+async def test_a_manifest_is_an_export_of_its_mission(
+    queue: mq.Queue, db: redis.Redis, tmp_path: Path
+) -> None:
+    """It is imported like any other."""
+    await create(queue, "A", "B")
+    await create(queue, "C", mission="n", dependencies=["A"])
+    async with following(queue, mq.Manifests(tmp_path)):
+        await in_step(queue, tmp_path)
+    _, tasks = await queue.records("p", ["A", "B"])
+    db.flushall()
+    answer = await mq.import_(queue, str(tmp_path / "p" / "m.jsonl"))
+    assert answer["restored"] == 2
+    _, found = await queue.records("p", ["A", "B", "C"])
+    assert {**found["A"], "freed": []} == {**tasks["A"], "freed": []}
+    assert found["B"] == tasks["B"]
+
+
+async def test_manifests_of_an_older_program(
+    queue: mq.Queue, db: redis.Redis, tmp_path: Path
+) -> None:
+    """They are one JSON object each: they restore a project, and are written anew."""
+    await create(queue, "A", "B")
+    await create(queue, "C", mission="n", dependencies=["A"])
+    meta, tasks = await queue.records("p", ["A", "B", "C"])
+    folder = tmp_path / "p"
+    folder.mkdir()
+    head = {"v": 1, "project": "p", "epoch": meta["epoch"]}
+    for mission in ("m", "n"):
+        own = [task for task in tasks.values() if task["mission"] == mission]
+        text = json.dumps(head | {"mission": mission, "tasks": own})
+        (folder / f"{mission}.json").write_text(text)
+    (folder / "project.json").write_text(json.dumps(head | meta | {"cursor": meta["rev"]}))
+    db.flushall()
+    its_meta, source = mq.read_manifests(tmp_path, "p")
+    assert await mq.enter_records(queue, "p", its_meta, source) == 3
+    assert await queue.records("p", ["A", "B", "C"]) == (meta, tasks)
+    async with following(queue, mq.Manifests(tmp_path)):
+        await in_step(queue, tmp_path)
+        await until(lambda: not [*folder.glob("*.json")])
+    assert sorted(one.name for one in folder.iterdir()) == ["m.jsonl", "n.jsonl", "project.jsonl"]
+    db.flushall()
+    (folder / "project.jsonl").unlink()
+    (folder / "m.jsonl").rename(folder / "m.json")
+    (folder / "m.json").write_text(json.dumps(head | {"mission": "m", "tasks": []}))
+    await create(queue, "X")
+    with pytest.raises(mq.Refused, match="of another epoch"):
+        await mq.caught_up(queue, mq.Manifests(tmp_path), "p", None)
 
 
 async def test_a_project_without_manifests(tmp_path: Path) -> None:

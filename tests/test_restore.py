@@ -536,7 +536,7 @@ async def test_export_while_the_project_lives(queue: mq.Queue, db: redis.Redis) 
     await working
     header, records = found[0], found[1:]
     db.flushall()
-    meta = mq.meta_of(header, "export")
+    meta = mq.meta_of(header)
     assert await mq.enter_records(queue, "p", meta, source(records[:70], records[70:])) == 150
     rev = max(meta["rev"], *(one["rev"] for one in records))
     assert problems(db, "p", since=rev) == []
