@@ -10823,8 +10823,8 @@ class HttpServer:
         try:
             self.require_place(request)
             scope["state"] = {**scope.get("state", {}), "caller": self.caller_of(request)}
-            if scope["path"] == "/mcp":
-                scope = {**scope, "path": "/mcp/", "raw_path": b"/mcp/"}
+            if route_of(scope) == "/mcp":
+                scope = {**scope, "path": scope["path"] + "/"}
         except Refused as refusal:
             await problem_document(refusal, unknown=refusal.case == "login")(
                 scope, receive, send_safely
@@ -10846,7 +10846,7 @@ class HttpServer:
 
     def caller_of(self, request: Any) -> Caller:
         """Who sends a request; refuses one without a token that is known."""
-        if not self.callers or request.url.path in ("/healthz", "/readyz"):
+        if not self.callers or route_of(request.scope) in ("/healthz", "/readyz"):
             return Caller()
         now, address = time.monotonic(), request.client.host if request.client else ""
         recent = [at for at in self.failed.get(address, ()) if at > now - LOGINS_WITHIN]
@@ -11089,6 +11089,11 @@ class MethodsOf:
         await response(scope, receive, send)
 
 
+def route_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request under the one at which a proxy offers us."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
 def is_address(name: str) -> bool:
     """Whether a host is named by its number: no other site can own that name."""
     with contextlib.suppress(ValueError):
@@ -11167,7 +11172,8 @@ def json_answer(request: Any, of: Operation, result: Any) -> Any:
         if of.reads and request.headers.get("if-none-match") == headers["etag"]:
             return Response(status_code=304, headers=headers)
         if of.name == "create":
-            headers["location"] = f"/api/projects/{result['project']}/tasks/{result['taskId']}"
+            place = API.format_map(result) + f"/tasks/{result['taskId']}"
+            headers["location"] = request.scope.get("root_path", "") + place
     created = of.name == "create"
     return json_response(result, 201 if created else 200, headers)
 

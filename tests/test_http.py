@@ -434,6 +434,18 @@ def test_clients_get_an_entry_without_the_token(environ: dict[str, str], tmp_pat
     assert (done.returncode, "http(s)://HOST:PORT" in done.stderr) == (2, True)
 
 
+async def test_under_the_path_of_a_proxy(serve: Serve) -> None:
+    """It takes its path away before it hands a request on."""
+    process = serve("--root-path", "/q")
+    async with client(process) as one:
+        assert (await one.get("/healthz")).status_code == 200
+        new = {"taskId": "T1", "mission": "m", "title": "t"}
+        made = await one.post(TASKS, json=new)
+        assert made.headers["location"] == f"/q{TASKS}/T1"
+    async with Client(process.url + "/mcp") as agent:
+        assert (await agent.list_tools()).tools
+
+
 def test_signals_end_it_cleanly(serve: Serve) -> None:
     process = serve()
     process.process.send_signal(signal.SIGINT)
