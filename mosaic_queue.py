@@ -10759,8 +10759,8 @@ async def patch_task(
 class HttpServer:
     """What one process keeps while it serves: callers, their queues, counts, and who is waiting."""
 
-    def __init__(self, queue: Queue, host: str) -> None:
-        self.queue = queue
+    def __init__(self, queue: Queue, host: str, tools: str = "default") -> None:
+        self.queue, self.tools = queue, tools
         queue.link.ears, queue.link.turns = Ears(queue.link), asyncio.Semaphore(CONNECTIONS)
         self.callers = callers_from(queue.config)
         self.names = {"localhost", host, *queue.config["http.hosts"]}
@@ -10779,7 +10779,7 @@ class HttpServer:
         from starlette.middleware.gzip import GZipMiddleware
         from starlette.routing import Mount, Route
 
-        core = mcp_server(self.queue, caller=lambda context: self.mcp_queue(context.request))
+        core = mcp_server(self.queue, self.tools, lambda context: self.mcp_queue(context.request))
         manager = StreamableHTTPSessionManager(core, json_response=True, stateless=True)
         fixed = {"/healthz": self.health, "/readyz": self.ready, "/metrics": self.metrics}
         fixed |= {"/openapi.json": self.openapi}
@@ -11278,6 +11278,7 @@ async def serve(
     host: str = "127.0.0.1",
     port: int = 8377,
     monitor: bool = False,
+    tools: str = "default",
     root_path: str = "",
     tls_cert: str | None = None,
     tls_key: str | None = None,
@@ -11294,7 +11295,7 @@ async def serve(
         said = f"{host} is no loopback address, and there are no http.tokens"
         raise Refused("INVALID", said, "make one, and put its lines into queue.yaml: "
                       "mosaic-queue token NAME")  # fmt: skip
-    served = HttpServer(queue, host)
+    served = HttpServer(queue, host, tools)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=2048)
