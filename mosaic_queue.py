@@ -724,7 +724,9 @@ ANYTHING = object()  # where it does not matter what a file has held
 SETTINGS, COORDINATOR, DOCUMENT, RECORDS_FILE = 32 * KIB, MIB, 16 * MIB, 4096 * MIB  # most bytes
 LEVELS = 100  # of lists and objects within each other
 LOCK_WAIT = 60.0  # s that one process waits for another
-ANOTHER_PLACE = "name a folder of yours: XDG_DATA_HOME, or a server: --url redis://HOST:6379"
+ANOTHER_PLACE = (
+    "name folders of yours: XDG_DATA_HOME and XDG_STATE_HOME, or a server: --url redis://HOST:6379"
+)
 
 
 def own_folder(variable: str, default: str) -> Path:

@@ -407,3 +407,97 @@ def test_a_broken_file_of_a_repository_stops_no_command(tell: Tell, folder: Path
     assert f"mosaic-queue: {file} is left out: " in done.stderr
     assert "hunter2" not in done.stderr
     assert tell("trust").returncode == 2
+
+
+# ---- who may do what to whom ----
+
+WHOM = ("your tasks", "what others hold", "your files", "your secrets and servers")
+MAY: dict[str, tuple[tuple[str, str], ...]] = {  # each cell with the test that holds it
+    "another user of the host": (
+        ("nothing: the private server answers its own user alone, and one in its place is not used",
+         "test_private_server.test_a_server_of_another_user_is_not_talked_to"),
+        ("nothing there; a `serve` without tokens, on loopback, obeys every user of the host",
+         "test_http.test_an_address_of_the_network_needs_tokens"),
+        ("nothing: his files, folders and locks are not used, and stop no command",
+         "test_trust.test_a_file_of_another_user_stops_nobody"),
+        ("nothing: folders and files are for you alone, whatever the umask",
+         "test_private_server.test_only_its_user_may_enter"),
+    ),
+    "a repository": (
+        ("what its board and `.mosaic/queue.yaml` say, once you trust that file as it is",
+         "test_trust.test_a_repository_sets_nothing_until_its_user_trusts_it"),
+        ("give back what the session held that its `session.lock` names, when that is dead",
+         "test_mission.test_only_the_session_of_the_lock_gives_anything_back"),
+        ("nothing outside of it: no link leads out, and no FIFO, device or size stops a command",
+         "test_trust.test_a_link_out_of_the_repository_is_not_followed"),
+        ("nothing: it names no server, token, limit or variable",
+         "test_config.test_a_cloned_repository_chooses_no_server_token_limit_or_variable"),
+    ),
+    "a tenant of your Valkey": (
+        ("all that his ACL lets him write; an ACL of one project reaches no other",
+         "test_bad_input.test_a_user_that_sees_one_project"),
+        ("the same; what he forges is told, and ends no command of another project",
+         "test_forged.test_no_forged_key_ends_a_command_in_a_traceback"),
+        ("nothing: text of a task steers no terminal and names no file",
+         "test_cli.test_tables_escape_what_could_steer_a_terminal"),
+        ("nothing: a URL is shown without its password",
+         "test_config.test_every_form_of_a_url_is_masked"),
+    ),
+    "an agent": (
+        ("what its tools are for: the default ones pause, delete and purge nothing",
+         "test_mcp.test_tools"),
+        ("nothing under its own name; a name is no password to who runs as your user",
+         "test_trust.test_an_agent_ends_no_claim_of_another"),
+        ("all that your user may: it is a process of yours",
+         "test_run.test_the_command_knows_its_task"),
+        ("what it finds in your files; `run` hands it no token and no password",
+         "test_run.test_the_command_gets_no_password_of_ours"),
+    ),
+    "a token of `serve`": (
+        ("by its role: read, agent or operator, in its projects",
+         "test_http.test_what_a_token_may_do"),
+        ("as the agent it is made for; an operator's as you",
+         "test_http.test_a_session_of_another_token_is_refused"),
+        ("nothing", "test_http.test_bad_requests_are_problems"),
+        ("nothing: it is kept as a digest",
+         "test_http.test_a_token_is_shown_once_and_kept_as_a_digest"),
+    ),
+    "a database role": (
+        ("ask for edits of `tasks`, where it has rights there; the queue decides",
+         "test_record.test_edits"),
+        ("end it by a status that it asks for, as an operator does", "test_record.test_edits"),
+        ("nothing", "test_record.test_the_record_never_holds_a_wish"),
+        ("nothing: the record itself is written by its owner alone",
+         "test_record.test_the_record_never_holds_a_wish"),
+    ),
+}  # fmt: skip
+
+
+def trust_table() -> str:
+    rows = [f"| may do to | {' | '.join(WHOM)} |", "|---" * (len(WHOM) + 1) + "|"]
+    rows += [
+        f"| **{actor}** | {' | '.join(text for text, _ in cells)} |" for actor, cells in MAY.items()
+    ]
+    return "\n".join(rows)
+
+
+def test_the_readme_says_who_may_do_what_to_whom() -> None:
+    """And each cell has its test."""
+    folder = Path(__file__).parent
+    readme = (folder.parent / "README.md").read_text()
+    assert f"<!-- trust -->\n{trust_table()}\n<!-- /trust -->" in readme
+    for cells in MAY.values():
+        assert len(cells) == len(WHOM)
+        for _, test in cells:
+            module, name = test.split(".")
+            assert f"def {name}(" in (folder / f"{module}.py").read_text(), test
+
+
+def test_an_agent_ends_no_claim_of_another(tell: Tell) -> None:
+    tell("create", "p", "m", "T1", "--title", "t")
+    tell("claim", "p/T1", "--agent", "alice")
+    before = tell("show", "p/T1", "--json").stdout
+    for words in (("complete",), ("fail", "--reason", "x"), ("release",), ("heartbeat",)):
+        done = tell(words[0], "p/T1", *words[1:], "--agent", "mallory")
+        assert (done.returncode, done.stderr[:10]) == (4, "NOT_OWNER:"), done.stderr
+    assert tell("show", "p/T1", "--json").stdout == before
