@@ -190,6 +190,7 @@ LOADING_DEADLINE = 120.0  # s for a server that is reading its data from disk
 BATCH = 200  # tasks that one `create` enters, all or none
 PURGE = 100  # tasks that one `purge` forgets
 RECORDS = 100  # tasks that one `records` shows
+TASK_REPLY = 7  # parts of a script's reply about a task whole; behind them those about others
 REPAIR = 10  # tasks that one `repair` sets right
 FOLLOW = 1000  # events that a follower gets at once
 SILENT = 60  # s without a word from a follower after which doctor says so
@@ -1484,6 +1485,7 @@ ARGUMENTS: dict[str, Argument] = {  # of the queue; a later chapter enters what 
     ),
     "apply": Argument("bool", "store the policy of the configuration"),
     "resume": Argument("bool", "also take what you hold already"),
+    "count": Argument("int", "the most tasks to take", 1, 100),
     "wait": Argument("duration", "seconds to wait for work", 0, 3600),
     "text": Argument("text", "the finding; in a list: words to look for", 1, SHORT),
     "if_rev": Argument("int", "refuse if the task has another rev", 0, 10**15 - 1),
@@ -3204,11 +3206,12 @@ class Queue:
         claimed, and that is released."""
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
             reply = await self.call(name, project, arguments)
-            if reply[0] in ("OK", "REPEATED"):
-                task = task_from(project, reply)
-                given = {key: arguments.get(key) for key in ("agent", "session")}
-                given |= {"task": task["taskId"], "fence": task["fence"]}
-                await self.call("release", project, given)
+            for one in (reply, *reply[TASK_REPLY:]) if reply[0] != "NOTHING" else ():
+                if one[0] in ("OK", "REPEATED"):
+                    task = task_from(project, one)
+                    given = {key: arguments.get(key) for key in ("agent", "session")}
+                    given |= {"task": task["taskId"], "fence": task["fence"]}
+                    await self.call("release", project, given)
 
     async def _left(self, project: str, waiter: str) -> None:
         """Take a waiter out of those that the monitor serves."""
@@ -3519,6 +3522,7 @@ class Queue:
         project: str | None = None,
         lane: str | None = None,
         mission: str | None = None,
+        count: int = 1,
         wait: int = 0,
         ttl: int | None = None,
         resume: bool = False,
@@ -3528,6 +3532,7 @@ class Queue:
         """Take the best ready task: by priority, then age; with wait, as soon as there is one.
 
         A lane gives you its tasks and those of lane any. Says why when there is nothing.
+        With count you get up to so many at once.
 
         Example: mosaic-queue next --agent alice --lane coding --wait 60
         """
@@ -3536,7 +3541,7 @@ class Queue:
         give_up = time.monotonic() + wait
         waiter = f"{agent} {lane or ''} {os.urandom(4).hex()}"
         given = {"agent": agent, "session": session, "ttl": ttl or self.ttl, "lane": lane}
-        given |= {"mission": mission, "op": op, "waiter": waiter}
+        given |= {"mission": mission, "op": op, "waiter": waiter, "count": count}
         while True:
             left = give_up - time.monotonic()
             # A look at all that is held, for what an earlier session left behind, is not cheap.
@@ -3552,7 +3557,8 @@ class Queue:
             if looks:
                 self._looked_back[project, agent] = now
             if reply[0] != "NOTHING":
-                return {"tasks": [self.hold(task_from(project, reply), agent)]}
+                tasks = [task_from(project, one) for one in (reply, *reply[TASK_REPLY:])]
+                return {"tasks": [self.hold(task, agent) for task in tasks]}
             _, why, _, due, lanes, assign, missing = reply
             left = give_up - time.monotonic()
             if left <= 0:

@@ -169,6 +169,7 @@ def scenarios() -> list[Scenario]:
     add("claim resume", "in-progress", lambda q: q.claim("T", "alice", **later), "linked")
     add("claim assigned", "assigned", lambda q: q.claim("T", "alice", ttl=TTL, op="same"))
     add("next", "pending", lambda q: q.next("alice", ttl=TTL, op="same"), chooses=True)
+    add("next two", "pending", lambda q: q.next("alice", ttl=TTL, count=2, op="same"), chooses=True)
     add(
         "next due",
         "delayed",

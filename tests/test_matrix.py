@@ -1246,3 +1246,35 @@ async def test_notes_take_16_kib_at_most(queue: mq.Queue) -> None:
     task = await queue.get("T")
     assert [note["text"][0] for note in task["notes"]] == ["2", "3", "4", "5"]
     assert task["noteCount"] == 6
+
+
+# ---- several at once ----
+
+
+async def test_next_takes_up_to_so_many(
+    config: mq.Config, db: redis.Redis, shim: Shim, server: Server
+) -> None:
+    """The best of them in their order, each with its own lease, fence, rev and event; a cap holds;
+    a repeat tells the same tasks."""
+    config.set("lanes.coding.maxConcurrent", 2, "test")
+    async with mq.Queue(config) as queue:
+        for n in range(4):
+            await create(queue, f"C{n}", lane="coding", priority="high")
+        for n in range(3):
+            await create(queue, f"A{n}")
+        db.zadd("mosaic:queue:project:{p}:ready:any", {"ghost": 1})
+        taken = (await queue.next("alice", count=4, op="same"))["tasks"]
+        assert [task["taskId"] for task in taken] == ["C0", "C1", "A0", "A1"]
+        assert len({task["fence"] for task in taken}) == 4
+        assert [task["rev"] for task in taken] == [8, 9, 10, 11]
+        before = key_space(server)
+        again = (await queue.next("alice", count=4, op="same"))["tasks"]
+        assert key_space(server) == before
+        for name in ("taskId", "fence", "rev"):
+            assert [task[name] for task in again] == [task[name] for task in taken]
+        assert len(queue.leases) == 4
+        assert [task["taskId"] for task in (await queue.next("bob", count=9))["tasks"]] == ["A2"]
+        assert (await queue.next("bob", count=9))["tasks"] == []
+        for task in taken:
+            await queue.complete(task["id"], agent="alice")
+        assert sound(db, shim) == []

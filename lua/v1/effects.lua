@@ -28,10 +28,14 @@ local function ring(lane)
   if read('LLEN', key('bell', lane)) == 0 then write('LPUSH', key('bell', lane), '1') end
 end
 
-local function keep_receipt(task)
+local function keep_receipt(task, earlier)
   if arg.op ~= '' then
-    write('SET', key('op', arg.op:sub(1, 24)), arg.op:sub(26) .. ' ' .. task.id .. ' ' ..
-          task.fence .. ' ' .. task.rev, 'PX', RECEIPT)
+    local ids, fences, revs = task.id, task.fence, task.rev
+    if earlier then
+      ids, fences, revs = earlier[1] .. ids, earlier[2] .. fences, earlier[3] .. revs
+    end
+    write('SET', key('op', arg.op:sub(1, 24)), arg.op:sub(26) .. ' ' .. ids .. ' ' .. fences ..
+          ' ' .. revs, 'PX', RECEIPT)
   end
 end
 
@@ -136,12 +140,14 @@ end
 
 -- A claim.  The lease comes first, so that reap finds whatever is left half done; the receipt
 -- counts only once the task carries its fence.
-local function take(task, op, agent, ttl, session)
+-- `earlier` has ids, fences and revs, with commas, of what the same call has claimed before.
+local function take(task, op, agent, ttl, session, earlier)
   task.fence = string.format('%d', math.max(meta.fence + 1, now))
+  meta.fence = task.fence
   emit(task, op, 'claimed', '', 'fence', task.fence)
   task.claimedBy, task.claimedAt = agent, at
   lease(task, ttl)
-  keep_receipt(task)
+  keep_receipt(task, earlier)
   displace(task)
   if task.assigned == '1' then write('SREM', key('assigned', agent), task.id) end
   local past = {}

@@ -1,8 +1,8 @@
--- next.lua -- Take the best ready task: by priority, then age.
+-- next.lua -- Take the best ready tasks: by priority, then age.
 --
 -- State    pending -> claimed; with resume also claimed | in-progress of the same agent
--- Args     op actor agent session ttl lane mission resume wait waiter
--- Returns  the task, or NOTHING and why
+-- Args     op actor agent session ttl lane mission resume wait waiter count
+-- Returns  the task, and `count` - 1 more at most, or NOTHING and why
 -- Rejects  SCHEMA INVALID OP_REUSED NOT_FOUND
 -- Emits    claim
 --
@@ -22,6 +22,7 @@ if not meta.limits then
 end
 if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.mission ~= '' then require_id(arg.mission, 'mission') end
+local count = arg.count == '' and 1 or require_integer(arg.count, 'count', 1, BATCH)
 local wait = arg.wait == '' and 0 or require_integer(arg.wait, 'wait', 0, 3600000)
 if not (arg.waiter == '' or arg.waiter:find('^%S+ %S* %S+$')) then
   reject('INVALID', 'waiter is not agent, lane and mark')
@@ -29,9 +30,16 @@ end
 -- Who waits where tasks are assigned gets them from the monitor; it knows of no missions.
 local served = wait > 0 and limit('assign') == 1 and arg.mission == ''
 local done = recall(nil, true)
-local did = done and fields(done.task)
-if did and tonumber(did.fence) and tonumber(did.fence) >= tonumber(done.fence) then
-  return replay(done, true)
+if done then
+  local replies, fences, revs = {}, done.fence:gmatch('[^,]+'), done.rev:gmatch('[^,]+')
+  for id in done.task:gmatch('[^,]+') do
+    local was = {task = id, fence = fences(), rev = revs()}
+    local task = fields(id, 'fence')
+    if task and tonumber(task.fence) and tonumber(task.fence) >= tonumber(was.fence) then
+      append(replies, replay(was, true))
+    end
+  end
+  if replies[1] then return together(replies) end
 end
 
 local rare = read('EXISTS', root .. ':delayed', key('assigned', arg.agent)) > 0
@@ -54,14 +62,15 @@ local function head(lane, chunk)
   local ahead = heads[lane] or {at = 0, list = {}, i = 1}
   heads[lane] = ahead
   if ahead.i > #ahead.list and not ahead.done then
-    ahead.list = read('ZRANGE', key('ready', lane), ahead.at, ahead.at + chunk - 1, 'WITHSCORES')
+    local first = ahead.at - (ahead.taken or 0)
+    ahead.list = read('ZRANGE', key('ready', lane), first, first + chunk - 1, 'WITHSCORES')
     ahead.at, ahead.i, ahead.done = ahead.at + chunk, 1, #ahead.list < 2 * chunk
   end
   return ahead.list[ahead.i], tonumber(ahead.list[ahead.i + 1]), ahead
 end
 
 local function best_ready()
-  local chunk = arg.mission == '' and 2 or 100
+  local chunk = arg.mission == '' and count + 1 or 100
   for _ = 1, LOOK do
     local id, score, from, lane
     for _, name in ipairs(lanes) do
@@ -114,21 +123,42 @@ if not limit('paused') then
     task, limited = best_ready()
   end
 end
-for _, entry in ipairs(stale) do
-  if entry[1] then
-    write('ZREM', key('ready', entry[1]), entry[2])
-  else
-    write('SREM', key('assigned', arg.agent), entry[2])
+local function drop_stale()
+  for _, entry in ipairs(stale) do
+    if entry[1] then
+      write('ZREM', key('ready', entry[1]), entry[2])
+      if heads[entry[1]] then heads[entry[1]].taken = (heads[entry[1]].taken or 0) + 1 end
+    else
+      write('SREM', key('assigned', arg.agent), entry[2])
+    end
   end
+  stale = {}
 end
+drop_stale()
 if task then
-  local reply = take(task, 'claim', arg.agent, ttl, arg.session)
+  local replies, earlier = {}, nil
+  while task do
+    local ahead = task.status == 'pending' and heads[task.lane]
+    append(replies, take(task, 'claim', arg.agent, ttl, arg.session, earlier))
+    if ahead then ahead.taken = (ahead.taken or 0) + 1 end
+    if #replies == count then break end
+    local ids, fences, revs = unpack(earlier or {'', '', ''})
+    earlier = {ids .. task.id .. ',', fences .. task.fence .. ',', revs .. task.rev .. ','}
+    local most = cap(task.lane)
+    for i = #lanes, 1, -1 do
+      if most and lanes[i] == task.lane and read('ZCARD', key('running', task.lane)) >= most then
+        table.remove(lanes, i)
+      end
+    end
+    task = not served and best_ready()
+    drop_stale()
+  end
   -- One token wakes one waiter: whoever was woken by one wakes the next if there is more.
   for _, lane in ipairs(wait > 0 and lanes or {}) do
     local ahead = heads[lane]
     if ahead and (ahead.list[ahead.i] or not ahead.done) then ring(lane) end
   end
-  return reply
+  return together(replies)
 end
 if served then
   write('ZADD', root .. ':waiting', now + wait, arg.waiter)
@@ -154,11 +184,11 @@ if due_at and not limit('paused') then
   why = why .. '; the next task is due at ' .. moment(decimal(due_at))
 end
 local wake = turn and math.min(turn, due_at or turn) or due_at
-local count = due()
-if count > 0 then why = why .. grace() end
+local expired = due()
+if expired > 0 then why = why .. grace() end
 local bells = {}
 for lane in each_lane() do
   if arg.lane == '' or lane == arg.lane or lane == 'any' then bells[#bells + 1] = lane end
 end
-return {'NOTHING', why, count, wake and wake - now or '', table.concat(bells, ' '),
+return {'NOTHING', why, expired, wake and wake - now or '', table.concat(bells, ' '),
         limit('assign'), 0}

@@ -11,6 +11,13 @@ local function policy() -- seldom
   return table.concat(values, '\t')
 end
 
+-- The answers of one call about several tasks: the first one's, and behind it the others whole.
+local function together(replies)
+  local reply = replies[1]
+  for i = 2, #replies do reply[#reply + 1] = replies[i] end
+  return reply
+end
+
 -- The answer to a call that was carried out before: its own fence and rev, the task as it is.  A
 -- claim that has ended since is superseded too.
 local function replay(done, claims) -- seldom
