@@ -2034,6 +2034,12 @@ class Operation:
         """The first paragraph of the docstring, on one line."""
         return " ".join(self.doc.split("\n\n")[0].split())
 
+    def words(self, name: str) -> tuple[str, ...]:
+        """The words that this operation takes for an argument, where it takes fewer than others."""
+        known = ARGUMENTS[name].words if name in self.parameters else ()
+        taken = get_args(get_type_hints(self.call)[name]) if known else ()
+        return taken if set(taken) < set(known) else ()
+
     @functools.cached_property
     def result(self) -> Any:
         """The type of the result: of a stream that of each part, None aside."""
@@ -2983,6 +2989,17 @@ class Lease:
 # ==== QUEUE ==================================================================================
 
 
+def in_claim_order(tasks: Sequence[Task]) -> list[Task]:
+    """A page of tasks in which those that are ready, of whatever lane, stand as they would be
+    claimed; all others stay where they are."""
+    now = time.time() * 1000
+    ready = [one for one in tasks if one["status"] == "pending" and one.get("notBefore", 0) <= now]
+    ready.sort(key=lambda one: (PRIORITIES.index(one["priority"]), one["createdAt"]))
+    places = iter(ready)
+    known = {one["taskId"] for one in ready}
+    return [next(places) if one["taskId"] in known else one for one in tasks]
+
+
 def user_at_host() -> str:
     """Who acts where nobody is named; made to fit an id."""
     try:
@@ -3473,6 +3490,7 @@ class Queue:
             total = len(answer["tasks"])
         if total != "":
             answer["total"] = int(total)
+        answer["tasks"] = in_claim_order(answer["tasks"])
         return answer
 
     @operation(reads=True)
@@ -3867,13 +3885,17 @@ class Queue:
 
     @operation(tool="", destroys=True, group="operators")
     async def purge(
-        self, *, project: str | None = None, status: Status = "completed", older: int = 30 * 86400
+        self,
+        *,
+        project: str | None = None,
+        status: Literal["completed", "failed"] = "completed",
+        older: int = 30 * 86400,
     ) -> Purged:
         """Forget completed tasks, or dead letters, of more than `older` seconds ago.
 
         What unfinished tasks depend on is kept, and so is the record in Postgres.
 
-        Example: mosaic-queue purge --project web --status completed --older 2592000
+        Example: mosaic-queue purge --project web --older 30d
         """
         project = self.own(project)
         answer: Purged = {"purged": 0, "kept": 0}
@@ -11964,6 +11986,9 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
     places = [name for name, one in of.parameters.items() if by_place(name, one)]
     for name, parameter in of.parameters.items():
         add_argument(parser, name, parameter, bool(others), of.reads and places == ["task"])
+    for action in cast(Any, parser)._actions:
+        if narrow := of.words(action.dest):
+            action.help, action.completer = ", ".join(narrow), lambda narrow=narrow, **_: narrow
     for word, other in others.items():
         for name, parameter in other.parameters.items():
             if name not in of.parameters:
@@ -12293,13 +12318,21 @@ def server_status(queue: Queue) -> PrivateState:
 
 
 @operation("server stop", local=True, group="operators")
-def server_stop(queue: Queue) -> PrivateState:
+async def server_stop(queue: Queue) -> PrivateState:
     """Stop the private Valkey; the next command starts it again.
 
     Example: mosaic-queue server stop
     """
-    server = PrivateServer()
-    return {"folder": str(server.folder), "stopped": server.stop()}
+    server, leader = PrivateServer(), None
+    if not queue.config["redis.url"] and server.answers():
+        with contextlib.suppress(Refused):
+            leader = next(iter(await leaders(queue)), None)
+            await queue.close()
+    answer: PrivateState = {"folder": str(server.folder), "stopped": server.stop()}
+    if leader and answer["stopped"]:
+        again = f"the monitor, process {leader['process']} on {leader['host']}, starts it again"
+        say(f"{again}: stop that one first", sys.stderr)
+    return answer
 
 
 @renders(PrivateState, status=lambda one: 0 if one.get("running") or one.get("stopped") else 5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -938,3 +939,23 @@ def test_a_line_is_cut_in_columns_and_not_in_marks() -> None:
     assert mq.fitted(line, 15) == line
     assert mq.fitted(line, 11) == "\x0031mfailed\0m 語…\0m"
     assert mq.width(mq.fitted(line, 4)) <= 4
+
+
+def test_purge_offers_what_it_takes(tell: Tell, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        tell("purge --help")
+    assert "completed, failed\n" in capsys.readouterr().out
+
+
+def test_pending_tasks_stand_in_the_order_in_which_they_are_claimed(tell: Tell) -> None:
+    """Of whatever lane they are."""
+    rng = random.Random(3)
+    for i in range(12):
+        lane, priority = rng.choice(["any", "coding"]), rng.choice(mq.PRIORITIES)
+        tell(f"create web m T{i} --title t --lane {lane} --priority {priority}")
+    tell("create web m late --title t --priority critical --delay 1h")
+    listed = json.loads(tell("list --status pending --json")[1])["tasks"]
+    claimed = [json.loads(tell("next --project web --agent a --json")[1])["tasks"][0]["taskId"]
+               for _ in range(12)]  # fmt: skip
+    assert [task["taskId"] for task in listed] == [*claimed, "late"]
+
