@@ -251,7 +251,11 @@ BROKEN = {  # each is the state of a project of its own
 
 
 async def test_what_is_wrong_in_one_project_stops_no_other(
-    server: Server, db: redis.Redis, shell: None, shim: Shim, tmp_path: Path,
+    server: Server,
+    db: redis.Redis,
+    shell: None,
+    shim: Shim,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Eleven broken projects and a registry full of nonsense: overviews show the sound one and say

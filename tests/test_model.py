@@ -197,11 +197,7 @@ class History(RuleBasedStateMachine):
                 one.status = "failed"
 
     def dependents(self, task: str) -> list[Model]:
-        return [
-            one
-            for one in self.tasks.values()
-            if task in one.waits
-        ]
+        return [one for one in self.tasks.values() if task in one.waits]
 
     # ---- the call and its comparison ----
 

@@ -443,7 +443,11 @@ def test_capture_without_a_receiver(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [201, 400, 503])
 async def test_an_answer_without_an_end(
-    queue: mq.Queue, db: redis.Redis, capturing: mq.Config, brain: Receiver, status: int,
+    queue: mq.Queue,
+    db: redis.Redis,
+    capturing: mq.Config,
+    brain: Receiver,
+    status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """64 KiB of it are read, as it is: it is asked for without an encoding."""

@@ -657,7 +657,10 @@ async def test_two_edits_before_the_first_is_seen(
 
 
 async def test_an_edit_that_cannot_be_read_ends_no_other(
-    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres, person: Any,
+    queue: mq.Queue,
+    config: mq.Config,
+    postgres: mq.Postgres,
+    person: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """It is closed as INVALID, and those behind it are carried out; so are those of other projects

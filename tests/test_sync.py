@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -1207,6 +1208,29 @@ edits = st.one_of(
 )  # fmt: skip
 
 
+# What git does with a board, and with what comes first.
+MOVES = {
+    "commit": ("add -A", "commit -q --allow-empty -m x"),
+    "back": ("checkout -qf HEAD~1",),
+    "front": ("checkout -qf main",),
+    "reset": ("reset -q --hard HEAD~1",),
+    "stash": ("stash -q",),
+    "pop": ("checkout -q -- .", "stash pop -q"),
+    "file": ("checkout -q -- TASKS.md",),
+    "branch": ("branch -f other", "checkout -qf other"),
+    "rebase": ("rebase -q main", "rebase --abort"),
+}
+moves = st.tuples(st.just("git"), st.just(""), st.sampled_from([*MOVES]), st.just(""))
+
+
+def move_file(folder: Path, what: str) -> None:
+    """What git can do of it; what it refuses is nothing."""
+    for words in MOVES[what]:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", *words.split()]
+        subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    (folder / ".git/index.lock").unlink(missing_ok=True)
+
+
 def edit_file(path: Path, task: str, column: str, value: str) -> None:
     board = mq.read_board(path.read_bytes().decode())
     table = board.tables[0]
@@ -1263,18 +1287,44 @@ async def followed(url: str, path: Path, history: list[tuple[str, str, str, str]
     config = mq.Config(environ={}).set("redis.url", url, "test")
     async with mq.Queue(config) as queue:
         written(path, HEAD + "".join(row(task) for task in TASKS[:2]))
+        if any(kind == "git" for kind, *_ in history):
+            shutil.rmtree(path.parent / ".git", ignore_errors=True)
+            subprocess.run(["git", "init", "-q", "-b", "main", str(path.parent)], check=True)
+            move_file(path.parent, "commit")
         agreed: dict[tuple[str, str], str] = {}
+        finished: set[str] = set()
         for kind, task, what, value in [*history, ("sync", "", "", "")]:
             if kind == "file":
                 edit_file(path, task, what, value)
+            elif kind == "git":
+                move_file(path.parent, what)
+                if not path.is_file():
+                    written(path, HEAD + row("A"))
             elif kind == "queue":
                 await edit_queue(queue, task, what, value)
             else:
                 before, theirs = file_cells(path), await queue_cells(queue)
-                report = await sync(queue, path)
+                finished = {n for n, t in (await queue.tasks_of("p")).items() if is_done(t)}
+                try:
+                    report = await sync(queue, path)
+                except mq.Refused as refusal:
+                    if "is a merge conflict" not in refusal.message:
+                        raise
+                    continue
+                tasks = await queue.tasks_of("p")
+                # No file reopens what was completed, and nothing is ready that is not shown open.
+                assert all(name not in tasks or is_done(tasks[name]) for name in finished), report
+                whole = any(one["kind"] == "stale" and "task" not in one for one in report["rows"])
+                stale = {(one.get("task"), one.get("field")) for one in report["rows"]
+                         if one["kind"] == "stale"}  # fmt: skip
                 after, ours = file_cells(path), await queue_cells(queue)
                 told = {(one.get("task"), one.get("field")) for one in report["rows"]}
                 told |= {(one.get("task"), "row") for one in report["rows"] if "field" not in one}
+                told |= {*before, *after, *ours} if whole else set()
+                for name, one in tasks.items():
+                    word = after.get((name, "status"), "not-started")
+                    is_open = word in ("", "not-started") or (name, "status") in told
+                    assert one["status"] != "pending" or is_open, (name, word, report)
                 for cell, value_now in before.items():
                     # An edit of the file is in the queue now, or still in the file, or was told.
                     edited = agreed.get(cell) != value_now
@@ -1289,6 +1339,8 @@ async def followed(url: str, path: Path, history: list[tuple[str, str, str, str]
                 for cell, last in agreed.items():
                     # What both have changed, each in its way, stays on both sides.
                     mine, its = before.get(cell, last), theirs.get(cell, last)
+                    if whole or cell in stale:
+                        continue
                     if last not in (mine, its) and mine != its and mine not in ("", "in-progress"):
                         assert (after.get(cell), ours.get(cell)) == (mine, its), (cell, report)
                 for cell, value_now in after.items():
@@ -1305,6 +1357,10 @@ async def followed(url: str, path: Path, history: list[tuple[str, str, str, str]
                 assert path.read_bytes() == text, again
                 assert await queue.revision("p") == revision, again
                 agreed = {cell: v for cell, v in after.items() if ours.get(cell, v) == v}
+
+
+def is_done(task: mq.Task) -> bool:
+    return task["status"] == "completed"
 
 
 def play(server: Server, folder: Path, history: list[tuple[str, str, str, str]]) -> None:
@@ -1328,15 +1384,34 @@ def test_no_edit_is_lost_that_was_not_told(
     server: Server, histories_folder: Path, history: list[tuple[str, str, str, str]]
 ) -> None:
     """Random edits of both sides, and a second sync after each does nothing."""
+    in_a_loop_of_its_own(server, histories_folder, history)
+
+
+@settings(
+    max_examples=max(20, HISTORIES // 4),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(history=st.lists(edits | moves, min_size=2, max_size=14))
+def test_git_undoes_nothing_and_all_is_told(
+    server: Server, histories_folder: Path, history: list[tuple[str, str, str, str]]
+) -> None:
+    """The same with a repository that moves."""
+    in_a_loop_of_its_own(server, histories_folder, history)
+
+
+def in_a_loop_of_its_own(
+    server: Server, folder: Path, history: list[tuple[str, str, str, str]]
+) -> None:
+    """Play a history; the test's thread may have a loop already."""
     failed: list[BaseException] = []
 
     def run() -> None:
         try:
-            play(server, histories_folder, history)
+            play(server, folder, history)
         except BaseException as problem:
             failed.append(problem)
 
-    # A loop of its own: the test's thread may have one already.
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
@@ -1346,6 +1421,6 @@ def test_no_edit_is_lost_that_was_not_told(
 
 if __name__ == "__main__":
     count = sys.argv[1] if len(sys.argv) > 1 else "10000"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "no_edit_is_lost"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", "all_is_told or no_edit_is_lost"]
     environ = os.environ | {"MOSAIC_TEST_HISTORIES": count}
     sys.exit(subprocess.run(command, env=environ, check=False).returncode)
