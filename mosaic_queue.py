@@ -6802,6 +6802,12 @@ class Row:
     meaning: str = ""
     edges: Sequence[tuple[str, Sequence[str]]] = ()
     prose: str = ""  # what stands among the dependencies and names no task
+    held: str = ""  # why its task is kept from being claimed, though its word is an open one
+
+    def hold(self) -> None:
+        """Have the row say that its task is blocked, where something beside its word says so."""
+        if self.held and self.cells["status"] in ("", "not-started"):
+            self.cells["status"] = "blocked"
 
 
 @dataclass
@@ -7167,10 +7173,8 @@ def read_rows(board: Board, table: TaskTable, rows: Mapping[int, Sequence[str]])
         row.said = {c: at_hand[c].strip() for c in ("status", "priority") if c in at_hand}
         known["status"] = MEANINGS.get(found, "")
         marked = [at_hand[c].strip() for c in ("id", "title", "text") if c in at_hand]
-        struck = any(len(text) > 4 and text[:2] == text[-2:] == "~~" for text in marked)
-        if struck and row.meaning in ("", "open"):
-            row.meaning, known["status"] = "set aside", "blocked"
-            row.said["status"] = "struck out"
+        if any(len(text) > 4 and text[:2] == text[-2:] == "~~" for text in marked):
+            row.held = "struck out"
         meanings[word] = row.meaning
         table.rows.append(row)
     if set(meanings.values()) - {"", "unknown", "set aside"} or not set(meanings.values()) - {""}:
@@ -7193,11 +7197,10 @@ def read_lists(board: Board, items: Mapping[int, str]) -> None:
             text = found["rest"][text_start(found["rest"]) :].strip()
             box = f"[{found['box']}]"
             mean = board.words.status(box)[0]
-            struck = mean == "open" and text.endswith("~~")
-            mean = "set aside" if struck else mean
             cells = {"status": MEANINGS[mean], "text": normal(text)}
-            said = {"status": "struck out" if struck else box}
-            table.rows.append(Row(line, found["id"].rstrip(".-"), cells, said, mean))
+            row = Row(line, found["id"].rstrip(".-"), cells, {"status": box}, mean)
+            row.held = "struck out" if text.endswith("~~") else ""
+            table.rows.append(row)
         elif re.match(r"[ \t>]*(?:[-*+]|\d{1,9}[.)])[ \t]+\[.\]", board.lines[line]):
             other[heading] = line
     for heading, table in lists.items():
@@ -7440,11 +7443,13 @@ class StatusCell(Cell):
             return "same"  # a claim is never taken from a file: its task is kept from others
         if mine in ("", DELETED):
             return "kept" if theirs == last else "theirs"
+        row = sync.rows[task][1]
         if mine == before:
-            return "same" if theirs == last or mine == shown else "theirs"
+            unblocked = row.held and theirs == "not-started"  # its word is open as it is
+            return "same" if theirs == last or mine == shown or unblocked else "theirs"
         back = theirs != "blocked" and RANK[mine] < RANK[theirs]
         older = sync.is_older(self, task, mine)
-        if back and not older and sync.rows[task][1].meaning in ("set aside", "unknown"):
+        if back and not older and (row.held or row.meaning in ("set aside", "unknown")):
             return "kept"
         if (back or older) and task not in sync.reopen:
             return "stale"
@@ -7620,7 +7625,8 @@ class Sync:
                 continue
             theirs = await self.queue.base(self.project, mark)
             state = json.loads(theirs.pop(STATE, "{}")).get("state", {})
-            if not os.path.isdir(state.get("top", "/")) and not self.dry:
+            here = state.get("host") == socket.gethostname()
+            if here and not os.path.isdir(state.get("top", "/")) and not self.dry:
                 await self.queue.forget_file(self.project, mark)  # a worktree that was removed
             elif self.copy and state.get("board") == self.copy.board:
                 self.know_copy(theirs, state)
@@ -7661,15 +7667,13 @@ class Sync:
         await self.fetch(others)
         known |= self.tasks.keys()
         for _, row in self.rows.values():
-            if not row.edges:
-                continue
-            prose = ", ".join(text for text, ids in row.edges if not known.issuperset(ids))
-            row.prose = printable(prose)[:CELL]
-            ids = {one for _, part in row.edges if known.issuperset(part) for one in part}
-            row.cells["depends_on"] = " ".join(sorted(ids))
-            if prose and row.cells["status"] in ("", "not-started"):
-                row.meaning, row.cells["status"] = "unknown", "blocked"
-                row.said["status"] = f"waiting for {row.prose}"
+            if row.edges:
+                prose = ", ".join(text for text, ids in row.edges if not known.issuperset(ids))
+                row.prose = printable(prose)[:CELL]
+                ids = {one for _, part in row.edges if known.issuperset(part) for one in part}
+                row.cells["depends_on"] = " ".join(sorted(ids))
+                row.held = f"waiting for {row.prose}" if prose else row.held
+            row.hold()
 
     def turn_blocks(self) -> None:
         """Tell each row who blocks it.  A task without a row gets one that says this alone."""
@@ -7793,10 +7797,11 @@ class Sync:
         if task in self.tasks or word in (None, DELETED):
             return False
         if "status" not in base["cells"] or base["rev"] == NEW:
-            return True
+            return not self.whole or task in self.reopen
+        if word != "not-started" or word == base["cells"]["status"]:
+            return False
         last, older = self.last(task, "status"), self.is_older(STATUS, task, word)
-        back = word == "not-started" and (task in self.reopen or (last == DELETED and not older))
-        return back and last in (DELETED, "done", "failed")
+        return task in self.reopen or (last == DELETED and not older)
 
     async def enter(self, batch: Mapping[str, set[str]]) -> None:
         """Create tasks; where one is refused, all the others.  Their base comes first: what is
@@ -7953,8 +7958,10 @@ class Sync:
 
     def spelled(self, task: str, kind: Cell, mine: str) -> str:
         """What a cell says, in the file's own words."""
-        said = self.rows[task][1].said.get(kind.name, "") if task in self.rows else ""
-        return printable(plain(said))[:CELL] or mine
+        row = self.rows[task][1] if task in self.rows else Row(-1, task, {})
+        if kind is STATUS and row.held and mine == "blocked":
+            return row.held
+        return printable(plain(row.said.get(kind.name, "")))[:CELL] or mine
 
     def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
@@ -8006,6 +8013,8 @@ class Sync:
         if not self.may_write(task, **told):
             return False
         kind.write(self, task, theirs)
+        if kind is STATUS:
+            self.rows[task][1].hold()
         if mine and task in self.base:
             old = self.base[task].setdefault("old", {})
             gone = [one for one in old.get(kind.name, ()) if one != digest_of(theirs)]
@@ -8050,8 +8059,11 @@ class Sync:
                 self.refuse(task, "blocks", Refused("NOT_FOUND", why))
             elif not row.cells[BLOCKED_BY]:
                 self.base.pop(task, None)
-        elif "status" not in base["cells"] or (word == last and last in ("done", "failed")):
-            pass  # it could not be entered, or was forgotten
+        elif "status" not in base["cells"]:
+            if self.whole:  # a row that an older file has and the last one had not
+                self.base[task] = {**NOTHING, "cells": cells, "was": {"status": DELETED}}
+        elif word == last and last in ("done", "failed"):
+            pass  # it was forgotten
         elif last in (DELETED, "done", "failed") and RANK.get(word, 3) < RANK.get(last, 3):
             if word != base["cells"]["status"] and self.write(task, STATUS, word, last):
                 self.tell("stale", task, field="status", file=word, queue=last)
@@ -8138,7 +8150,7 @@ class Sync:
         for table in self.board.tables:
             for row in table.rows:
                 said = printable(plain(row.said.get("status", "")))[:40]
-                if said and row.meaning and said != MEANINGS[row.meaning] and said not in told:
+                if said and row.meaning and said not in (MEANINGS[row.meaning], *told):
                     new.setdefault(row.meaning, {})[said] = None
         parts = [f"{meaning}: {', '.join([*words][:9])}" for meaning, words in sorted(new.items())]
         if parts:
@@ -8155,6 +8167,7 @@ class Sync:
         if self.copy:
             copy = self.copy
             self.state |= {"head": copy.head, "top": copy.top, "board": copy.board}
+            self.state["host"] = socket.gethostname()
         rows: dict[str, Any] = {task: self.base.get(task) for task in self.touched}
         if self.state != self.known:
             rows[STATE] = {**NOTHING, "state": self.state}

@@ -345,6 +345,51 @@ async def test_a_checkbox_list_with_ids_is_a_board(queue: mq.Queue, tmp_path: Pa
     assert "- [x] T001" in path.read_text()
 
 
+async def test_prose_blocks_a_task_until_it_goes_or_somebody_unblocks_it(
+    queue: mq.Queue, tmp_path: Path
+) -> None:
+    rows = row("9.1", "Done") + row("9.2", "Todo", needs="9.1")
+    rows += row("9.3", "Todo", needs="`9.1`, after review") + row("9.4", "Todo", needs="9.1-9.2")
+    rows += row("9.5", "Todo", needs="All above") + row("9.6", "Todo", needs="[9.2](#x) and Bob")
+    rows += "| ~~9.7~~ | Todo | ~~not wanted~~ | |\n"
+    path = written(tmp_path / "TASKS.md", HEAD + rows)
+    report = await sync(queue, path)
+    assert path.read_text() == HEAD + rows
+    reasons = {n: t.get("blockedReason") for n, t in (await queue.tasks_of("p")).items()}
+    assert reasons == {
+        "9.1": None, "9.2": None, "9.3": "waiting for after review in TASKS.md",
+        "9.4": "waiting for 9.1-9.2 in TASKS.md", "9.5": "waiting for All above in TASKS.md",
+        "9.6": "waiting for [9.2](#x) and Bob in TASKS.md", "9.7": "struck out in TASKS.md",
+    }  # fmt: skip
+    assert [task for kind, task in kinds(report) if kind == "kept"] == ["9.3", "9.4", "9.5", "9.6"]
+    assert await claimable(queue) == {"9.2"}
+    await in_step(queue, path)
+    for task in ("9.3", "9.7"):  # somebody knows better, and the cells stay
+        await queue.unblock(task, project="p")
+    await sync(queue, path)
+    assert path.read_text() == HEAD + rows
+    words = await shown(queue)
+    assert [words[task] for task in ("9.3", "9.4", "9.7")] == [
+        "not-started", "blocked", "not-started"
+    ]  # fmt: skip
+    await in_step(queue, path)
+    await queue.update("9.3", project="p", clear=["delay"])
+    await queue.claim("9.3", "a", project="p")
+    await sync(queue, path)
+    await queue.release("9.3", project="p", force=True)
+    await sync(queue, path)
+    assert (await shown(queue))["9.3"] == "not-started"
+    await in_step(queue, path)
+    replaced(path, "9.1-9.2", "9.1")
+    await sync(queue, path)
+    assert (await queue.get("9.4", project="p"))["status"] == "pending"
+    await queue.update("9.3", project="p", dependencies=["9.1", "9.2"])
+    await sync(queue, path)
+    assert "| `9.1`, after review, 9.2 |" in path.read_text()
+    await in_step(queue, path)
+    assert not any("waiting for" in line for line in path.read_text().split("\n"))
+
+
 # -- edits of the file --
 
 

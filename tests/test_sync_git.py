@@ -102,6 +102,28 @@ async def test_an_older_commit_undoes_nothing(
     await in_step(queue, board)
 
 
+async def test_rows_of_an_older_commit_are_not_entered(queue: mq.Queue, board: Path) -> None:
+    """Rows that were taken out before the file was first synced, or whose task was deleted."""
+    folder = board.parents[1]
+    whole = board.read_text()
+    written(board, whole + "\n\n" + HEAD + row("OLD"))
+    commit(folder, "a row")
+    written(board, whole)
+    commit(folder, "without it")
+    await queue.delete("E", project="p")
+    await sync(queue, board)
+    assert "| E | deleted |" in board.read_text()
+    git(folder, "checkout", "-qf", "HEAD~1")
+    for _ in range(2):
+        await sync(queue, board)
+        assert set(await shown(queue)) == {"A", "B", "C"}
+    replaced(board, "do A", "do A well")
+    await sync(queue, board)
+    assert set(await shown(queue)) == {"A", "B", "C"}
+    await in_step(queue, board)
+    await sync(queue, board, reopen=["OLD"])
+
+
 async def test_there_and_back(queue: mq.Queue, board: Path) -> None:
     await worked(queue, board)
     folder = board.parents[1]
