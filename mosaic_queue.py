@@ -435,6 +435,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     ),
     "NOT_FOUND": (Step("look for it", "list project?"),),
     "NOT_FOUND project": (Step("which projects there are", "status"),),
+    "NOT_FOUND path": (Step("/openapi.json says what there is"),),
     "NOT_FOUND restoring": (
         Step("wait; one that was cut off begins anew: mosaic-queue restore", at_shell=True),
         Step("wait until it is restored"),
@@ -10840,7 +10841,9 @@ class HttpServer:
             async with manager.run():
                 yield
 
-        app = Starlette(routes=routes, lifespan=lifespan)
+        app = Starlette(
+            routes=routes, lifespan=lifespan, exception_handlers={404: nowhere, 500: failed}
+        )
         app.add_middleware(GZipMiddleware, minimum_size=1000)
         return functools.partial(self.guard, app)
 
@@ -11104,6 +11107,19 @@ class HttpServer:
     async def openapi(self, _request: Any) -> Any:
         """All this for programs that write clients."""
         return json_response(openapi_document())
+
+
+async def nowhere(request: Any, _problem: Exception) -> Any:
+    """The answer at a path at which there is nothing."""
+    place = printable(request.url.path[:100])
+    return problem_document(Refused("NOT_FOUND", f"there is nothing at {place}", case="path"))
+
+
+async def failed(_request: Any, problem: Exception) -> Any:
+    """The answer where this program has a bug; the log says which."""
+    log_fault(problem)
+    told = {"type": "about:blank", "title": "a bug of mosaic-queue", "status": 500}
+    return json_response(told, 500)
 
 
 class MethodsOf:

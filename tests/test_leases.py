@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import FOLDER, PROGRAM, Server, Shim, one_engine, until
+from conftest import BINARIES, FOLDER, PROGRAM, Server, Shim, one_engine, until
 from mcp import Client, StdioServerParameters
 
 import mosaic_queue as mq
@@ -297,6 +297,26 @@ async def test_what_a_minted_name_holds_is_released_at_the_end(
     assert "its session has ended" in " ".join(why)
     holders = (await mq.agents(boss))["agents"]
     assert holders[0]["tasks"][0]["orphaned"]
+
+
+async def test_a_completion_waits_for_a_server_that_is_away(connect: Connect) -> None:
+    """Longer than any other call does, and within the time that a client gives a tool."""
+    away = Server(str(BINARIES["valkey"]()), "--appendonly", "yes", "--appendfsync", "always")
+    try:
+        async with connect(ttl=300, MOSAIC_VALKEY_URL=away.url) as client:
+            new = {"mission": "m", "task": "T1", "title": "t"}
+            await client.call_tool("queue_create", new)
+            await client.call_tool("queue_claim", {"task": "T1"})
+            away.kill()
+            done = asyncio.create_task(
+                client.call_tool("queue_complete", {"task": "T1", "summary": "did"})
+            )
+            await asyncio.sleep(mq.DEADLINE + 2)
+            assert not done.done()
+            away.start()
+            assert not (await done).is_error
+    finally:
+        away.close()
 
 
 # ---- an agent that dies ----
