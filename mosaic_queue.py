@@ -92,6 +92,7 @@ import socket
 import stat
 import struct
 import time
+from collections import deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -127,6 +128,7 @@ from typing import (
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import binascii
     import datetime
     import difflib
     import fcntl
@@ -139,6 +141,7 @@ if TYPE_CHECKING:
     import shlex
     import shutil
     import signal
+    import ssl
     import subprocess
     import tempfile
     import termios
@@ -150,6 +153,7 @@ if TYPE_CHECKING:
 
     import anyio
     import asyncpg
+    import hiredis
     import httpx2
     import tomlkit
     import yaml
@@ -167,11 +171,10 @@ else:
             return getattr(module, name)
 
     for _name in (
-        *("argparse", "asyncio", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
-        *("graphlib", "hmac", "ipaddress", "plistlib", "shlex", "shutil", "signal"),
-        *("subprocess", "tempfile"),
-        *("termios", "textwrap", "threading", "traceback", "tty", "unicodedata", "anyio"),
-        *("asyncpg", "httpx2", "tomlkit", "yaml"),
+        *("argparse", "asyncio", "binascii", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
+        *("graphlib", "hmac", "ipaddress", "plistlib", "shlex", "shutil", "signal", "ssl"),
+        *("subprocess", "tempfile", "termios", "textwrap", "threading", "traceback", "tty"),
+        *("unicodedata", "anyio", "asyncpg", "hiredis", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -2530,68 +2533,366 @@ def server_binary() -> str:
 
 
 # ==== CONNECTION =============================================================================
+#
+# One connection carries all calls that do not block: what is asked in one turn of the event loop
+# goes out in one write, and the answers come in the order of the questions.  What blocks has a
+# connection of its own.  A call that gets no answer is sent again by `Link`, over a new one.
 
-IN_THE_OPEN = (
-    "mosaic-queue: the password of --url stands in the list of processes; "
-    "$MOSAIC_VALKEY_URL or redis.url in a file keeps it out of there"
-)
 SCHEMES = ("redis", "rediss", "unix", "valkey", "valkeys", "redis+sentinel", "redis+cluster")
+URL_FORM = "scheme://[user:password@]host:port/db"
+OPTIONS = ("db", "username", "password")
+TLS_OPTIONS = (
+    *("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"),
+    *("ssl_cert_reqs", "ssl_check_hostname"),
+)
+SLOTS = 16384  # of a cluster
+MOST = 128 << 20  # bytes of one answer; what is longer comes from no queue
 
 
-def connect(url: str) -> Any:
-    """A client of redis-py for a URL.
+class Place(NamedTuple):
+    """Where one server listens: the path of a Unix socket, else host and port."""
 
-    Its own retries are off, since it would execute a script again, and so are its socket
-    timeouts: the deadline is Queue's, around the operation.  `redis+sentinel://[user:password@]
-    host:port,host:port/service` and `redis+cluster://host:port` name what they say.
-    """
-    import redis.asyncio
-    from redis.asyncio.cluster import RedisCluster
-    from redis.asyncio.retry import Retry
-    from redis.asyncio.sentinel import Sentinel
-    from redis.backoff import NoBackoff
+    path: str = ""
+    host: str = ""
+    port: int = 0
+
+
+class Address(NamedTuple):
+    """What a URL says: the servers that are asked first, and what it takes to get in."""
+
+    scheme: str
+    places: tuple[Place, ...]
+    service: str = ""  # that Sentinels know
+    user: str = ""
+    password: str = ""
+    db: int = 0
+    tls: Any = None  # an ssl.SSLContext
+
+
+def parse_url(url: str) -> Address:
+    """What a URL says; refused INVALID where it says nothing that can be understood."""
+    from urllib.parse import unquote
 
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in SCHEMES:
         invalid("URL scheme", scheme if colon else masked(url), ", ".join(SCHEMES))
-    options: dict[str, Any] = {
-        "decode_responses": True,
-        "encoding_errors": "backslashreplace",  # what is no UTF-8 is none of ours: it is shown
-        "max_connections": 10_000,  # every waiter blocks one; redis-py's default is 100
-        "socket_timeout": None,
-        "socket_connect_timeout": DEADLINE,
-        "retry": Retry(NoBackoff(), 0),
-    }
+    rest, _, query = rest.partition("?")
+    head, slash, path = rest.partition("/")
+    login, _, hosts = head.rpartition("@")
+    user, _, password = map(unquote, login.partition(":"))
+    options = {}
+    known = (*OPTIONS, *TLS_OPTIONS) if scheme in ("rediss", "valkeys") else OPTIONS
+    for pair in filter(None, query.split("&")):
+        name, equals, value = pair.partition("=")
+        if not equals or name not in known:
+            shown = name if equals and re.fullmatch(r"\w+", name) else "***"
+            invalid("URL option", shown, ", ".join(known))
+        options[name] = unquote(value)
+    db = options.get("db", "" if scheme in ("unix", "redis+sentinel") else path) or "0"
+    places: list[Place | None]
+    if scheme == "unix":
+        places = [Place(path=unquote(slash + path)) if path and not hosts else None]
+    else:
+        needs_port = scheme == "redis+sentinel"
+        places = [place_of(host, needs_port) for host in hosts.split(",")]
+    if None in places or (len(places) > 1 and "+" not in scheme):
+        invalid("URL", masked(url), URL_FORM)
+    if not re.fullmatch(r"\d{1,6}", db):
+        invalid("database of the URL", db if re.fullmatch(r"\w*", db) else "***", "a number")
+    return Address(
+        scheme,
+        tuple(place for place in places if place),
+        unquote(path) or "mymaster",
+        options.get("username", user),
+        options.get("password", password),
+        int(db),
+        tls_context(url, options) if scheme in ("rediss", "valkeys") else None,
+    )
+
+
+def place_of(host: str, needs_port: bool) -> Place | None:
+    """host:port as a place, [host] for one with colons; None where it is neither."""
+    found = re.fullmatch(r"(\[[\w:.%]+\]|[\w.%-]*)(?::(\d{1,5}))?", host, re.ASCII)
+    if not found or (needs_port and not found[2]) or int(found[2] or 1) not in range(1, 65536):
+        return None
+    return Place(host=found[1].strip("[]") or "localhost", port=int(found[2] or 6379))
+
+
+def tls_context(url: str, options: Mapping[str, str]) -> Any:
+    """How certificates are checked, and which one is shown."""
     try:
-        if scheme == "redis+cluster":
-            return patient(RedisCluster).from_url("redis://" + rest, **options)
-        if scheme == "redis+sentinel":
-            login, _, places = rest.rpartition("@")
-            hosts, _, service = places.partition("/")
-            pairs = [host.rpartition(":")[::2] for host in hosts.split(",")]
-            user, _, password = login.partition(":")
-            options |= {"username": user or None, "password": password or None}
-            sentinel: Any = cast(Any, Sentinel)([(h, int(port)) for h, port in pairs], **options)
-            return sentinel.master_for(service or "mymaster", **options)
-        scheme = {"valkey": "redis", "valkeys": "rediss"}.get(scheme, scheme)
-        return redis.asyncio.Redis.from_url(f"{scheme}://{rest}", **options)
-    except ValueError:
-        invalid("URL", masked(url), "scheme://[user:password@]host:port/db")
+        context = ssl.create_default_context(cafile=options.get("ssl_ca_certs"))
+        if "ssl_certfile" in options:
+            context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
+    except OSError as problem:
+        invalid("URL", masked(url), f"files of TLS that can be used ({problem})")
+    if options.get("ssl_check_hostname", "true").lower() == "false":
+        context.check_hostname = False
+    if options.get("ssl_cert_reqs") == "none":
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
-def patient(cluster: Any) -> Any:
-    """A cluster client that follows no ASK: while a slot moves, a root of which half the keys have
-    moved looks empty.  The error goes to Link, which waits and sends the same op id again."""
+class ErrorReply(Exception):
+    """The line with which a server refused a command."""
 
-    class Patient(cluster):  # type: ignore[misc]
-        async def _execute_command(self, node: Any, *args: Any, **kwargs: Any) -> Any:
+
+NO_ANSWER = (ErrorReply, OSError)  # what a command may end in; a timeout is an OSError
+
+
+class Wire:
+    """One connection, as a protocol of asyncio.
+
+    `patience` (s) is how long the server may be silent while somebody waits; then the connection
+    is given up, and whoever waits gets a TimeoutError.
+    """
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.over: Exception | None = None  # why nobody can ask any more
+        self.loop = asyncio.get_running_loop()
+        self._nothing = object()
+        self._reader = hiredis.Reader(
+            encoding="utf-8",
+            errors="backslashreplace",
+            replyError=ErrorReply,
+            notEnoughData=self._nothing,
+        )
+        self._waiting: deque[asyncio.Future[Any]] = deque()
+        self._out: list[bytes] = []
+        self._heard: asyncio.Queue[Any] | None = None  # what a subscriber is told
+        self._unread = 0  # bytes of an answer that is not whole yet
+        self._last = 0.0  # when the server was last heard, or the first of those who wait asked
+        self._alarm: Any = None
+        self._transport: Any = None
+
+    def ask(self, *command: Any) -> asyncio.Future[Any]:
+        """Send a command; the future of its answer, ErrorReply where that is an error."""
+        if self.over:
+            raise self.over
+        future = self.loop.create_future()
+        if not self._waiting:
+            self._last = self.loop.time()
+            if not self._alarm:
+                self._alarm = self.loop.call_later(self.patience, self._ring)
+        self._waiting.append(future)
+        if not self._out:
+            self.loop.call_soon(self._flush)
+        self._out.append(hiredis.pack_command(cast(Any, command)))
+        return future
+
+    async def subscribe(self, pattern: str) -> AsyncIterator[str]:
+        """What is published on the channels of a pattern, and "" when the listening begins."""
+        self._heard = asyncio.Queue()
+        self._out.append(hiredis.pack_command(cast(Any, ("PSUBSCRIBE", pattern))))
+        self._flush()
+        while not isinstance(message := await self._heard.get(), Exception):
+            yield str(message[3]) if message[0] == "pmessage" else ""
+        raise message
+
+    def close(self, problem: Exception | None = None) -> None:
+        """Give the connection up; whoever waits gets the problem."""
+        self.over = self.over or problem or ConnectionError("the connection was closed")
+        if self._alarm:
+            self._alarm.cancel()
+        if self._transport:
+            self._transport.abort()
+        if self._heard:
+            self._heard.put_nowait(self.over)
+        for future in self._waiting:
+            if not future.done():
+                future.set_exception(self.over)
+        self._waiting.clear()
+
+    def _flush(self) -> None:
+        if not self.over:
+            self._transport.write(b"".join(self._out))
+        self._out.clear()
+
+    def _ring(self) -> None:
+        """Look whether the server was silent for too long."""
+        self._alarm = None
+        late = self._last + self.patience - self.loop.time()
+        if self._waiting and late <= 0:
+            self.close(TimeoutError("no answer in time"))
+        elif self._waiting:
+            self._alarm = self.loop.call_later(late, self._ring)
+
+    # ---- what asyncio calls ----
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._last = self.loop.time()
+        self._unread += len(data)
+        try:
+            self._reader.feed(data)
+            while (answer := self._reader.gets()) is not self._nothing:
+                self._unread = 0
+                self._deliver(answer)
+        except (hiredis.HiredisError, MemoryError) as problem:
+            self.close(ConnectionError(f"it does not speak the protocol of Valkey: {problem}"))
+        if self._unread > MOST:
+            self.close(ConnectionError(f"an answer has more than {MOST >> 20} MiB"))
+
+    def _deliver(self, answer: Any) -> None:
+        if isinstance(answer, hiredis.PushNotification):
+            if self._heard:
+                self._heard.put_nowait(answer)
+        elif self._waiting:
+            future = self._waiting.popleft()
+            if future.done():
+                return  # whoever asked has gone
+            if isinstance(answer, ErrorReply):
+                future.set_exception(answer)
+            else:
+                future.set_result(answer)
+        elif isinstance(answer, ErrorReply):
+            self.close(answer)  # of a subscription that is not allowed
+
+    def eof_received(self) -> None:
+        pass
+
+    def connection_lost(self, problem: Exception | None) -> None:
+        self.close(problem)
+
+    def pause_writing(self) -> None:
+        pass
+
+    def resume_writing(self) -> None:
+        pass
+
+
+async def open_wire(
+    address: Address, place: Place, patience: float, server: PrivateServer | None = None
+) -> Wire:
+    """A connection to a place, logged in."""
+    wire = Wire(patience)
+    loop, protocol = wire.loop, cast(Any, lambda: wire)
+    try:
+        async with asyncio.timeout(patience):
+            if server:
+                sock = server.connect()
+                sock.setblocking(False)
+                await loop.create_unix_connection(protocol, sock=sock)
+            elif place.path:
+                await loop.create_unix_connection(protocol, place.path)
+            else:
+                where = (place.host, place.port)
+                await loop.create_connection(protocol, *where, ssl=address.tls)
+            login = ("AUTH", address.user or "default", address.password)
+            await wire.ask("HELLO", 3, *(login if address.user or address.password else ()))
+            if address.db:
+                await wire.ask("SELECT", address.db)
+    except BaseException:
+        wire.close()
+        raise
+    return wire
+
+
+def slot_of(key: str) -> int:
+    """The slot of a key in a cluster: of what stands between its first braces, if anything does."""
+    tag = re.search(r"\{([^}]+)\}", key)
+    return binascii.crc_hqx((tag[1] if tag else key).encode(), 0) % SLOTS
+
+
+def key_of(command: Sequence[Any]) -> str | None:
+    """The key that a command of ours names; None for one that any server may answer."""
+    if command[0] in ("EVAL", "EVALSHA"):
+        return str(command[3])
+    if command[0] == "XREAD":
+        return str(command[command.index("STREAMS") + 1])
+    return str(command[1]) if command[0] in WITH_KEY else None
+
+
+WITH_KEY = {
+    *("HGET", "HGETALL", "HMGET", "XRANGE", "XREVRANGE", "ZSCAN", "SMEMBERS", "SADD"),
+    *("BLPOP", "GET", "TYPE"),
+}
+
+
+class Route:
+    """Which server a command goes to: the one of the URL, the primary that a Sentinel names, or
+    the node of a cluster that serves the slot of the command's key.
+
+    An ASK of a cluster is never followed: while a slot moves, a root of which half the keys have
+    moved looks empty.  It is an error that passes; the same op id is sent again.
+    """
+
+    def __init__(self, address: Address, patience: float) -> None:
+        self.address, self.patience = address, patience
+        self._primary: Place | None = None
+        self._slots: Sequence[tuple[int, int, Place]] = ()
+        self._nodes: Sequence[Place] = address.places
+
+    def forget(self) -> None:
+        """Ask anew who serves what."""
+        self._primary, self._slots = None, ()
+
+    async def place(self, command: Sequence[Any]) -> Place:
+        """Where a command goes."""
+        if self.address.scheme == "redis+sentinel":
+            self._primary = self._primary or await self._ask_sentinels()
+            return self._primary
+        if self.address.scheme != "redis+cluster":
+            return self.address.places[0]
+        key = key_of(command)
+        slot = slot_of(key) if key is not None else None
+        for first, last, place in await self._served():
+            if slot is None or first <= slot <= last:
+                return place
+        raise ErrorReply(f"CLUSTERDOWN slot {slot} is served by nobody")
+
+    async def all_places(self) -> Sequence[Place]:
+        """Every server that has keys."""
+        if self.address.scheme != "redis+cluster":
+            return [await self.place(("PING",))]
+        return list(dict.fromkeys(place for _, _, place in await self._served()))
+
+    async def _served(self) -> Sequence[tuple[int, int, Place]]:
+        if not self._slots:
+            rows = await self._ask_first(self.address, self._nodes, "CLUSTER", "SLOTS")
+            with answer_of("CLUSTER SLOTS"):
+                self._slots = [
+                    (int(first), int(last), Place(host=str(host), port=int(port)))
+                    for first, last, (host, port, *_), *_ in rows
+                ]
+            known = (place for _, _, place in self._slots)
+            self._nodes = list(dict.fromkeys([*self.address.places, *known]))
+        return self._slots
+
+    async def _ask_sentinels(self) -> Place:
+        ask = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.address.service)
+        found = await self._ask_first(Address("redis", ()), self.address.places, *ask)
+        if found is None:
+            raise ConnectionError(f"its Sentinels know no {self.address.service}")
+        with answer_of("SENTINEL"):
+            host, port = str(found[0]), int(found[1])
+        return Place(host=host, port=port)
+
+    async def _ask_first(self, address: Address, places: Sequence[Place], *command: Any) -> Any:
+        """The answer of the first of some servers that gives one."""
+        why: Exception = ConnectionError("it has no servers")
+        for place in places:
             try:
-                return await node.execute_command(*args, **kwargs)
-            except Exception:
-                self._initialize = True  # reads the slots again before the next command
-                raise
+                wire = await open_wire(address, place, self.patience)
+                try:
+                    return await wire.ask(*command)
+                finally:
+                    wire.close()
+            except NO_ANSWER as problem:
+                why = problem
+        raise why
 
-    return Patient
+
+@contextlib.contextmanager
+def answer_of(what: str) -> Iterator[None]:
+    """Read an answer; one of another shape than it has to have is none."""
+    try:
+        yield
+    except UNREADABLE:
+        raise ConnectionError(f"its answer to {what} cannot be read") from None
 
 
 class Fault(NamedTuple):
@@ -2639,28 +2940,6 @@ WRONG_TYPE = re.compile("(ERR )?WRONGTYPE ")
 UNKNOWN = Fault("UNFIT", False, "report it: a bug of mosaic-queue, or a server that is not known")
 
 
-def client_errors() -> tuple[type[Exception], ...]:
-    """What a command over redis-py may end in.  ValueError: a redirection that cannot be read."""
-    from redis.exceptions import RedisClusterException, RedisError
-
-    return (RedisError, RedisClusterException, OSError, ValueError)
-
-
-def error_line(problem: Exception) -> str:
-    """The line with which a server refused a command, or "" where no such line came.  redis-py
-    takes the first word away where it has a class of its own for it."""
-    from redis.exceptions import ResponseError
-
-    word = getattr(problem, "status_code", None)
-    if word:
-        return f"{word} {problem}"
-    if isinstance(problem, ValueError):
-        return "MOVED or ASK, to a place that cannot be read"
-    if isinstance(problem, ResponseError) or fault_of(str(problem)) is not UNKNOWN:
-        return str(problem) or "ERR"
-    return ""
-
-
 def fault_of(line: str) -> Fault:
     """What a line means.  A script hands the error of a command on behind an ERR of its own."""
     line = line.removeprefix("ERR ")
@@ -2685,9 +2964,6 @@ def naming_keys(lua: str) -> str:
     return shebang + NAMES_KEYS + rest
 
 
-NO_TURN = contextlib.nullcontext()
-
-
 class Link:
     """The way to one Valkey: connects, sends again, starts the private server when it is down.
 
@@ -2699,22 +2975,30 @@ class Link:
         self.server: PrivateServer | None = None
         self.fit: dict[str, str] = {}  # what `check` has found
         self.ears: Ears | None = None  # of a process in which many wait
-        self.turns: Any = NO_TURN  # where many send at once: how many connections they share
-        self._client: Any = None
+        self._found: Route | None = None
+        self._wires: dict[Place, Wire] = {}  # for what does not block
+        self._opening: dict[Place, asyncio.Task[Wire]] = {}
+        self._idle: dict[Place, list[Wire]] = {}  # for what blocks, while it is not in use
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._client is not None:
-            await self._client.aclose()
-        self._client = None
+        for task in self._opening.values():
+            task.cancel()
+        for wire in itertools.chain(self._wires.values(), *self._idle.values()):
+            wire.close()
+        self._wires, self._opening, self._idle = {}, {}, {}
+        await asyncio.sleep(0)  # asyncio closes the sockets now
 
-    def _open(self) -> Any:
+    @property
+    def _route(self) -> Route:
+        if self._found is None:
+            self._found = Route(self._address(), self.deadline / 3)
+        return self._found
+
+    def _address(self) -> Address:
         url = self.config["redis.url"]
         if url:
-            client = connect(url)
-            if self.config.source("redis.url") == "flag" and "***" in masked(url):
-                say(IN_THE_OPEN, sys.stderr)
-            return client
+            return parse_url(url)
         if not self.config["embedded"]:
             raise Refused(
                 "UNREACHABLE",
@@ -2722,33 +3006,26 @@ class Link:
                 "name one: --url redis://HOST:6379, $MOSAIC_VALKEY_URL or redis.url",
             )
         self.server = PrivateServer()
-        with contextlib.suppress(OSError):
-            self.server.connect().close()  # refused where another user could answer
-        return connect(f"unix://{self.server.socket}")
+        return Address("unix", (Place(path=str(self.server.socket)),))
 
     @property
     def address(self) -> str:
         """Where Valkey is, without a password."""
         return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
 
-    async def send(self, *command: Any, lua: str = "") -> Any:
+    async def send(self, *command: Any, lua: str = "", at: Place | None = None) -> Any:
         """One command to Valkey, sent again until an answer or the deadline comes.  `lua` is the
-        text of the script that the command names.  Refuses UNREACHABLE and UNFIT."""
-        async with NO_TURN if command[0] == "XREAD" else self.turns:
-            return await self._send(*command, lua=lua)
-
-    async def _send(self, *command: Any, lua: str) -> Any:
+        text of the script that the command names, `at` the server if it matters which.  Refuses
+        UNREACHABLE and UNFIT."""
         give_up = time.monotonic() + self.deadline
         pause, starts = 0.01, 0
         while True:
             left = give_up - time.monotonic()
             try:
-                if self._client is None:
-                    self._client = self._open()
-                async with asyncio.timeout(min(max(left, 0.1), self.deadline / 3)):
-                    return await self._client.execute_command(*command)
-            except client_errors() as problem:
-                line = error_line(problem)
+                wire = await self._wire(at or await self._route.place(command))
+                return await wire.ask(*command)
+            except NO_ANSWER as problem:
+                line = str(problem) if isinstance(problem, ErrorReply) else ""
                 fault, refusal = self._refusal(problem, command)
             if command[0] == "EVALSHA" and line.startswith("NOSCRIPT"):
                 command = ("EVAL", lua, *command[2:])
@@ -2767,20 +3044,62 @@ class Link:
                 began = time.monotonic()
                 starts += await asyncio.to_thread(self.server.ensure)
                 give_up += time.monotonic() - began
+            self._route.forget()
+            if line.startswith(("READONLY", "MASTERDOWN")):  # the name may lead elsewhere by now
+                wire.close()
             await asyncio.sleep(pause)
             pause = min(2 * pause, 0.5)
 
+    async def _wire(self, place: Place) -> Wire:
+        """The connection to a place that all calls share; whoever is the first opens it."""
+        wire = self._wires.get(place)
+        if wire and not wire.over:
+            return wire
+        task = self._opening.get(place)
+        if task is None:
+            task = self._opening[place] = asyncio.create_task(self._open(place))
+        try:
+            self._wires[place] = wire = await asyncio.shield(task)
+        finally:
+            if task.done() and self._opening.get(place) is task:
+                del self._opening[place]
+        return wire
+
+    async def _open(self, place: Place) -> Wire:
+        return await open_wire(self._route.address, place, self.deadline / 3, self.server)
+
+    async def wait(self, seconds: float, *command: Any) -> Any:
+        """The answer of a command that blocks, None when the time is over; an error is as good as
+        that."""
+        try:
+            place = await self._route.place(command)
+            idle = self._idle.setdefault(place, [])
+            while idle and idle[-1].over:
+                idle.pop()
+            wire = idle.pop() if idle else await self._open(place)
+            wire.patience = seconds + 2
+            try:
+                answer = await wire.ask(*command)
+                idle.append(wire)
+                return answer
+            except BaseException:
+                wire.close()
+                raise
+        except NO_ANSWER:
+            await asyncio.sleep(min(0.2, seconds))
+            return None
+
     def _refusal(self, problem: Exception, command: Sequence[Any] = ()) -> tuple[Fault, Refused]:
         """What an error means, and how it is told."""
-        line = error_line(problem)
-        fault = fault_of(line) if line else LOST
-        if WRONG_TYPE.match(line):
+        line = str(problem)
+        fault = fault_of(line) if isinstance(problem, ErrorReply) else LOST
+        if isinstance(problem, ErrorReply) and WRONG_TYPE.match(line):
             within = re.search(r" at (mosaic:\S+)", line)
             direct = command and not command[0].startswith("EVAL")
             key = within[1] if within else command[1] if direct else "a key of ours"
             line = f"{key} holds another kind of value: {line}"
         # An unknown command is answered with its arguments, which may be a password.
-        said = (line or str(problem) or "no answer in time").partition(", with args")[0]
+        said = (line or "no answer in time").partition(", with args")[0]
         said = said if len(said) <= 300 else said[:297] + "..."
         return fault, Refused(fault.code, f"{self.address}: {printable(said)}", fault.hint)
 
@@ -2793,12 +3112,9 @@ class Link:
         except Refused as problem:
             if problem.code != "UNFIT":
                 raise
-            info = {}
-        if isinstance(info, str):
-            lines = (line.partition(":") for line in info.splitlines())
-            info = {name: value for name, _, value in lines}
-        elif info and "maxmemory_policy" not in info:  # of a cluster: the first node's
-            info = next((node for node in info.values() if isinstance(node, dict)), info)
+            info = ""
+        lines = (line.partition(":") for line in str(info).splitlines())
+        info = {name: value for name, _, value in lines}
         valkey = info.get("valkey_version")
         version = str(valkey or info.get("redis_version") or "unknown")
         policy = str(info.get("maxmemory_policy") or "unknown")
@@ -2830,42 +3146,48 @@ class Link:
 
     async def block(self, bells: Sequence[str], seconds: float) -> str:
         """The same, on a connection of its own."""
-        try:
-            async with asyncio.timeout(seconds + 2):
-                found = await self._client.execute_command("BLPOP", *bells, f"{seconds:.3f}")
-                return str(found[0]) if found else ""
-        except client_errors():
-            await asyncio.sleep(min(0.2, seconds))
-            return ""
+        found = await self.wait(seconds, "BLPOP", *bells, f"{seconds:.3f}")
+        return str(found[0]) if isinstance(found, list) else ""
 
     async def told(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
         anew: what was published meanwhile is never told."""
         while True:
-            with contextlib.suppress(*client_errors(), Refused):
-                await self.send("PING")  # opens the client
-                async with self._client.pubsub() as channel:
-                    await channel.psubscribe(pattern)
-                    async for message in channel.listen():
-                        yield str(message["data"]) if message["type"] == "pmessage" else ""
+            with contextlib.suppress(*NO_ANSWER, Refused):
+                await self.send("PING")  # starts the server if need be
+                wire = await self._open(await self._route.place(("PING",)))
+                try:
+                    async for message in wire.subscribe(pattern):
+                        yield message
+                finally:
+                    wire.close()
             await asyncio.sleep(1)
 
     async def scan(self, pattern: str) -> AsyncIterator[str]:
         """All keys that match a pattern, some perhaps twice."""
+        await self.send("PING")
         try:
-            async for key in self._client.scan_iter(match=pattern, count=1000):
-                yield key
-        except client_errors() as problem:
+            places = await self._route.all_places()
+        except NO_ANSWER as problem:
             raise self._refusal(problem)[1] from None
+        for place in places:
+            cursor = "0"
+            while True:
+                scan = ("SCAN", cursor, "MATCH", pattern, "COUNT", 1000)
+                cursor, keys = await self.send(*scan, at=place)
+                for key in keys:
+                    yield key
+                if cursor == "0":
+                    break
 
     async def members(self, key: str) -> AsyncIterator[tuple[str, float]]:
         """All members of a sorted set with their scores, some perhaps twice."""
-        cursor = 0
+        cursor = "0"
         while True:
-            cursor, members = await self.send("ZSCAN", key, cursor, "COUNT", 1000)
-            for member, score in members:
+            cursor, found = await self.send("ZSCAN", key, cursor, "COUNT", 1000)
+            for member, score in zip(found[::2], found[1::2], strict=True):
                 yield member, float(score)
-            if not cursor:
+            if cursor == "0":
                 return
 
 
@@ -3974,8 +4296,9 @@ class Queue:
                 answer: EventList = {"events": found, "since": since}
                 return answer | {"lost": lost} if lost else answer
             if not rows:
-                block = round(min(left, 1) * 1000)
-                await self.link.send("XREAD", "BLOCK", block, "STREAMS", stream, f"{since}-0")
+                block = min(left, 1)
+                read = ("XREAD", "BLOCK", round(block * 1000), "STREAMS", stream)
+                await self.link.wait(block, *read, f"{since}-0")
 
     async def page_of_events(self, project: str, limit: int, task: str | None = None) -> EventList:
         """The last events of a project, or those of a task among its last 1,000."""
@@ -4408,7 +4731,7 @@ def unfollowed(project: ProjectStatus, config: Config) -> list[str]:
 async def setting_of(queue: Queue, name: str) -> str:
     """One setting of the server, or unknown."""
     try:
-        found = await queue.link.send("CONFIG GET", name)
+        found = await queue.link.send("CONFIG", "GET", name)
     except Refused:
         return "unknown"
     return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
@@ -10618,7 +10941,6 @@ BODY = 4 * KIB * KIB  # bytes of a request at most
 BODY_WITHIN = 30.0  # s
 BEAT = 15.0  # s between two signs of life in a stream of events
 STOP_WITHIN = 10  # s
-CONNECTIONS = 32  # to Valkey, which all callers share
 RENEW_EVERY = 10.0  # s between two renewals of what an agent holds
 LOGINS, LOGINS_WITHIN = 10, 60.0  # failed ones of an address, and the seconds in which they count
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)  # s
@@ -10805,7 +11127,7 @@ class HttpServer:
 
     def __init__(self, queue: Queue, host: str, tools: str = "default") -> None:
         self.queue, self.tools = queue, tools
-        queue.link.ears, queue.link.turns = Ears(queue.link), asyncio.Semaphore(CONNECTIONS)
+        queue.link.ears = Ears(queue.link)
         self.callers = callers_from(queue.config)
         self.names = {"localhost", host, *queue.config["http.hosts"]}
         self.stopping = asyncio.Event()
@@ -11887,6 +12209,10 @@ def service_text(answer: ServiceUnit) -> str:
 # Every operation is a command.  Its signature makes the parser, the type of its result says how
 # it is shown and which exit status it stands for.  stdout is data, stderr is for people.
 
+IN_THE_OPEN = (
+    "mosaic-queue: the password of --url stands in the list of processes; "
+    "$MOSAIC_VALKEY_URL or redis.url in a file keeps it out of there"
+)
 EVERYWHERE = {  # the flags of every command
     "project": ARGUMENTS["project"].help,
     "agent": ARGUMENTS["agent"].help,
@@ -12484,7 +12810,10 @@ def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
         if (name or switch) in arguments:
             of = other
             arguments.pop(switch if not name else "", None)
-    file, flags = arguments.pop("config", None), {"redis.url": arguments.pop("url", None)}
+    file, url = arguments.pop("config", None), arguments.pop("url", None)
+    if url and parse_url(url).password and not in_json:
+        say(IN_THE_OPEN, sys.stderr)
+    flags = {"redis.url": url}
     # What an operation has no parameter for is a part of its configuration.
     flags |= {
         name: arguments.pop(name, None)

@@ -34,7 +34,7 @@ class Proxy:
     def __init__(self, server: Server, folder: Path) -> None:
         self.server, self.socket = server, folder / "proxy"
         self.lost = 0
-        self.patience: asyncio.Timeout | None = None  # of the call that is under way
+        self.wires: list[mq.Wire] = []  # whose patience may be made to end
         self.sha, self.silent, self.meanwhile = b"", False, None
 
     def lose(self, name: str, mode: str, meanwhile: Act | None = None) -> None:
@@ -71,13 +71,13 @@ class Proxy:
                     back.write(data)
                     continue
                 self.sha, self.lost = b"", self.lost + 1
-                patience = self.patience
+                wires = list(self.wires)
                 if self.meanwhile:
                     await self.meanwhile()
                 if not self.silent:
                     return
-                if patience:
-                    patience.reschedule(asyncio.get_running_loop().time())
+                for wire in wires:
+                    wire.close(TimeoutError("no answer in time"))
                 while await replies.read(1 << 20):
                     pass
 
@@ -96,13 +96,13 @@ async def proxy(
     server: Server, db: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Proxy]:
     async with Proxy(server, tmp_path) as made:
-        begin = asyncio.timeout
+        begin = mq.Wire.__init__
 
-        def timeout(seconds: float | None) -> asyncio.Timeout:
-            made.patience = begin(seconds)
-            return made.patience
+        def note(wire: mq.Wire, patience: float) -> None:
+            begin(wire, patience)
+            made.wires.append(wire)
 
-        monkeypatch.setattr(asyncio, "timeout", timeout)
+        monkeypatch.setattr(mq.Wire, "__init__", note)
         yield made
 
 
@@ -229,12 +229,12 @@ async def test_lost_answer_of_eval(far: mq.Queue, proxy: Proxy, db: redis.Redis)
 
 
 async def test_silence_lasts_for_a_third_of_the_deadline(
-    far: mq.Queue, proxy: Proxy, db: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    far: mq.Queue, proxy: Proxy, db: redis.Redis
 ) -> None:
     """Here nobody ends the caller's patience but the caller."""
+    far.link.deadline = 6
     await create(far, "p")
-    monkeypatch.undo()
-    proxy.patience, far.link.deadline = None, 6
+    proxy.wires.clear()
     proxy.lose("claim", "silent")
     began = time.monotonic()
     assert (await far.claim("T", "alice"))["claimedBy"] == "alice"

@@ -37,7 +37,7 @@ sys.path[:] = [str(site)] + [p for p in sys.path if not p.endswith("-packages")]
 native = [str(file.relative_to(site)) for file in site.rglob("*.so")]
 for name in native:
     importlib.import_module(name.split(".")[0].replace("/", "."))
-for name in "redis mcp.server.stdio mcp.server.streamable_http_manager mcp.client.stdio " \\
+for name in "hiredis mcp.server.stdio mcp.server.streamable_http_manager mcp.client.stdio " \\
         "mcp.client.streamable_http uvicorn asyncpg markdown_it".split():
     importlib.import_module(name)
 import yaml
@@ -208,7 +208,6 @@ def test_it_holds_what_is_used_and_no_more(pyz: Path) -> None:
     libraries = [name for name in names if name.endswith(".so")]
     assert len(libraries) == len(NATIVE) * len(MINORS) + 1, "one more is for all Pythons"
     assert "mosaic_queue_lua/v1/plumbing.lua" in names
-    assert "async_timeout/__init__.py" in names, "redis needs it before Python 3.11.3"
     assert sum(name.endswith("/valkey-server") for name in names) == 1
     unwanted = re.compile(
         r"(^|/)(tests?|__pycache__|sboms)/|(^|/)test_|\.(pyc|pyi|pyx|pxd|h|c)$|/(RECORD|WHEEL|"
