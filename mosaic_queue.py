@@ -7867,6 +7867,7 @@ class Sync:
     known: dict[str, Any] = field(default_factory=dict)  # the state as it was stored
     older: dict[str, dict[str, str]] = field(default_factory=dict)  # what an older file said
     touched: set[str] = field(default_factory=set)  # whose base is another
+    open: set[str] = field(default_factory=set)  # on which file and queue do not agree
     tasks: dict[str, Task] = field(default_factory=dict)
     own: dict[str, int] = field(default_factory=dict)  # revs of what this sync does
     look: list[str] = field(default_factory=list)
@@ -8035,6 +8036,7 @@ class Sync:
             self.tasks = await self.queue.tasks_of(self.project)
             self.look, changed = [*self.rows], set()
         else:
+            changed.update(self.state.get("open", ()))
             self.look = [task for task in self.rows if task in changed or self.differs(task)]
         wanted = changed.union(self.look, *(self.needs(task) for task in self.look))
         await self.fetch(wanted - self.tasks.keys())
@@ -8332,6 +8334,8 @@ class Sync:
                 self.tell("kept", task, **told | {"queue": ""}, why=why)
             if agreed:
                 self.remember(task, kind.name)
+            else:
+                self.open.add(task)
         if prose := self.rows[task][1].prose:
             why = "it names no task, so that a person has to unblock this one"
             self.tell("kept", task, field="depends_on", file=prose, why=why)
@@ -8496,7 +8500,7 @@ class Sync:
         past = [one for one in self.state.get("past", []) if one[0] != digest]
         for old in {self.digest, self.state.get("digest", digest)} - {digest}:
             past = [one for one in past if one[0] != old] + [[old, stamp]]
-        self.state |= {"digest": digest, "past": past[-PAST:]}
+        self.state |= {"digest": digest, "past": past[-PAST:], "open": sorted(self.open)}
         if self.copy:
             copy = self.copy
             self.state |= {"head": copy.head, "top": copy.top, "board": copy.board}
