@@ -727,6 +727,7 @@ async def keep_going(work: Callable[[], Awaitable[Any]], **facts: Any) -> None:
 
 ANYTHING = object()  # where it does not matter what a file has held
 SETTINGS, COORDINATOR, DOCUMENT, RECORDS_FILE = 32 * KIB, MIB, 16 * MIB, 4096 * MIB  # most bytes
+TRUSTED_FOLDERS: list[str] = []  # files in them may be anybody's: `trust` of one's configuration
 LEVELS = 100  # of lists and objects within each other
 LOCK_WAIT = 60.0  # s that one process waits for another
 ANOTHER_PLACE = (
@@ -777,13 +778,20 @@ def require_private(folder: Path) -> None:
         folder.chmod(0o700)
 
 
+def in_trusted_folder(path: Path) -> bool:
+    """Whether a path lies, links followed, in a folder that its user trusts."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(folder) for folder in TRUSTED_FOLDERS)
+
+
 def require_own(path: Path, found: os.stat_result, limit: int) -> None:
-    """Refuse what is no regular file of ours or of root's, or has more than `limit` bytes."""
+    """Refuse what is no regular file of ours or of root's, or has more than `limit` bytes.  In a
+    folder that its user trusts it may be anybody's."""
     if not stat.S_ISREG(found.st_mode):
         why, hint = "it is no regular file", "save what it holds in a file"
-    elif found.st_uid not in (os.getuid(), 0):
+    elif found.st_uid not in (os.getuid(), 0) and not in_trusted_folder(path):
         why = f"it belongs to another user (uid {found.st_uid})"
-        hint = "look at it; if you trust it, make a copy of your own"
+        hint = "if you trust its folder: trust: [FOLDER] in ~/.config/mosaic/queue.yaml"
     elif found.st_size > limit:
         why, hint = f"it has {found.st_size} bytes; accepted: up to {limit}", "make it smaller"
     else:
@@ -1264,19 +1272,13 @@ def trust_mark(file: Path, text: str) -> Path:
     return data_folder() / "trusted" / hashlib.sha256(bound).hexdigest()
 
 
-def in_trusted_folder(file: Path, trust: Sequence[Any]) -> bool:
-    """Whether a file lies in a folder that its user's own configuration lists."""
-    folders = (os.path.expanduser(one) for one in map(str, trust) if one[:1] in ("/", "~"))
-    return any(file.resolve().is_relative_to(os.path.realpath(one)) for one in folders)
-
-
 def is_trusted(file: Path, text: str, settings: Mapping[str, Any], trust: Sequence[Any]) -> bool:
     """Whether what a project's file sets counts: `mosaic-queue trust` was said of it as it is now,
     or the user's own configuration lists its folder, or each project that it names."""
     own = settings.get("project")
     boards = (one for one in settings.get("files", ()) if isinstance(one, dict))
     projects = {own, *(str(one.get("project", own)) for one in boards)}
-    if in_trusted_folder(file, trust) or projects <= {*map(str, trust)}:
+    if in_trusted_folder(file) or projects <= {*map(str, trust)}:
         return True
     with contextlib.suppress(Refused):  # as of a user without a home
         return trust_mark(file, text).exists()
@@ -1289,7 +1291,7 @@ def take_project_file(config: Config, file: Path) -> None:
         text = read_project_file(file)
         settings = project_settings(file, text)
     except Refused as problem:
-        if in_trusted_folder(file, config["trust"]):
+        if in_trusted_folder(file):
             raise
         config.untrusted, config.unread = file, problem.message
         return
@@ -1322,6 +1324,8 @@ def load_config(
         text = read_text(file, SETTINGS, Path("/"))  # it may be a link
         for key, value in flattened(parse_yaml(file, text), str(file)):
             config.set(key, value, str(file))
+    own = [one for one in map(str, config["trust"]) if one[:1] in ("/", "~")]
+    TRUSTED_FOLDERS[:] = [os.path.realpath(os.path.expanduser(one)) for one in own]
     if local := project_file(start):
         take_project_file(config, local)
     for key, variable in ENVIRONMENT.items():

@@ -391,6 +391,26 @@ def test_a_file_of_another_user_stops_nobody(tell: Tell, folder: Path, text: str
     assert settings(tell, folder) == NOTHING
 
 
+@as_root
+def test_files_of_others_count_in_a_folder_that_is_trusted(tell: Tell, folder: Path) -> None:
+    """As in a container that works as root in a folder of its host."""
+    (folder / "docs/TASKS.md").write_text(BOARD)
+    (folder / ".mosaic/queue.yaml").write_text("project: theirs\n")
+    for one in (folder, *folder.rglob("*")):
+        os.chown(one, NOBODY, NOBODY)
+    assert tell("sync", "docs/TASKS.md").returncode == 2
+    own = folder.parent / "home/.config/mosaic/queue.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"trust: [{folder}]\n")
+    assert tell("sync", "docs/TASKS.md", env={"MOSAIC_PROJECT": ""}).returncode == 0
+    assert tell("complete", "theirs/B1", "--force").returncode == 0
+    assert tell("sync", "docs/TASKS.md", env={"MOSAIC_PROJECT": ""}).returncode == 0
+    assert "done" in (folder / "docs/TASKS.md").read_text()
+    assert (folder / "docs/TASKS.md").stat().st_uid == NOBODY
+    (folder / "out.md").symlink_to("/etc/passwd")
+    assert "outside of" in tell("sync", "out.md").stderr
+
+
 @pytest.mark.parametrize("bad", [*BAD_FILES, "aliases", "deep", "large", "link"])
 def test_a_broken_file_of_a_repository_stops_no_command(tell: Tell, folder: Path, bad: Any) -> None:
     file = folder / ".mosaic/queue.yaml"
