@@ -194,6 +194,7 @@ BATCH = 200  # tasks that one `create` enters, all or none
 PURGE = 100  # tasks that one `purge` forgets
 RECORDS = 100  # tasks that one `records` shows
 TASK_REPLY = 7  # parts of a script's reply about a task whole; behind them those about others
+PAGE = 200  # tasks that one script lists
 REPAIR = 10  # tasks that one `repair` sets right
 FOLLOW = 1000  # events that a follower gets at once
 SILENT = 60  # s without a word from a follower after which doctor says so
@@ -3805,21 +3806,24 @@ class Queue:
         return answer
 
     async def page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
-        """A page of one project.  A script looks at a part of the tasks; where few of them are as
-        asked it is asked again, for LOOK_FOR seconds."""
+        """A page of one project.  A script gives PAGE tasks at most; where few are as asked it
+        looks at a part of them, and is asked again for LOOK_FOR seconds."""
         keys = ("mission", "status", "lane", "agent", "priority", "limit", "cursor", "full")
         given = {key: asked[key] for key in keys} | {"text": spellings(asked["text"] or "")}
         give_up = time.monotonic() + LOOK_FOR
         answer: TaskList = {"tasks": []}
         total: Any = None
+        left = asked["limit"]
         while True:
-            _, count, cursor, rows = await self.call("list", project, given)
+            given["limit"] = most = min(left, PAGE)
+            _, count, given["cursor"], rows = await self.call("list", project, given)
             total = count if total is None else total
             answer["tasks"] += [task_from(project, row) for row in rows]
             left = asked["limit"] - len(answer["tasks"])
-            if not cursor or asked["full"] or left <= 0 or time.monotonic() > give_up:
+            over = time.monotonic() > give_up and len(rows) < most
+            if not given["cursor"] or left <= 0 or over or (asked["full"] and len(rows) < most):
                 break
-            given |= {"cursor": cursor, "limit": left}
+        cursor = given["cursor"]
         if cursor:
             answer["cursor"] = cursor
         elif total == "" and not asked["cursor"]:

@@ -7,7 +7,7 @@
 -- Emits    nothing
 -- Flags    no-writes
 --
--- `ids` stand between spaces; after LOOK dependencies it stops.  Every task is in the index of its status and in no other.
+-- `ids` stand between spaces; after BATCH dependencies it stops.  Every task is in the index of its status and in no other.
 
 meta = project()
 local found, count, looked = {}, 0, 0
@@ -84,7 +84,7 @@ local function check(id, task, indexes)
 end
 
 for id in arg.ids:gmatch('%S+') do
-  if looked > LOOK then break end
+  if looked > BATCH then break end
   count = count + 1
   local task = fields(id, 'mission', 'priority', 'order', 'notBefore', 'blocked', 'rev', 'edges')
   local indexes = indexes_of(id)

@@ -262,23 +262,26 @@ end
 
 -- What a task would wait for may not wait for it.
 local function require_no_path(task, needs) -- seldom
-  local seen, todo = {}, {}
+  if not waiting_for(task.id, 1)[1] then return end
+  local seen, todo, edges = {}, {}, 0
   local function look_at(id)
     if id == task.id then
       reject('CYCLE', 'with these dependencies ' .. name_of(task) .. ' would wait for itself')
     end
     if not seen[id] then
       seen[id], todo[#todo + 1] = true, id
-      if #todo > LOOK then
-        reject('TOO_LARGE', 'more than ' .. LOOK .. ' tasks would have to be completed before ' ..
-               name_of(task))
+      if #todo > LOOK or edges > 10 * EDGES then
+        reject('TOO_LARGE', 'more than ' .. LOOK .. ' tasks, or ' .. 10 * EDGES ..
+               ' dependencies, would have to be completed before ' .. name_of(task))
       end
     end
   end
   for id in pairs(needs) do look_at(id) end
   local i = 1
   while todo[i] do
-    for _, id in ipairs(read('SMEMBERS', key('waits', todo[i]))) do look_at(id) end
+    local further = read('SMEMBERS', key('waits', todo[i]))
+    edges = edges + #further
+    for _, id in ipairs(further) do look_at(id) end
     i = i + 1
   end
 end

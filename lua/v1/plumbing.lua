@@ -52,7 +52,7 @@ local BATCH = 100              -- the most tasks that one call reaps or frees
 local LOOK = 1000              -- the most tasks that one call looks at
 local NOTES = 20               -- the last notes of a task that are kept
 local NOTE_BYTES = 16384       -- and what their texts take at most
-local EDGES = 5000             -- the most dependencies that one call brings
+local EDGES = 3000             -- the most dependencies that one call brings
 local TEXTS = 4194304          -- bytes of texts after which an answer goes on in the next call
 local GRACE = 60               -- s after a start of the server in which no earlier lease is reaped
 local RECEIPT = '900000'       -- ms
@@ -181,16 +181,21 @@ local function held(task)
   return task.status == 'claimed' or task.status == 'in-progress'
 end
 
--- The title of a task as JSON, its dependencies between spaces, and how much was read for it: a text
--- begins with both.  One of an older program has them in any order.
-local function head_of(task)
-  local text = read('GETRANGE', key('text', task.id), 0, 1023)
+-- Where the title ends in a text that begins with it, as one of an older program may not.
+local function end_of_title(text)
   local at = text:find('^{"title":"') and 11
   while at do
     at = text:find('["\\]', at)
     if not at or text:byte(at) == 34 then break end
     at = at + 2
   end
+  return at
+end
+
+-- The title of a task as JSON, its dependencies between spaces, and how much was read for it.
+local function head_of(task)
+  local text = read('GETRANGE', key('text', task.id), 0, 1023)
+  local at = end_of_title(text)
   local edges = at and text:match('^,"dependencies":"([^"]*)"', at + 1)
   if at and (edges or task.edges == '' or text:byte(at + 1) == 125) then
     return text:sub(10, at), edges or '', #text
@@ -219,7 +224,14 @@ end
 
 -- The text of a task with other dependencies.
 local function with_dependencies(id, dependencies) -- seldom
-  local values = cjson.decode(read('GET', key('text', id)) or '{}')
+  local text = read('GET', key('text', id)) or '{}'
+  local at = end_of_title(text)
+  local _, behind = text:find('^,"dependencies":"[^"]*"', (at or 0) + 1)
+  if at and behind then
+    local told = dependencies ~= '' and ',"dependencies":"' .. dependencies .. '"' or ''
+    return text:sub(1, at) .. told .. text:sub(behind + 1)
+  end
+  local values = cjson.decode(text)
   return text_of({title = values.title or id, description = values.description or '',
                   metadata = values.metadata or ''}, dependencies)
 end
