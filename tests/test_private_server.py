@@ -305,6 +305,23 @@ def test_status_and_stop(home: Home) -> None:
     assert home.run("server", "status").returncode == 5
 
 
+def test_a_stop_writes_the_data_anew_when_much_has_changed(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next start reads the data, and not all that ever happened to them."""
+    home.create()
+    server = mq.PrivateServer(home.folder)
+    (log,) = (home.folder / "appendonlydir").glob("*.incr.aof")
+    assert server.stop()
+    assert log.stat().st_size > 1000
+    monkeypatch.setattr(mq, "REWRITE", 1000)
+    assert home.task("show", "T1")["status"] == "pending"
+    assert server.stop()
+    (log,) = (home.folder / "appendonlydir").glob("*.incr.aof")
+    assert log.stat().st_size == 0
+    assert home.task("show", "T1")["status"] == "pending"
+
+
 def test_a_server_that_was_stopped_starts_again(home: Home) -> None:
     home.create()
     first = home.pid()
