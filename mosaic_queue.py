@@ -12649,53 +12649,114 @@ async def events_after(queue: Queue, project: str, task: str | None, rev: int) -
 
 @operation("status --watch", local=True, reads=True)
 async def watch_status(queue: Queue, *, project: str | None = None) -> None:
-    """Status, agents and last events on a terminal, redrawn until you press q.
+    """Show all that a supervisor looks at on a terminal, redrawn until you press q.
 
     Example: mosaic-queue status --watch
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         hint = "for programs: mosaic-queue status --json, mosaic-queue events --follow"
         raise Refused("INVALID", "--watch needs a terminal", hint)
-    quits = asyncio.Event()
-
-    def pressed() -> None:
-        if set(os.read(0, 64)) & set(b"qQ\x04"):
-            quits.set()
-
-    async def watch() -> None:
-        asyncio.get_running_loop().add_reader(0, pressed)
-        while not quits.is_set():
-            draw(await dashboard(queue, project))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_EVERY):
-                    await quits.wait()
-
+    screen = Screen(queue, project, asyncio.Event())
+    asyncio.get_running_loop().add_reader(0, screen.press)
     before = termios.tcgetattr(0)
     try:
         tty.setcbreak(0)
         sys.stdout.write("\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
-        await until_stopped(watch())
+        await until_stopped(screen.watch())
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
 
 
-async def dashboard(queue: Queue, project: str | None) -> str:
-    """What a supervisor wants to see at once, or why it cannot be seen."""
-    try:
-        parts = [status_text(await status(queue, project=project))]
-        parts.append(agents_text(await agents(queue, project=project)))
-        parts.append(events_text(await queue.events(project=project, limit=8)))
-    except Refused as problem:
-        parts = [f"{problem.code}: {problem.message}", problem.hint]
-    return "\n\n".join([*parts, "q quits"])
+@dataclass
+class Screen:
+    """What `status --watch` shows: a line for each project, then as much of the rest as fits."""
+
+    queue: Queue
+    project: str | None
+    pressed: asyncio.Event
+    names: Sequence[str] = ()
+    first: int = 0  # line of the rest that is shown first
+    over: bool = False
+
+    def press(self) -> None:
+        """Do what a key says."""
+        keys = os.read(0, 64)
+        self.over = self.over or bool(set(keys) & set(b"qQ\x04"))
+        down = sum(keys.count(key) for key in (b"j", b"\x1b[B"))
+        up = sum(keys.count(key) for key in (b"k", b"\x1b[A"))
+        self.first = max(0, self.first + down - up + 10 * (keys.count(b" ") - keys.count(b"b")))
+        if b"p" in keys:
+            names = [None, *self.names]
+            at = names.index(self.project) if self.project in names else 0
+            self.project, self.first = names[(at + 1) % len(names)], 0
+        self.pressed.set()
+
+    async def watch(self) -> None:
+        """Redraw every WATCH_EVERY s, and at each key, until one says that it is over."""
+        while not self.over:
+            self.pressed.clear()
+            rows = shutil.get_terminal_size().lines
+            head, rest = await self.look()
+            self.first = min(self.first, max(0, len(rest) - 1))
+            draw("\n".join(framed(head, rest, rows, self.first)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_EVERY):
+                    await self.pressed.wait()
+
+    async def look(self) -> tuple[list[str], list[str]]:
+        """The lines of the head and of the rest, or why they cannot be seen."""
+        queue, project = self.queue, self.project
+        try:
+            found = await status(queue, project=project)
+            self.names = self.names if project else [one["project"] for one in found["projects"]]
+            server, *rest = status_text(found).split("\n")
+            head = [server]
+            for one in found["projects"][:20]:
+                head.append(summary_line(one, await queue.page_of_events(one["project"], 1000)))
+            if len(found["projects"]) > 20:
+                head.append(f"and {len(found['projects']) - 20} more projects: p shows one")
+            rest += ["", *agents_text(await agents(queue, project=project)).split("\n"), ""]
+            rest += events_text(await queue.events(project=project, limit=8)).split("\n")
+        except Refused as problem:
+            return [f"{problem.code}: {problem.message}", problem.hint], []
+        return head, rest
+
+
+def summary_line(project: ProjectStatus, events: EventList) -> str:
+    """A project in one line, with what was done in the last hour."""
+    counts, hour = project["tasks"], project["now"] - 3_600_000
+    late = [one for one in events["events"] if one["at"] >= hour]
+    done = [sum(one.get("to") == word for one in late) for word in ENDED]
+    least = "at least " if len(late) == 1000 else ""
+    facts = [f"{project['ready']} ready", f"{project['held']} held"]
+    facts += [
+        painted(f"{counts[word]} {word}", word) for word in ("blocked", "failed") if counts[word]
+    ]
+    facts += [painted("paused", "blocked")] if "pausedAt" in project else []
+    ended = painted(f"{done[1]} failed", "failed") if done[1] else "0 failed"
+    return (
+        f"{project['project']}: {', '.join(facts)}; last hour {least}{done[0]} completed, {ended}"
+    )
+
+
+def framed(head: Sequence[str], rest: Sequence[str], rows: int, first: int) -> list[str]:
+    """As many lines as a screen has: the head, a part of the rest, and what the keys do; what is
+    cut is counted."""
+    cut = max(0, rows - 2)
+    kept = head if len(head) < rows else [*head[:cut], f"{len(head) - cut} lines more"]
+    part = rest[first : first + max(0, rows - len(kept) - 1)]
+    keys = "q quits, p next project, j and k scroll" if rest else "q quits"
+    if len(part) < len(rest):
+        keys += f"; lines {first + 1} to {first + len(part)} of {len(rest)}"
+    return [*kept, *part, keys]
 
 
 def draw(text: str) -> None:
     """Put a text over the whole screen: line over line, so that nothing flickers."""
     columns, rows = shutil.get_terminal_size()
     lines = text.split("\n")[:rows]
-    kept = [fitted(line, columns) + "\x1b[K" for line in lines]
+    kept = [shown(fitted(line, columns), sys.stdout) + "\x1b[K" for line in lines]
     # Terminals that know it show the frame at once.
     sys.stdout.write("\x1b[?2026h\x1b[H" + "\r\n".join(kept) + "\x1b[J\x1b[?2026l")
     sys.stdout.flush()

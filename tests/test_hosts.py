@@ -511,3 +511,33 @@ def test_no_password_reaches_a_unit(tell: Tell) -> None:
     done = tell("service", "systemd", MOSAIC_VALKEY_URL="redis://al:hunter2@localhost:1")
     assert (done.returncode, "hunter2" in done.stdout + done.stderr) == (2, False)
     assert tell("service", "upstart").returncode == 2
+
+
+def test_keys_scroll_and_choose_a_project(tell: Tell, terminal: Callable[..., Terminal]) -> None:
+    for project in ("app", "web"):
+        tell("create", project, "launch", "T1", "--title", "a")
+    tell("complete", "web/T1", "--force")
+    screen = terminal("status", "--watch", rows=12, columns=80)
+    screen.until(b"app: 1 ready, 0 held; last hour 0 completed, 0 failed")
+    screen.until(b"web: 0 ready, 0 held; last hour 1 completed, 0 failed")
+    screen.until(b"lines 1 to ")
+    os.write(screen.parent, b"jj")
+    screen.until(b"lines 3 to ")
+    os.write(screen.parent, b"k")
+    screen.until(b"lines 2 to ")
+    os.write(screen.parent, b"p")
+    screen.until(b"of project app")
+    os.write(screen.parent, b"p")
+    screen.until(b"of project web")
+    os.write(screen.parent, b"q")
+    assert screen.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
+def test_a_screen_counts_what_it_cuts(rows: int) -> None:
+    head, rest = [f"project {n}" for n in range(4)], [f"line {n}" for n in range(10)]
+    lines = mq.framed(head, rest, rows, 0)
+    assert len(lines) <= max(2, rows)
+    if rows > len(head) + 1:
+        assert lines[: len(head)] == head
+    assert ("of 10" in lines[-1]) == (rows < 15)
