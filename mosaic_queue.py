@@ -4627,67 +4627,94 @@ async def leave(queue: Queue, minted: str | None = None) -> None:
 # Why something does not move, and whether the key space is whole.
 
 
-def explained(
+Reasons = tuple[list[str], list[tuple[Step, ...]]]  # sentences, and what can be done, by choice
+
+
+def why_pending(
+    task: Task, holders: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+) -> Reasons:
+    """Why a task that is pending is not claimed."""
+    why: list[str] = []
+    todo: list[tuple[Step, ...]] = []
+    due = task.get("notBefore", 0) <= facts["now"]
+    if not due:
+        why.append(f"it is not due before {moment(task['notBefore'])}")
+    elif "place" in facts:
+        why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
+    else:
+        why.append("it is ready: its delay is over")
+    if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
+        who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
+        why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
+        todo.append(STEPS["LANE_FULL assign"])
+    if "pausedAt" in facts:
+        why.append(f"the project is paused since {moment(facts['pausedAt'])}")
+        todo.append(STEPS["PAUSED"])
+    if due and not todo:
+        todo.append((Step("take it", "claim task"),))
+    return why, todo
+
+
+def why_blocked(task: Task, waits: Sequence[Mapping[str, Any]]) -> Reasons:
+    """What a blocked task waits for."""
+    by_hand = "blockedReason" in task
+    why = [f"blocked by hand: {task['blockedReason']}"] if by_hand else []
+    todo = [STEPS["BLOCKED by hand"]] if by_hand else []
+    for one in waits:
+        holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
+        why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
+        other = f"task={task['project']}/{one['taskId']}"
+        redrive = (Step("give it another life", f"redrive {other}"),)
+        see = Step("see why that one does not move", f"explain {other}")
+        todo.append((*redrive * (one["status"] == "failed"), see))
+    return why, todo
+
+
+def why_held(task: Task, facts: Mapping[str, Any]) -> Reasons:
+    """Who holds a task, and for how long."""
+    ended = task["leaseExpiresAt"] <= facts["now"]
+    why = [
+        f"{task['claimedBy']} holds it since {moment(task['claimedAt'])}, fence "
+        f"{task['fence']}; the lease {'ended' if ended else 'ends'} at "
+        f"{moment(task['leaseExpiresAt'])}{with_moments(facts.get('spared', ''))}"
+    ]
+    if "orphaned" in task:
+        why.append("its session has ended: a new one of that agent may take it over")
+    return why, [LEASE_ENDED] if ended and "spared" not in facts else []
+
+
+def why_failed(task: Task) -> Reasons:
+    """How a task became a dead letter."""
+    why = (
+        f"a dead letter since {moment(task['failedAt'])}, after {task['retryCount']} retries, "
+        f"{task.get('expiryCount', 0)} lost leases: {task.get('failureReason', 'no reason')}"
+    )
+    return [why], [STEPS["WRONG_STATUS failed"]]
+
+
+def why_it_stands(
     task: Task,
     waits: Sequence[Mapping[str, Any]],
     dependents: Sequence[str],
     holders: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
-) -> tuple[list[str], list[tuple[Step, ...]]]:
+) -> Reasons:
     """What stands between a task and its completion, as sentences, and what to do about it."""
-    name, status = task["id"], task["status"]
-    why = [f"{name} is {status}, priority {task['priority']}, lane {task['lane']}"]
-    todo: list[tuple[Step, ...]] = []
-    if status == "pending":
-        if "notBefore" in task and task["notBefore"] > facts["now"]:
-            why.append(f"it is not due before {moment(task['notBefore'])}")
-        elif "place" in facts:
-            why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
-        else:
-            why.append("it is ready: its delay is over")
-        if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
-            who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
-            why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
-            todo.append(STEPS["LANE_FULL assign"])
-        if "pausedAt" in facts:
-            why.append(f"the project is paused since {moment(facts['pausedAt'])}")
-            todo.append(STEPS["PAUSED"])
-        if task.get("notBefore", 0) <= facts["now"] and not todo:
-            todo.append((Step("take it", "claim task"),))
-    if status == "blocked":
-        if "blockedReason" in task:
-            why.append(f"blocked by hand: {task['blockedReason']}")
-            todo.append(STEPS["BLOCKED by hand"])
-        for one in waits:
-            holder = f" by {one['claimedBy']}" if "claimedBy" in one else ""
-            why.append(f"it waits for {one['taskId']}, which is {one['status']}{holder}")
-            other = f"task={task['project']}/{one['taskId']}"
-            redrive = (Step("give it another life", f"redrive {other}"),)
-            see = Step("see why that one does not move", f"explain {other}")
-            todo.append((*redrive * (one["status"] == "failed"), see))
-    if status in ("claimed", "in-progress"):
-        ended = task["leaseExpiresAt"] <= facts["now"]
-        why.append(
-            f"{task['claimedBy']} holds it since {moment(task['claimedAt'])}, fence "
-            f"{task['fence']}; the lease {'ended' if ended else 'ends'} at "
-            f"{moment(task['leaseExpiresAt'])}{with_moments(facts.get('spared', ''))}"
-        )
-        why += ["its session has ended: a new one of that agent may take it over"] * (
-            "orphaned" in task
-        )
-        todo += [LEASE_ENDED] if ended and "spared" not in facts else []
-    if status == "failed":
-        why.append(
-            f"a dead letter since {moment(task['failedAt'])}, after {task['retryCount']} retries, "
-            f"{task.get('expiryCount', 0)} lost leases: {task.get('failureReason', 'no reason')}"
-        )
-        todo.append(STEPS["WRONG_STATUS failed"])
-    elif task["retryCount"]:
+    status = task["status"]
+    first = f"{task['id']} is {status}, priority {task['priority']}, lane {task['lane']}"
+    of_status: dict[str, Callable[[], Reasons]] = {
+        "pending": lambda: why_pending(task, holders, facts),
+        "blocked": lambda: why_blocked(task, waits),
+        "failed": lambda: why_failed(task),
+        **dict.fromkeys(HELD, lambda: why_held(task, facts)),
+    }
+    why, todo = of_status.get(status, lambda: ([], []))()
+    if task["retryCount"] and status != "failed":
         left = facts["maxRetries"] - task["retryCount"]
         why.append(f"it failed {task['retryCount']} times; {left} retries are left")
     if dependents:
         why.append(f"waiting for it: {', '.join(dependents)}")
-    return why, todo
+    return [first, *why], todo
 
 
 LEASE_ENDED = (
@@ -4703,7 +4730,7 @@ async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
         shown = task_from(project, reply[1])
         waits = [paired(one) for one in reply[2]]
         holders = [paired(one) for one in reply[4]]
-        why, todo = explained(shown, waits, reply[3], holders, paired(reply[5]))
+        why, todo = why_it_stands(shown, waits, reply[3], holders, paired(reply[5]))
     events = await queue.events(project=project, task=name, limit=5)
     steps = queue.steps(todo, task=shown["id"], project=project)
     return {"task": shown, "why": why, "todo": steps, "events": events["events"]}
@@ -9162,6 +9189,26 @@ class Runner:
         if self.child:
             self.send(number)
 
+    async def work_on(self, around: Around | None, most: int, **wanted: Any) -> str:
+        """Run the command for the next task that is wanted; where `most` failures in a row are
+        allowed, for one after the other.  Why it ended."""
+        command, why = self.command, ""
+        while not self.received and not why:
+            self.asking = True
+            offer = await self.queue.next(**wanted)
+            self.asking = False
+            for task in offer["tasks"]:
+                async with around(task) if around else contextlib.nullcontext(command) as words:
+                    self.command = words
+                    await self.work(task)
+            why = "" if offer["tasks"] and most else offer.get("why", "done")
+            if most and self.failures >= most:
+                why = f"{self.failures} commands failed in a row"
+            elif most and (pause := pause_after(self.failures)):
+                self.asking = True
+                await asyncio.sleep(pause)
+        return why
+
     async def work(self, task: Task) -> None:
         """Run the command for one task, and tell the queue how it ended."""
         with task_file(task) as file:
@@ -9199,8 +9246,8 @@ class Runner:
             with contextlib.suppress(Refused):
                 await self.queue.start(name, fence=fence)
             out, err = await asyncio.gather(
-                passed_on(self.child.stdout, sys.stdout.buffer),
-                passed_on(self.child.stderr, sys.stderr.buffer),
+                pass_on(self.child.stdout, sys.stdout.buffer),
+                pass_on(self.child.stderr, sys.stderr.buffer),
             )
             code = await self.child.wait()
         finally:
@@ -9401,22 +9448,9 @@ async def run_commands(
             asyncio.get_running_loop().add_signal_handler(number, signalled, number)
         renewing = asyncio.create_task(renew_leases(queue))
         looking = asyncio.create_task(look_at_changes(queue, queue.own(None)))
-        why = ""
         try:
-            while not runner.received and not why:
-                runner.asking = True
-                offer = await queue.next(lane=lane, mission=mission, wait=wait, ttl=ttl)
-                runner.asking = False
-                for task in offer["tasks"]:
-                    async with around(task) if around else contextlib.nullcontext(command) as words:
-                        runner.command = words
-                        await runner.work(task)
-                why = "" if offer["tasks"] and loop else offer.get("why", "done")
-                if loop and runner.failures >= max_failures:
-                    why = f"{runner.failures} commands failed in a row"
-                elif loop and (pause := pause_after(runner.failures)):
-                    runner.asking = True
-                    await asyncio.sleep(pause)
+            wanted = {"lane": lane, "mission": mission, "wait": wait, "ttl": ttl}
+            why = await runner.work_on(around, max_failures if loop else 0, **wanted)
         except asyncio.CancelledError:
             if not runner.received:
                 raise
@@ -9432,7 +9466,7 @@ async def run_commands(
     return 0 if runner.completed else 5
 
 
-async def passed_on(stream: Any, to: Any) -> bytes:
+async def pass_on(stream: Any, to: Any) -> bytes:
     """Copy a child's output to ours; its last 64 KiB."""
     kept = b""
     while chunk := await stream.read(LONG):
@@ -11704,6 +11738,16 @@ def openapi_document() -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": info, "paths": paths}
 
 
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 is one that is free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as failure:
+        said = f"{host} port {port} cannot be listened on: {failure.strerror}"
+        raise Refused("INVALID", said, "name another: --port N") from None
+
+
 @operation(local=True, group="operators")
 async def serve(
     queue: Queue,
@@ -11728,13 +11772,7 @@ async def serve(
         said = f"{host} is no loopback address, and there are no http.tokens"
         raise Refused("INVALID", said, "make one, and put its lines into queue.yaml: "
                       "mosaic-queue token NAME")  # fmt: skip
-    served = HttpServer(queue, host, tools)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as failure:
-        said = f"{host} port {port} cannot be listened on: {failure.strerror}"
-        raise Refused("INVALID", said, "name another: --port N") from None
+    served, listening = HttpServer(queue, host, tools), listening_socket(host, port)
     settings = uvicorn.Config(
         served.app(), log_level="warning", access_log=False, server_header=False, lifespan="on",
         root_path=root_path, ssl_certfile=tls_cert, ssl_keyfile=tls_key,
@@ -11752,7 +11790,7 @@ async def serve(
         asyncio.get_running_loop().add_signal_handler(number, stop)
     shown = f"[{host}]" if ":" in host else host
     scheme = "https" if tls_cert else "http"
-    print(f"mosaic-queue: {scheme}://{shown}:{listening.getsockname()[1]}", file=sys.stderr)
+    say(f"mosaic-queue: {scheme}://{shown}:{listening.getsockname()[1]}", sys.stderr)
     watching = asyncio.create_task(watch_all(queue)) if monitor else None
     try:
         await server.serve([listening])
