@@ -218,11 +218,12 @@ local function free(task, op, text) -- seldom
 end
 
 -- Tells the tasks that wait for this one that it is completed; frees those that wait for no
--- other.  Returns the freed, and whether some of a long list are left for reap.
+-- other.  BATCH of them in one call: returns the freed, and whether some are left for reap.
 local function free_dependents(task) -- seldom
   local freed = {}
-  for i, id in ipairs(waiting_for(task.id, BATCH + 1)) do
-    if i > BATCH then return freed, true end
+  for _, id in ipairs(waiting_for(task.id, BATCH + 1)) do
+    if (meta.told or 0) == BATCH then return freed, true end
+    meta.told = (meta.told or 0) + 1
     local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
     write('SREM', key('waits', id), task.id)
     if dependent and free(dependent, 'free', task.id) then freed[#freed + 1] = id end
