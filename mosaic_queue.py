@@ -829,7 +829,10 @@ def real_path(path: Path, within: Path | None = None) -> Path:
         folder = Path(os.path.abspath(path)).parent
         repositories = (one for one in (folder, *folder.parents) if (one / ".git").exists())
         within = next(repositories, folder)
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+    except ValueError:
+        invalid("path", str(path), "text without NUL, in the encoding of file names")
     if not real.is_relative_to(os.path.realpath(within)):
         said = f"{path} is a link to {real}, outside of {within}"
         raise Refused("INVALID", said, f"if that is the file you mean, name it: {real}")
@@ -8787,7 +8790,7 @@ def workspace_files(config: Config, default: str | None = None) -> Iterator[dict
         if not isinstance(given, dict) or not {"path"} <= given.keys() <= set(accepted):
             shown = f"{source}: a file is {one!r}"
             raise ConfigError(f"{shown}; accepted: a path, or {', '.join(accepted)}")
-        path = Path(os.path.realpath(base / Path(str(given["path"])).expanduser()))
+        path = real_path(base / os.path.expanduser(str(given["path"])), Path("/"))
         if local and not path.is_relative_to(os.path.realpath(base)):
             raise ConfigError(f"{source}: {given['path']} lies outside of {base}")
         project = given.get("project") or config["project"] or default
@@ -9949,12 +9952,12 @@ async def sync_board(queue: Queue, file: Path) -> None:
     """Bring the mission's task table in step, where there is one in the project's folder; what
     somebody has to look at is told on stderr."""
     mission, folder = read_mission(file), project_folder(file)
-    named = text_of(mission.data, "tasks_file") or "docs/TASKS.md"
-    board = Path(os.path.realpath(folder / named))
-    if not board.is_file() or not board.is_relative_to(os.path.realpath(folder)):
+    board = folder / (text_of(mission.data, "tasks_file") or "docs/TASKS.md")
+    if not os.path.isfile(board):
         return
     try:
         called = mission_in_queue(queue, mission)
+        board = real_path(board, folder)
         report = await sync_file(queue, board, queue.own(None), mission=called)
         wrong = [row for row in report["rows"] if row["kind"] in (*WRONG, "stale")]
         text = sync_text(report | {"rows": wrong, "ready": []}) if wrong else ""

@@ -668,6 +668,18 @@ def test_the_task_table_of_a_mission_is_kept_in_step(
     assert tell("show", "C")[0] == 3, "a link leads out of the project"
 
 
+@pytest.mark.parametrize(
+    "name", ["\ud800", "a\0b", "x" * 5000, "/etc/passwd", "../../../../etc/passwd", "docs", "~"]
+)
+def test_a_task_table_that_cannot_be_is_passed_over(
+    tell: Tell, server: Server, folder: Path, name: str
+) -> None:
+    write(folder, MISSION | {"tasks_file": name, "sessions": [{"agent": [1, {}], "pid": "\x1b"}]})
+    create(server, "T1")
+    status, out, err = tell("mission", "continue")
+    assert (status, "# Mission m-1" in out, "\x1b" in out + err) == (0, True, False)
+
+
 def test_a_failed_command_is_7(tell: Tell, server: Server, folder: Path) -> None:
     write(folder)
     create(server, "T1", "one")
