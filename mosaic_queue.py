@@ -7264,7 +7264,7 @@ class TaskTable:
 
     def cell(self, column: str, value: str) -> str:
         """A value as a cell has it."""
-        return escaped(value)
+        return escape_cell(value)
 
     def put(self, lines: list[str], row: Row, column: str, text: str) -> None:
         """Write one cell.  Its padding stays where the value fits, else it grows alone."""
@@ -7306,7 +7306,7 @@ class Checklist(TaskTable):
         return word if word in ("done", DELETED) else "not-started"
 
     def cell(self, column: str, value: str) -> str:
-        return " ".join(unescaped(escaped(value)).split())
+        return " ".join(unescape_cell(escape_cell(value)).split())
 
     def put(self, lines: list[str], row: Row, column: str, text: str) -> None:
         line = lines[row.line]
@@ -7410,7 +7410,7 @@ def text_start(rest: str) -> int:
     return found.end() if found else len(rest)
 
 
-def escaped(value: str) -> str:
+def escape_cell(value: str) -> str:
     """A value as a cell has it: bars and line breaks would end the cell or the row, and control
     characters could steer a terminal.  An even number of backslashes stands before a break, an
     odd one before text that looks like a break."""
@@ -7419,8 +7419,8 @@ def escaped(value: str) -> str:
     return re.sub(r"(?<!\\)(\\*+)(?:\r\n?|\n)", r"\1\1<br>", text)
 
 
-def unescaped(cell: str) -> str:
-    """The value of a cell; the reverse of `escaped`."""
+def unescape_cell(cell: str) -> str:
+    """The value of a cell; the reverse of `escape_cell`."""
 
     def value(found: re.Match[str]) -> str:
         half, odd = divmod(len(found[1]), 2)
@@ -7432,7 +7432,7 @@ def unescaped(cell: str) -> str:
 def meaning(column: str, cell: str, words: Words | None = None) -> str:
     """What a cell says: '' when it is empty, ids between spaces, a status in the queue's word, a
     priority by its name."""
-    return meaning_of(column, normal(unescaped(cell)), words or words_of())
+    return meaning_of(column, normal(unescape_cell(cell)), words or words_of())
 
 
 def meaning_of(column: str, text: str, words: Words) -> str:
@@ -7587,7 +7587,7 @@ def read_rows(board: Board, table: TaskTable, rows: Mapping[int, Sequence[str]])
     meanings: dict[str, str] = {}
     for line, cells in rows.items():
         at_hand = {c: cells[at] if at < len(cells) else "" for c, at in table.columns.items()}
-        texts = {c: normal(unescaped(cell)) for c, cell in at_hand.items()}
+        texts = {c: normal(unescape_cell(cell)) for c, cell in at_hand.items()}
         if not any(texts.values()):
             continue
         edges = edges_in(texts.get("depends_on", ""))
@@ -7778,7 +7778,7 @@ class SyncReport(TypedDict):
     ready: list[str]
 
 
-def drifted(report: SyncReport) -> bool:
+def has_drift(report: SyncReport) -> bool:
     """Whether file and queue say different things."""
     return any(row["kind"] not in NOTES or "queue" in row for row in report["rows"])
 
@@ -7991,13 +7991,13 @@ class Sync:
             self.older = {task: cells_of(row) for task, (_, row) in self.rows.items()}
             self.tell("stale", why=f"{self.file.name} is as it was {self.whole}: written anew")
         await self.read()
-        self.ready = self.hidden() if self.dry else []
+        self.ready = self.waiting_by_the_file() if self.dry else []
         await self.create()
-        await self.obey_all(await self.obey_all(self.look), last=True)
+        await self.apply_edits(await self.apply_edits(self.look), last=True)
         for task in self.look:
-            self.settle(task)
+            self.write_row(task)
         self.add_rows()
-        self.miss_rows()
+        self.tell_missing()
         self.tell_words()
 
     # -- reading both sides --
@@ -8117,12 +8117,12 @@ class Sync:
         """Read the tasks that may differ, and list the rows to look at."""
         given, changed = self.changes, cast(set[str] | None, None)
         if given and given.before == self.since and not given.lost:
-            self.rev, changed = given.rev, self.foreign(given.events)
+            self.rev, changed = given.rev, self.changed_by_others(given.events)
             self.tasks |= cast(Mapping[str, Task], given.tasks)
         else:
             self.rev = await self.queue.revision(self.project)
             known = not self.dry and 0 <= self.since <= self.rev  # else Valkey lost its last writes
-            changed = await self.changed() if known else None
+            changed = await self.changed_tasks() if known else None
         if changed is None or len(changed) > MANY:
             self.tasks = await self.queue.tasks_of(self.project)
             self.look, changed = [*self.rows], set()
@@ -8141,19 +8141,19 @@ class Sync:
             return cells.get(BLOCKED_BY) != base["cells"].get(BLOCKED_BY)
         return base["cells"] != cells or base["rev"] < 0 or "status" in base["was"]
 
-    async def changed(self) -> set[str] | None:
+    async def changed_tasks(self) -> set[str] | None:
         """The tasks that changed since they were looked at; None when nobody knows any more."""
         found, since = set[str](), self.since
         while True:
             page = await self.queue.events(project=self.project, since=since, limit=1000)
             if page.get("lost"):
                 return None
-            found |= self.foreign(page["events"])
+            found |= self.changed_by_others(page["events"])
             if len(page["events"]) < 1000:
                 return found
             since = page["since"]
 
-    def foreign(self, events: Sequence[Event]) -> set[str]:
+    def changed_by_others(self, events: Sequence[Event]) -> set[str]:
         """The tasks that somebody else has changed since the file was last in step with them."""
         found = set[str]()
         for event in events:
@@ -8197,7 +8197,7 @@ class Sync:
         """Enter the rows that the queue does not know, what they depend on first."""
         waits = {task: self.needs(task) for task in self.look if self.is_new(task)}
         known, batch = set(self.tasks), dict[str, set[str]]()
-        order, circles = ordered(waits)
+        order, circles = order_of_entry(waits)
         for task, circle in circles.items():
             why = f"these wait for each other: {' -> '.join(circle)}"
             self.refuse(task, "depends_on", Refused("CYCLE", why))
@@ -8287,7 +8287,7 @@ class Sync:
         names = [name for name in cells if name in CELLS and name != "depends_on"]
         return names + ["depends_on"] * bool({"depends_on", BLOCKED_BY} & cells.keys())
 
-    def compared(self, task: str) -> Iterator[tuple[Cell, str, str, str]]:
+    def comparisons(self, task: str) -> Iterator[tuple[Cell, str, str, str]]:
         """The cells of a row: their kind, what the file says, what the queue says, the verdict."""
         for name in self.names(task):
             kind = CELLS[name]
@@ -8318,15 +8318,15 @@ class Sync:
         columns = ("depends_on", BLOCKED_BY) if kind is EDGES else (kind.name,)
         return then is not None and all(cells.get(c, "") == then.get(c, "") for c in columns)
 
-    async def obey_all(self, rows: Sequence[str], last: bool = False) -> list[str]:
+    async def apply_edits(self, rows: Sequence[str], last: bool = False) -> list[str]:
         """Make the edits of rows operations, of a few rows at a time.  Returns the rows to ask
         again: an edge that closes a circle is told only when the others have had their turn."""
         able = [task for task in rows if task in self.tasks and self.takes]
-        edited = [task for task in able if any(one[3] == "ours" for one in self.compared(task))]
+        edited = [task for task in able if any(one[3] == "ours" for one in self.comparisons(task))]
         again: list[str] = []
         for at in range(0, len(edited), TOGETHER):
             part = edited[at : at + TOGETHER]
-            work = (self.obey(task, last) for task in part)
+            work = (self.apply_row(task, last) for task in part)
             answers = await asyncio.gather(*work, return_exceptions=True)
             for task, answer in zip(part, answers, strict=True):
                 if isinstance(answer, BaseException):
@@ -8334,9 +8334,9 @@ class Sync:
                 again += [task] * answer
         return again
 
-    async def obey(self, task: str, last: bool) -> bool:
+    async def apply_row(self, task: str, last: bool) -> bool:
         """Make the edits of a row operations; whether one closes a circle and is not the last."""
-        edits = [cell for cell in self.compared(task) if cell[3] == "ours"]
+        edits = [cell for cell in self.comparisons(task) if cell[3] == "ours"]
         completed = self.tasks[task]["status"] == "completed"  # then only its status can change
         edits.sort(key=lambda cell: (cell[0] is STATUS) != completed)
         again = False
@@ -8344,7 +8344,7 @@ class Sync:
             try:
                 if not self.dry:
                     await self.act(task, kind, mine)
-                said = self.spelled(task, kind, mine)
+                said = self.own_text(task, kind, mine)
                 self.tell("changed", task, field=kind.name, file=said, queue=theirs)
             except Refused as problem:
                 if problem.passes or problem.code == "STALE_REV":
@@ -8371,7 +8371,7 @@ class Sync:
 
     async def move(self, now: Task, word: str) -> Task:
         """The operation that a status word stands for; what is not known as open is blocked."""
-        reason = f"{self.spelled(now['taskId'], STATUS, word)} in {self.file.name}"
+        reason = f"{self.own_text(now['taskId'], STATUS, word)} in {self.file.name}"
         wanted = {"not-started": "pending", "done": "completed", "in-progress": "blocked"}
         operation, how = transition(now["status"], wanted.get(word, word), reason)
         done = await getattr(self.queue, operation)(now["taskId"], project=self.project, **how)
@@ -8382,7 +8382,7 @@ class Sync:
         # Others may have changed it since it was read: its rev is still that of the reading.
         return cast(Task, {**rest, **done, **blocked, "rev": now["rev"]})
 
-    def spelled(self, task: str, kind: Cell, mine: str) -> str:
+    def own_text(self, task: str, kind: Cell, mine: str) -> str:
         """What a cell says, in the file's own words."""
         row = self.rows[task][1] if task in self.rows else Row(-1, task, {})
         if kind is STATUS and row.held and mine == "blocked":
@@ -8399,11 +8399,11 @@ class Sync:
 
     # -- the queue's side --
 
-    def settle(self, task: str) -> None:
+    def write_row(self, task: str) -> None:
         """Write what has changed in the queue, and remember what both agree on."""
         before = compact(self.base.get(task))
-        for kind, mine, theirs, found in [*self.compared(task)] if task in self.tasks else ():
-            said = self.spelled(task, kind, mine)
+        for kind, mine, theirs, found in [*self.comparisons(task)] if task in self.tasks else ():
+            said = self.own_text(task, kind, mine)
             told, agreed = {"field": kind.name, "file": said, "queue": theirs}, True
             if found in ("theirs", "stale"):
                 agreed = self.write(task, kind, mine, theirs)
@@ -8431,13 +8431,13 @@ class Sync:
             why = "it names no task, so that a person has to unblock this one"
             self.tell("kept", task, field="depends_on", file=prose, why=why)
         if task not in self.tasks:
-            self.gone(task)
+            self.mark_deleted(task)
         if compact(self.base.get(task)) != before:
             self.touched.add(task)
 
     def write(self, task: str, kind: Cell, mine: str, theirs: str) -> bool:
         """Put the queue's value into a cell; False where the file may not be written."""
-        told = {"field": kind.name, "file": self.spelled(task, kind, mine), "queue": theirs}
+        told = {"field": kind.name, "file": self.own_text(task, kind, mine), "queue": theirs}
         if not self.may_write(task, **told):
             return False
         kind.write(self, task, theirs)
@@ -8476,7 +8476,7 @@ class Sync:
                 blockers = sorted({*blockers} ^ {other})
         row.cells[BLOCKED_BY] = " ".join(blockers)
 
-    def gone(self, task: str) -> None:
+    def mark_deleted(self, task: str) -> None:
         """The row of a task that the queue has no more: it is marked.  One that was done stays
         as it is, since the queue forgets such tasks after a time."""
         row, base = self.rows[task][1], self.base.get(task, NOTHING)
@@ -8562,7 +8562,7 @@ class Sync:
             self.touched.add(name)
             self.tell("added", name, queue=said_of(task))
 
-    def miss_rows(self) -> None:
+    def tell_missing(self) -> None:
         """Say whose row is gone, once."""
         for task, base in self.base.items():
             has_row = task in self.rows and "status" in self.rows[task][1].cells
@@ -8603,7 +8603,7 @@ class Sync:
             rows[":rev"] = str(self.rev)
             await self.queue.keep_base(self.project, self.mark, self.file, rows)
 
-    def hidden(self) -> list[str]:
+    def waiting_by_the_file(self) -> list[str]:
         """Tasks that may be claimed, though the file shows what they wait for as not done."""
         words = {task: row.cells.get("status", "done") for task, (_, row) in self.rows.items()}
         shown = {task for task, word in words.items() if word != "done"}
@@ -8628,7 +8628,7 @@ def cells_of(row: Row) -> dict[str, str]:
     return {n: said for n, said in row.cells.items() if n != "blocks" and (said or n != BLOCKED_BY)}
 
 
-def ordered(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[str]]]:
+def order_of_entry(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, list[str]]]:
     """Tasks after those that they wait for; and those that wait for themselves, each with the
     circle it is in, of CIRCLES circles.  Who waits for one of those comes last."""
     graph = {task: needs & waits.keys() for task, needs in waits.items()}
@@ -8990,7 +8990,7 @@ async def sync_on(
 def needs_somebody(report: Synced) -> bool:
     """Whether somebody has to look at it, or the check that was asked for has found anything."""
     wrong = any(row["kind"] in WRONG for row in report["rows"])
-    return wrong or (report["asked"] == "check" and drifted(report))
+    return wrong or (report["asked"] == "check" and has_drift(report))
 
 
 @renders(Synced, status=lambda report: 7 if needs_somebody(report) else 0)

@@ -1283,7 +1283,7 @@ def edit_file(path: Path, task: str, column: str, value: str) -> None:
     if column == "row" and found:
         board.lines[found.line] = ""
     elif found:
-        board.put(table, found, column, mq.unescaped(value))
+        board.put(table, found, column, mq.unescape_cell(value))
     else:
         board.append(table, {"id": task, "status": "not-started", "text": "again"})
     path.write_bytes(board.text().encode())
@@ -1301,7 +1301,7 @@ async def edit_queue(queue: mq.Queue, task: str, what: str, value: str) -> None:
         "release": lambda: queue.release(task, project="p", force=True),
         "delete": lambda: queue.delete(task, project="p", force=True),
         "create": lambda: queue.create("p", "TASKS", task, title="new"),
-        "title": lambda: queue.update(task, project="p", title=mq.unescaped(value)[:400]),
+        "title": lambda: queue.update(task, project="p", title=mq.unescape_cell(value)[:400]),
         "needs": lambda: queue.update(task, project="p", dependencies=value.split()),
     }
     with contextlib.suppress(mq.Refused):

@@ -177,7 +177,7 @@ def test_one_cell_changes_and_no_byte_beside_it(text: str) -> None:
                     value = "in-progress"
                 board.put(table, row, column, value)
                 now = rows(mq.read_board(board.text()))
-                wanted = mq.meaning(column, mq.escaped(value))
+                wanted = mq.meaning(column, mq.escape_cell(value))
                 assert now[at].cells == {**rows(mq.read_board(text))[at].cells, column: wanted}
                 others = [row.cells for i, row in enumerate(now) if i != at]
                 before = rows(mq.read_board(text))
@@ -331,25 +331,25 @@ def test_any_edit_reads_back_and_changes_nothing_else(text: str, data: st.DataOb
     table = next(table for table in board.tables if any(one is row for one in table.rows))
     board.put(table, row, column, value)
     after = [one.cells for one in rows(mq.read_board(board.text()))]
-    before[at][column] = mq.meaning(column, mq.escaped(value))
+    before[at][column] = mq.meaning(column, mq.escape_cell(value))
     assert after == before
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.text() | words)
 def test_every_value_has_a_cell(value: str) -> None:
-    cell = mq.escaped(value)
+    cell = mq.escape_cell(value)
     assert not re.search(r"(?<!\\)\||[\r\n]", cell)
     assert not mq.CONTROL.search(cell)
     shown = mq.CONTROL.sub(lambda found: mq.printable(found[0]), value.strip())
-    assert mq.normal(mq.unescaped(cell)) == mq.normal(shown)
+    assert mq.normal(mq.unescape_cell(cell)) == mq.normal(shown)
 
 
 @pytest.mark.parametrize(
     "value", ["curl \\\n -d", "a\\\\\nb", "\\<br>", "<br>\n<br/>", "a\\|b\n", "\\\n\\<BR>\\"]
 )
 def test_a_backslash_before_a_line_break_is_kept(value: str) -> None:
-    assert mq.unescaped(mq.escaped(value)) == value.strip()
+    assert mq.unescape_cell(mq.escape_cell(value)) == value.strip()
 
 
 def test_a_long_table_is_read_in_time() -> None:
