@@ -3483,9 +3483,11 @@ class Queue:
         batch = list(each)
         argv += [as_text(one.get(key)) for one in batch for key in lua.each]
         if "op" in lua.args:
-            # Two hashes of fixed length: the id for this project, and what it is used for; how one
-            # proves to be the holder, or waits, is no part of that.
-            how = ("session", "fence", "wait", "waiter", "resume")
+            # Two hashes of fixed length: the id for this project, and what it is used for.  How a
+            # caller waits, or proves to be the holder, is no part of that: a repeat may come when
+            # this process has already forgotten the claim, and with it the agent's name.
+            how = {"session", "fence", "wait", "waiter", "resume"}
+            how |= {"agent", "actor"} if "fence" in lua.args else set()
             told = ["" if key in how else a for key, a in zip(lua.args, argv, strict=False)]
             told += [name, *argv[len(lua.args) :]]
             used_for = hashlib.blake2b("\0".join(told).encode(), digest_size=6)

@@ -491,7 +491,7 @@ def test_command_lines(
 TOOLS: list[tuple[str, dict[str, Any], str, tuple[str, ...]]] = [
     ("queue_claim", {"task": "T1", "ttl": 0}, "INVALID", ("ttl", "1 to 604800")),
     ("queue_claim", {"task": "T1", "ttl": "60"}, "INVALID", ("ttl", "60", "1 to 604800")),
-    ("queue_claim", {"task": "T1", "ttl": 1e3}, "INVALID", ("ttl", "1 to 604800")),
+    ("queue_claim", {"task": "T1", "ttl": 1.5}, "INVALID", ("ttl", "1 to 604800")),
     ("queue_claim", {"task": "T1", "ttl": True}, "INVALID", ("ttl", "1 to 604800")),
     ("queue_claim", {"task": "a b"}, "INVALID", ("a b", "accepted")),
     ("queue_claim", {"task": "T1", "agent": "{x}"}, "INVALID", ("{x}", "accepted")),
@@ -505,7 +505,7 @@ TOOLS: list[tuple[str, dict[str, Any], str, tuple[str, ...]]] = [
     ("queue_create", {"mission": "m", "task": "T9"}, "INVALID", ("title",)),
     (
         "queue_create",
-        {"mission": "m", "task": "T9", "title": "t", "metadata": "{}"},
+        {"mission": "m", "task": "T9", "title": "t", "metadata": "{x"},
         "INVALID",
         ("metadata", "a JSON object"),
     ),
@@ -559,8 +559,13 @@ LUA_IDS = [
     "", "{a}", "a:b", "a/b", "a b", "x" * 129, "🦊", "é", "a\0", "a\n", "\n", ".a", "-a", "a\tb",
 ]  # fmt: skip
 LUA_CASES: list[tuple[str, dict[str, Any], str, str]] = [
-    *(("create", NEW | {"task": bad}, "INVALID", "taskId is not an id") for bad in LUA_IDS),
-    *(("create", NEW | {"mission": bad}, "INVALID", "mission is not an id") for bad in LUA_IDS),
+    # "" is none: create makes the id, and takes the mission of a single one.
+    *(
+        ("create", NEW | {name: bad}, "INVALID", f"{said} is not an id")
+        for name, said in (("task", "taskId"), ("mission", "mission"))
+        for bad in LUA_IDS
+        if bad
+    ),
     *(("claim", CLAIM | {"task": bad}, "INVALID", "taskId is not an id") for bad in LUA_IDS),
     *(("claim", CLAIM | {"agent": bad}, "INVALID", "agent is not an id") for bad in LUA_IDS),
     *(("get", {"task": bad}, "INVALID", "taskId is not an id") for bad in LUA_IDS),

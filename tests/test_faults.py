@@ -705,7 +705,8 @@ async def test_a_restore_that_was_cut_off(
 
         try:
             await mq.enter_records(queue, "p", meta, records())
-        except redis.ResponseError:
+        except mq.Refused as problem:
+            assert problem.code == "UNFIT", problem
             return False
         return True
 

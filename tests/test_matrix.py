@@ -395,6 +395,7 @@ async def test_late_completion_by_another_is_refused(
 ) -> None:
     await create(queue, "T")
     await lapse(queue, shim, session="s1")
+    queue.leases.clear()  # as of another process: this one would act as the agent that claimed
     assert await refused(server, queue.complete("T", **who)) == "WRONG_STATUS"
 
 
