@@ -705,8 +705,7 @@ async def test_a_restore_that_was_cut_off(
 
         try:
             await mq.enter_records(queue, "p", meta, records())
-        except mq.Refused as problem:
-            assert problem.code == "UNFIT", problem
+        except mq.Refused:
             return False
         return True
 

@@ -248,7 +248,7 @@ OTHERS: dict[str, Callable[..., Awaitable[Any]]] = {
     "create": lambda q, p, **o: q.create(p, "m", "T", title="another", **o),
     "create_all": lambda q, p, **o: q.create_all([BATCH[1]], project=p, **o),
     "claim": lambda q, p, **o: q.claim("T", "carol", project=p, **o),
-    "start": lambda q, p, **o: q.start("T", project=p, agent="alice", **o),
+    "start": lambda q, p, **o: q.start("T", project=p, force=True, **o),
     "heartbeat": lambda q, p, **o: q.heartbeat("T", project=p, progress="most", **o),
     "release": lambda q, p, **o: q.release("T", project=p, delay=1, **o),
     "complete": lambda q, p, **o: q.complete("T", project=p, summary="other", **o),
