@@ -13131,6 +13131,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
         # Whoever read us has enough; the interpreter would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as problem:
+        if problem.errno != errno.ENOSPC:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        said = "what this command did is done, but its output cannot be written: the disk is full"
+        print_refusal(
+            Refused("UNFIT", said, "make room, then look: mosaic-queue status"), prog, False
+        )
+        return CODES["UNFIT"].exit
 
 
 def mosaic() -> int:

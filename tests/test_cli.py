@@ -983,3 +983,18 @@ def test_a_missing_dependency_is_named_with_its_line_before_anything_is_written(
     assert done.returncode == 3
     assert done.stderr.startswith("NOT_FOUND: line 301 of -: there is no task web/nowhere")
     assert key_space(server) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_to_a_full_disk_is_a_sentence(
+    run: Run, environ: dict[str, str], tmp_path: Path
+) -> None:
+    run([*PYTHON, "create", "web", "m", "T1", "--title", "t"])
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*PYTHON, "claim", "T1", "--agent", "al"], stdout=full, stderr=subprocess.PIPE,
+            text=True, env=environ, cwd=tmp_path, timeout=60, check=False,
+        )  # fmt: skip
+    assert (done.returncode, "the disk is full" in done.stderr) == (6, True)
+    assert "Traceback" not in done.stderr
+    assert "claimed" in run([*PYTHON, "show", "T1"]).stdout

@@ -266,6 +266,11 @@ def test_commands_words_and_ids_are_completed(tell: Tell) -> None:
     assert set(completions(tell, "mosaic-queue show ")) >= {"T1", "U1"}
     assert completions(tell, "mosaic-queue list --project w") == ["web"]
     assert completions(tell, "mosaic-queue list --status f") == ["failed"]
+    assert completions(tell, "mosaic-queue show web/") == ["web/T1"]
+    assert completions(tell, "mosaic-queue show --project api U") == ["U1"]
+    assert completions(tell, "mosaic-queue list --project web --lane p") == ["planning"]
+    tell("claim", "web/T1", "--agent", "alice")
+    assert completions(tell, "mosaic-queue list --agent a") == ["alice"]
     dead = {"MOSAIC_VALKEY_URL": "redis://127.0.0.1:1"}
     assert completions(tell, "mosaic-queue show T", **dead) == []
 
