@@ -3321,18 +3321,31 @@ class Ears:
 # whoever follows it on that host knows whether it lives.
 
 
+PROC = Path("/proc")
+
+
 def process_began(pid: int) -> str | None:
     """When a process began, since numbers are used again; '' where nobody knows, None when it has
     ended."""
     try:
         with contextlib.suppress(PermissionError):  # it lives, and is another user's
             os.kill(pid, 0)
-        facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        facts = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except ProcessLookupError:
         return None
     except OSError:
-        return ""
+        return process_began_by_ps(pid)
     return None if facts[0] in "ZX" else facts[19]
+
+
+def process_began_by_ps(pid: int) -> str | None:
+    """The same where the system has no /proc, to a second."""
+    command, environ = ["ps", "-o", "stat=,lstart=", "-p", str(pid)], os.environ | {"LC_ALL": "C"}
+    state = began = ""
+    with contextlib.suppress(OSError):
+        told = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        state, _, began = told.stdout.strip().partition(" ")
+    return None if state[:1] in ("Z", "X") else re.sub("[^0-9A-Za-z]+", "-", began.strip())
 
 
 @functools.cache

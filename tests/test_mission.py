@@ -952,6 +952,21 @@ def test_a_number_that_was_given_again_is_another_process(tell: Tell, folder: Pa
     assert tell("mission", "resume")[0] == 0
 
 
+def test_a_system_without_proc_says_when_a_process_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As macOS does, to a second."""
+    monkeypatch.setattr(mq, "PROC", Path("/nowhere"))
+    process = subprocess.Popen(["sleep", "60"])
+    began = mq.process_began(process.pid)
+    assert began
+    assert re.fullmatch(r"[\w-]+", began)
+    time.sleep(1.1)
+    assert mq.process_began(process.pid) == began
+    process.kill()
+    until(lambda: mq.process_began(process.pid) is None)  # a zombie is dead, too
+    process.wait()
+    assert mq.process_began(process.pid) is None
+
+
 @pytest.mark.parametrize("text", ["", '{"pid": ', "[]", '{"pid": "x"}', '{"pid": -1}'])
 def test_a_lock_without_a_pid_is_broken_on_demand_only(
     tell: Tell, server: Server, folder: Path, text: str
