@@ -2866,17 +2866,11 @@ def slot_of(key: str) -> int:
 
 def key_of(command: Sequence[Any]) -> str | None:
     """The key that a command of ours names; None for one that any server may answer."""
+    if command[0] in ("PING", "INFO", "CONFIG"):
+        return None
     if command[0] in ("EVAL", "EVALSHA"):
         return str(command[3])
-    if command[0] == "XREAD":
-        return str(command[command.index("STREAMS") + 1])
-    return str(command[1]) if command[0] in WITH_KEY else None
-
-
-WITH_KEY = {
-    *("HGET", "HGETALL", "HMGET", "XRANGE", "XREVRANGE", "ZSCAN", "SMEMBERS", "SADD"),
-    *("BLPOP", "GET", "TYPE"),
-}
+    return str(command[command.index("STREAMS") + 1 if command[0] == "XREAD" else 1])
 
 
 class Route:
