@@ -3079,7 +3079,7 @@ class Link:
         text of the script that the command names, `at` the server if it matters which.  Refuses
         UNREACHABLE and UNFIT."""
         give_up = time.monotonic() + self.deadline
-        pause, starts = 0.01, 0
+        pauses, starts = Pauses(0.01, 0.5), 0
         while True:
             left = give_up - time.monotonic()
             try:
@@ -3108,8 +3108,7 @@ class Link:
             self._route.forget()
             if line.startswith(("READONLY", "MASTERDOWN")):  # the name may lead elsewhere by now
                 wire.close()
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, 0.5)
+            await asyncio.sleep(pauses.begin())
 
     async def _wire(self, place: Place) -> Wire:
         """The connection to a place that all calls share; whoever is the first opens it."""
@@ -3576,7 +3575,7 @@ class Queue:
         for `patience` seconds or until the lease has ended, so that no result is lost."""
         arguments["op"] = arguments["op"] or os.urandom(16).hex()
         lease = self.leases.get(f"{project}/{arguments['task']}")
-        now, pause = time.monotonic(), 0.5
+        now, pauses = time.monotonic(), Pauses(0.5, 10)
         give_up = min(now + self.patience, lease.ends if lease else now)
         while True:
             try:
@@ -3587,8 +3586,7 @@ class Queue:
                     raise
                 log("trying again", call=name, task=arguments["task"], seconds=round(left),
                     problem=problem.message)  # fmt: skip
-                await asyncio.sleep(min(pause, left))
-                pause = min(2 * pause, 10)
+                await asyncio.sleep(min(pauses.begin(), left))
 
     def hold(self, task: Task, agent: str) -> Task:
         """Remember a claim, for `renew_leases`."""
@@ -5166,14 +5164,30 @@ async def follow(queue: Queue, follower: Follower) -> None:
     every, wanted = getattr(follower, "every", 0.0), getattr(follower, "wanted", None)
     most = FOLLOW * (20 if every else 1)
 
+    only = getattr(follower, "project", None)
+
     async def wake() -> None:
         async for _ in queue.link.told("mosaic:queue:project:*:events"):
             changed.set()
 
+    async def step(project: str) -> bool:
+        """Whether the follower has come further in a project."""
+        try:
+            since = cursors.pop(project, None) or await follower.cursor(project)
+            cursors[project] = await caught_up(queue, follower, project, since, most)
+            pauses.forget(project)
+            return cursors[project] != since
+        except Exception as problem:
+            cursors.pop(project, None)
+            if not isinstance(problem, Refused) or problem.code != "NOT_FOUND":
+                facts = {"follower": follower.name, "project": project}
+                log_fault(problem, **facts, again=pauses.begin(project))
+            return False
+
     wakers = [wake(), *([follower.wake(changed)] if hasattr(follower, "wake") else ())]
-    tasks = [asyncio.create_task(one) for one in wakers]
-    only = getattr(follower, "project", None)
-    try:
+    async with asyncio.TaskGroup() as group:
+        for one in wakers:
+            group.create_task(one)
         while True:
             if wanted and not wanted():
                 cursors.clear()
@@ -5182,39 +5196,14 @@ async def follow(queue: Queue, follower: Follower) -> None:
             changed.clear()
             behind = False
             for project in [only] if only else await projects_of(queue):
-                if pauses.lasts(project):
-                    continue
-                try:
-                    since = cursors.pop(project, None) or await follower.cursor(project)
-                    cursors[project] = await caught_up(queue, follower, project, since, most)
-                    behind = behind or cursors[project] != since
-                    pauses.forget(project)
-                except Exception as problem:
-                    if isinstance(problem, Refused) and problem.code == "NOT_FOUND":
-                        continue
-                    cursors.pop(project, None)
-                    facts = {"follower": follower.name, "project": project}
-                    log_fault(problem, **facts, again=pauses.begin(project))
+                if not pauses.lasts(project):
+                    behind = await step(project) or behind
             if behind:
                 await asyncio.sleep(every)
             else:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(FOLLOW_EVERY):  # wait_for may swallow a cancellation
                         await changed.wait()
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def together(*work: Coroutine[Any, Any, None]) -> None:
-    """Do several things at once; when one fails, or this is cancelled, all of them have ended."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def projects_of(queue: Queue) -> Sequence[str]:
@@ -6535,7 +6524,9 @@ async def record(queue: Queue, config: Config) -> None:
     try:
         edits = functools.partial(carry_out, queue, editor, set[str]())
         going = keep_going(edits, follower="postgres", part="edits")
-        await together(follow(queue, follower), follow(queue, instead), going)
+        async with asyncio.TaskGroup() as group:
+            for one in (follow(queue, follower), follow(queue, instead), going):
+                group.create_task(one)
     finally:
         await follower.close()
         await editor.close()
@@ -9084,7 +9075,9 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
     token = f"{place} {__version__} {does}"  # what `leaders` reads
     log("start", token=token, interval=interval, parts=chosen)
     try:
-        await together(*(led(queue, token, name, parts[name]) for name in chosen))
+        async with asyncio.TaskGroup() as group:
+            for name in chosen:
+                group.create_task(led(queue, token, name, parts[name]))
     finally:
         log("stop")
 

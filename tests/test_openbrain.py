@@ -285,7 +285,7 @@ async def test_one_that_never_answers_is_no_burden(
             await queue.note("A", f"note {n}")
         await until(lambda: brain.asked)
         rev = int(db.hget(ROOT, "rev") or 0)
-        path = tmp_path / "p" / "project.json"
+        path = tmp_path / "p" / "project.jsonl"
         await until(lambda: path.exists() and json.loads(path.read_text())["cursor"] == rev)
         assert brain.taken == []
         brain.always = 201

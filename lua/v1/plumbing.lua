@@ -86,11 +86,12 @@ local function moment(ms) -- seldom
 end
 
 -- When the server was started (ms), while that is less than GRACE ago.  Nobody could renew a lease
--- while it was down, so leases of before have until the end of GRACE.  INFO may be denied.
+-- while it was down, so leases of before have until the end of GRACE.  INFO may be denied, and it
+-- counts seconds that have begun: what was claimed in the server's first second is not of before.
 local function restarted() -- seldom
   local info = redis.pcall('INFO', 'server')
   local uptime = type(info) == 'string' and tonumber(info:match('uptime_in_seconds:(%d+)'))
-  return uptime and uptime < GRACE and now - uptime * 1000
+  return uptime and uptime < GRACE and now - now % 1000 - uptime * 1000
 end
 
 -- What whoever has to wait for the end of a lease is told in that time; '' afterwards.
