@@ -2012,8 +2012,10 @@ def _task_from(project: str, pairs: Mapping[str, Any], superseded: bool) -> Task
         task.pop("blockedReason", None)
     if "title" in task:
         task = {"dependencies": [], "retryCount": 0} | task
-        for name in (*NEEDED, *NEEDED_IN.get(str(status), ())):
+        for name in ("createdAt", *NEEDED, *NEEDED_IN.get(str(status), ())):
             task[name]  # a KeyError where it is missing
+        if task["status"] not in STATUSES or task["priority"] not in PRIORITIES:
+            raise ValueError(f"status {task['status']}, priority {task['priority']}")
     if "opRev" in pairs:
         task["rev"] = pairs["opRev"]
         if "opFence" in pairs:
