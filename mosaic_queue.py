@@ -10996,7 +10996,7 @@ class StdioTransport:
 async def serve_stdio(config: Config, unsafe: bool = False, tool_set: str = "default") -> int:
     """Serve MCP on standard input and output until the input ends or the parent is gone; the exit
     status."""
-    config = Config(dict(config.values), config.environ)
+    config = replace(config, values=dict(config.values))
     known = mcp_agent(config, minted=False)
     minted = None if known else mcp_agent(config)
     config.set("agent", known or minted, "minted")

@@ -303,6 +303,31 @@ def test_a_repository_sets_nothing_until_its_user_trusts_it(tell: Tell, clone: P
     assert settings(tell, clone) == NOTHING
 
 
+def test_an_agent_in_a_clone_is_told_what_its_user_can_do(tell: Tell, clone: Path) -> None:
+    hello = {"protocolVersion": "2025-06-18", "capabilities": {},
+             "clientInfo": {"name": "x", "version": "1"}}  # fmt: skip
+    call = {"name": "queue_next", "arguments": {}}
+    lines = [
+        {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello},
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        {"jsonrpc": "2.0", "id": 2, "method": "tools/call", "params": call},
+    ]
+    server = subprocess.Popen(
+        [*PROGRAM, "mcp"], cwd=clone, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "HOME": str(clone.parent / "home")},
+    )  # fmt: skip
+    assert server.stdin
+    assert server.stdout
+    print(*map(json.dumps, lines), sep="\n", file=server.stdin, flush=True)
+    server.stdout.readline()
+    answer = json.loads(server.stdout.readline())["result"]
+    server.stdin.close()
+    assert server.wait(60) == 0
+    server.stdout.close()
+    assert answer["isError"]
+    assert "is not trusted, so that it sets no project" in answer["content"][0]["text"]
+
+
 def test_the_same_file_elsewhere_is_another_one(tell: Tell, clone: Path) -> None:
     assert tell("trust", cwd=clone).returncode == 0
     other = clone.rename(clone.with_name("elsewhere"))
