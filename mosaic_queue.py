@@ -663,8 +663,9 @@ class Refused(Exception):
 
     @property
     def spares(self) -> bool:
-        """Whether the fault may lie in one project alone, so that the others can be looked at."""
-        return self.code in ("UNFIT", "SCHEMA", "INVALID", "TOO_LARGE")
+        """Whether the fault may lie in one project alone, so that the others can be looked at; not
+        that of a server which is unfit as a whole."""
+        return self.code in ("UNFIT", "SCHEMA", "INVALID", "TOO_LARGE") and self.case != "server"
 
     @property
     def passes(self) -> bool:
@@ -764,7 +765,8 @@ def own_folder(variable: str, default: str) -> Path:
     home = os.path.expanduser("~")  # of an empty $HOME it would make the root folder
     if not os.path.isabs(home) or os.environ.get("HOME") == "":
         said = "there is no home folder: $HOME is not set, and the system does not know this user"
-        raise Refused("UNFIT", said, f"set HOME or {variable}, or name a server: --url")
+        hint = f"set HOME or {variable}, or name a server: --url"
+        raise Refused("UNFIT", said, hint, case="server")
     return Path(home) / default / "mosaic-queue"
 
 
@@ -790,10 +792,10 @@ def require_private(folder: Path) -> None:
     """Refuse a folder that is not this user's own, or a link; close one that others may enter."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise Refused("UNFIT", f"{folder} is no directory", ANOTHER_PLACE)
+        raise Refused("UNFIT", f"{folder} is no directory", ANOTHER_PLACE, case="server")
     if found.st_uid != os.getuid():
         said = f"{folder} belongs to another user (uid {found.st_uid})"
-        raise Refused("UNFIT", said, ANOTHER_PLACE)
+        raise Refused("UNFIT", said, ANOTHER_PLACE, case="server")
     if found.st_mode & 0o077:
         folder.chmod(0o700)
 
@@ -2370,7 +2372,7 @@ class PrivateServer:
             uid, _ = peer_of(sock)
             if uid != os.getuid():
                 said = f"the server on {self.socket} runs as another user (uid {uid})"
-                raise Refused("UNFIT", said, ANOTHER_PLACE)
+                raise Refused("UNFIT", said, ANOTHER_PLACE, case="server")
         except BaseException:
             sock.close()
             raise
@@ -2481,7 +2483,7 @@ class PrivateServer:
         if free < ROOM:
             said = f"the disk of {self.folder} is full: the private server cannot write there"
             hint = "make room; nothing that was acknowledged is lost"
-            raise Refused("UNFIT", said, hint)
+            raise Refused("UNFIT", said, hint, case="server")
 
     def log(self) -> str:
         """The last thing that it has told its log."""
@@ -3172,7 +3174,7 @@ class Link:
         try:
             info = await self.send("INFO", "server", "memory")
         except Refused as problem:
-            if problem.code != "UNFIT":
+            if problem.code != "UNFIT" or not problem.spares:
                 raise
             info = ""
         lines = (line.partition(":") for line in str(info).splitlines())
@@ -3187,6 +3189,7 @@ class Link:
                 "UNFIT",
                 f"{self.address} is {'Valkey' if valkey else 'Redis'} {version}; accepted: "
                 "Valkey 7.2 or newer, Redis 7.0 or newer",
+                case="server",
             )
         if policy not in ("noeviction", "unknown") and not self.unsafe:
             raise Refused(
@@ -3194,6 +3197,7 @@ class Link:
                 f"{self.address} evicts keys when its memory is full (maxmemory-policy {policy}); "
                 "accepted: noeviction",
                 "CONFIG SET maxmemory-policy noeviction, or override with --unsafe",
+                case="server",
             )
         name = "Valkey" if valkey else "Redis" if number else ""
         self.fit = {"version": f"{name} {version}".strip(), "policy": policy}
@@ -3685,7 +3689,7 @@ class Queue:
         try:
             names = await self.link.send("SMEMBERS", REGISTRY)
         except Refused as problem:
-            if problem.code != "UNFIT":
+            if problem.code != "UNFIT" or not problem.spares:
                 raise
             if not self.config["project"]:
                 hint = "name the project: --project P"

@@ -213,7 +213,10 @@ def test_a_kill_between_any_two_commands_loses_nothing(home: Home) -> None:
         (("heartbeat", "T1", "--progress", "half", "--checkpoint", "c"), {"progress": "half"}),
         (("release", "T1", "--agent", "alice"), {"status": "pending"}),
         (("claim", "T1", "--agent", "bob"), {"claimedBy": "bob"}),
-        (("fail", "T1", "--agent", "bob", "--reason", "broken"), {"failureReason": "broken"}),
+        (
+            ("fail", "T1", "--agent", "bob", "--reason", "broken", "--retry-delay", "0"),
+            {"failureReason": "broken"},
+        ),
         (("claim", "T1", "--agent", "carol"), {"claimedBy": "carol", "retryCount": 1}),
         (("complete", "T1", "--agent", "carol", "--summary", "done"), {"summary": "done"}),
     ]
@@ -700,7 +703,7 @@ def test_places_that_are_not_there(home: Home) -> None:
             assert "XDG_DATA_HOME" in done.stderr
         done = run("list", HOME=str(home.path / "locked"))
         assert done.returncode == 6
-        assert "Read-only file system\nhint: name a folder of yours: XDG_DATA_HOME" in done.stderr
+        assert "Read-only file system\nhint: name folders of yours: XDG_DATA_HOME" in done.stderr
         done = run("server", "status", "--json", HOME=str(home.path), XDG_DATA_HOME="relative")
         assert json.loads(done.stdout)["folder"] == str(home.path / ".local/share/mosaic-queue")
     finally:

@@ -244,7 +244,7 @@ async def test_a_key_of_another_type_is_named(server: Server, db: redis.Redis) -
         root: lambda q: q.get("T1"),
         f"{root}:task:T1": lambda q: q.claim("T1", "bob"),
         f"{root}:ready:any": lambda q: q.next("bob"),
-        f"{root}:mission:m": lambda q: q.list(mission="m"),
+        f"{root}:mission:m": lambda q: q.list(project="p", mission="m"),
         f"{root}:events": lambda q: q.events(project="p"),
         f"{root}:files": lambda q: q.files("p"),
     }.items():
