@@ -1384,7 +1384,10 @@ async def followed(url: str, path: Path, history: list[tuple[str, str, str, str]
                 for cell, last in agreed.items():
                     # What both have changed, each in its way, stays on both sides.
                     mine, its = before.get(cell, last), theirs.get(cell, last)
-                    if whole or cell in stale:
+                    prose = cell[1] == "depends_on" and not {*before.get(cell, "").split()} <= {
+                        name for name, _ in {*before, *theirs}
+                    }  # it stays beside what the queue writes
+                    if whole or cell in stale or prose:
                         continue
                     if last not in (mine, its) and mine != its and mine not in ("", "in-progress"):
                         assert (after.get(cell), ours.get(cell)) == (mine, its), (cell, report)
