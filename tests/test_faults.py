@@ -198,7 +198,7 @@ def scenarios() -> list[Scenario]:
     )
     add("start assigned", "assigned", by_holder("start"))
     add("heartbeat assigned", "assigned", by_holder("heartbeat"))
-    add("reap assigned", "assigned", lambda q: q.reap(), seconds=EXPIRED)
+    add("reap assigned", "assigned", lambda q: q.reap(project="p"), seconds=EXPIRED)
     add("note", "pending", lambda q: q.note("T", "seen", op="same"), "plain")
     add("note", "claimed", lambda q: q.note("T", "seen", op="same"), "linked")
 
@@ -241,9 +241,9 @@ def scenarios() -> list[Scenario]:
         extra=damage,
         broken=True,
     )
-    vary("reap", lambda q: q.reap(), seconds=EXPIRED)
-    add("reap two", "claimed", lambda q: q.reap(), seconds=EXPIRED, extra=another_lease)
-    add("reap dead", "claimed", lambda q: q.reap(), seconds=5 * EXPIRED, extra=last_lease)
+    vary("reap", lambda q: q.reap(project="p"), seconds=EXPIRED)
+    add("reap two", "claimed", lambda q: q.reap(project="p"), seconds=EXPIRED, extra=another_lease)
+    add("reap dead", "claimed", lambda q: q.reap(project="p"), seconds=5 * EXPIRED, extra=last_lease)
     add(
         "delete",
         "pending delayed blocked completed failed",
@@ -268,7 +268,7 @@ async def batch(queue: mq.Queue) -> Any:
 
 async def reap_later(queue: mq.Queue, shim: Shim) -> None:
     shim.seconds = EXPIRED
-    await queue.reap()
+    await queue.reap(project="p")
 
 
 async def another_lease(queue: mq.Queue, shim: Shim) -> None:
@@ -306,7 +306,7 @@ async def last_lease(queue: mq.Queue, shim: Shim) -> None:
     """Two leases of `T` ended, the third is running out: deadLetterAfter is 3."""
     for seconds in (EXPIRED, 2 * EXPIRED):
         shim.seconds = seconds
-        await queue.reap()
+        await queue.reap(project="p")
         await queue.claim("T", "alice", ttl=TTL)
 
 
@@ -417,7 +417,7 @@ class Stage:
         """Turn the clock past every lease and delay, and reap until nothing is left to do."""
         self.shim.seconds = LATER
         for _ in range(10):
-            answer = await self.queue.reap()
+            answer = await self.queue.reap(project="p")
             self.follower.read()
             if not answer["reaped"] and not answer["settled"]:
                 return

@@ -41,7 +41,7 @@ for i = 1, math.min(#ended, BATCH) do
     move(task, status, '', 'assigned', '')
     finish(task)
   elseif start and lost.ends - (tonumber(task.claimTTL) or 0) * 1000 < start then
-    grace = GRACE - (now - start) / 1000
+    grace = GRACE - math.floor((now - start) / 1000)
   else
     local expiries = (tonumber(task.expiryCount) or 0) + 1
     local dead = expiries >= limit('deadLetterAfter')
