@@ -2864,8 +2864,8 @@ async def open_wire(
 
 def slot_of(key: str) -> int:
     """The slot of a key in a cluster: of what stands between its first braces, if anything does."""
-    tag = re.search(r"\{([^}]+)\}", key)
-    return binascii.crc_hqx((tag[1] if tag else key).encode(), 0) % SLOTS
+    tag, closed, _ = key.partition("{")[2].partition("}")
+    return binascii.crc_hqx((tag if closed and tag else key).encode(), 0) % SLOTS
 
 
 def key_of(command: Sequence[Any]) -> str | None:
@@ -3645,10 +3645,12 @@ class Queue:
             arguments["op"] = (again and arguments.get("op")) or os.urandom(16).hex()
             try:
                 reply = await self.call(name, project, arguments)
-                # A cancellation that came together with the reply is delivered here.
-                await asyncio.sleep(0)
                 if reply[0] != "NOTHING":
                     await self._register_again(project, task_from(project, reply)["rev"])
+                # A cancellation that came together with the reply is delivered here: anyio, which
+                # saw that the reply was there, tries again one turn of the loop later.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
                 if reply[0] != "NOTHING" or not (again and reply[2]):
                     return reply
             except asyncio.CancelledError:

@@ -26,8 +26,10 @@ import mosaic_queue as mq
 
 PROCESSES, ROUNDS, DRAINED = 50, 100, 2000
 
+# The last argument is a pipe at which all of them wait.
 COMMAND = (
-    f"import sys; sys.path.insert(0, {FOLDER!r}); import mosaic_queue as mq; "
+    f"import sys; open(sys.argv.pop()).read(); sys.path.insert(0, {FOLDER!r}); "
+    "import mosaic_queue as mq; "
     "mq.Queue.__init__.__kwdefaults__['deadline'] = 60; sys.exit(mq.main())"
 )
 
@@ -163,7 +165,7 @@ def test_fifty_command_lines(valkey: Server, db: redis.Redis, tmp_path: Path) ->
         running = [
             subprocess.Popen(
                 [sys.executable, "-c", COMMAND, "claim", task, "--agent", f"agent-{n}.",
-                 "--project", "p", "--url", valkey.url, "--config", str(pipe)],
+                 "--project", "p", "--url", valkey.url, str(pipe)],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean, cwd=tmp_path,
             )
             for n, pipe in enumerate(pipes)

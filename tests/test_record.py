@@ -1388,7 +1388,7 @@ async def test_every_older_version_is_migrated(
             await equal(queue, all_at_once[0])
             before = kept(read_project(db, "p"))
             db.flushall()
-            await mq.restore(config, False, None)
+            await mq.restore(queue)
             assert kept(read_project(db, "p")) == before
             gone = await admin.fetchrow("select title, gone from tasks where task_id = 'gone'")
             assert tuple(gone) == ("was", "purged")
