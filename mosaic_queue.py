@@ -3968,14 +3968,16 @@ class Queue:
         waiter = f"{agent} {lane or ''} {os.urandom(4).hex()}"
         given = {"agent": agent, "session": session, "ttl": ttl or self.ttl, "lane": lane}
         given |= {"mission": mission, "op": op, "waiter": waiter, "count": count}
+        asked = False  # once in a call, whether a session of this agent is dead
         while True:
             left = give_up - time.monotonic()
             # A look at all that is held, for what an earlier session left behind, is not cheap.
             now = time.monotonic()
             looks = now >= self._looked_back.get((project, agent), -LOOK_BACK) + LOOK_BACK
             orphans = "orphans" if looks else ""
-            if looks:
+            if looks and not asked:
                 await self._disown(project, agent)
+            asked = True
             # In ms, and never 0 for who waits: the last look waits too, as the policy may say.
             waits = max(1, round(left * 1000)) if wait else 0
             given |= {"resume": "1" if resume else orphans, "wait": waits}
