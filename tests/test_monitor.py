@@ -284,12 +284,15 @@ async def test_who_waits_for_a_mission_gets_nothing_of_another(
         assert await handed(queue, "alice", mission="mine") == "M1"
 
 
+LATE = 30  # s; a second waiter of one name may miss the bell of its inbox, and looks again
+
+
 async def test_two_of_one_name_get_a_task_each(queue: mq.Queue, assigning: mq.Config) -> None:
     """Sub-agents of one client share its name."""
     await create(queue, "T1", "T2")
     async with watching(assigning, assign=True):
         both = asyncio.gather(handed(queue, "alice"), handed(queue, "alice"))
-        assert sorted(map(str, await asyncio.wait_for(both, AT_ONCE))) == ["T1", "T2"]
+        assert sorted(map(str, await asyncio.wait_for(both, LATE))) == ["T1", "T2"]
 
 
 async def test_who_gave_up_is_assigned_nothing(
