@@ -2721,6 +2721,7 @@ class Wire:
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.over: Exception | None = None  # why nobody can ask any more
+        self.closed = asyncio.Event()  # its socket is
         self.loop = asyncio.get_running_loop()
         self._nothing = object()
         self._reader = hiredis.Reader(
@@ -2768,6 +2769,8 @@ class Wire:
             self._alarm.cancel()
         if self._transport:
             self._transport.abort()
+        else:
+            self.closed.set()
         if self._heard:
             self._heard.put_nowait(self.over)
         for future in self._waiting:
@@ -2827,6 +2830,7 @@ class Wire:
 
     def connection_lost(self, problem: Exception | None) -> None:
         self.close(problem)
+        self.closed.set()
 
     def pause_writing(self) -> None:
         pass
@@ -3044,15 +3048,18 @@ class Link:
         self._wires: dict[Place, Wire] = {}  # for what does not block
         self._opening: dict[Place, asyncio.Task[Wire]] = {}
         self._idle: dict[Place, list[Wire]] = {}  # for what blocks, while it is not in use
+        self._all: list[Wire] = []
 
     async def close(self) -> None:
-        """Close the connections."""
-        for task in self._opening.values():
+        """End what was begun here, and close the connections; none is open when this returns."""
+        tasks = [*self._opening.values(), *(self.ears.listening.values() if self.ears else ())]
+        for task in tasks:
             task.cancel()
-        for wire in itertools.chain(self._wires.values(), *self._idle.values()):
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for wire in self._all:
             wire.close()
-        self._wires, self._opening, self._idle = {}, {}, {}
-        await asyncio.sleep(0)  # asyncio closes the sockets now
+            await wire.closed.wait()
+        self._wires, self._opening, self._idle, self._all = {}, {}, {}, []
 
     @property
     def _route(self) -> Route:
@@ -3130,7 +3137,9 @@ class Link:
         return wire
 
     async def _open(self, place: Place) -> Wire:
-        return await open_wire(self._route.address, place, self.deadline / 3, self.server)
+        wire = await open_wire(self._route.address, place, self.deadline / 3, self.server)
+        self._all = [one for one in (*self._all, wire) if not one.closed.is_set()]
+        return wire
 
     async def wait(self, seconds: float, *command: Any) -> Any:
         """The answer of a command that blocks, None when the time is over; an error is as good as

@@ -121,6 +121,24 @@ async def test_many_at_once_when_the_connection_is_lost(server: Server, db: redi
         assert events == 100
 
 
+async def test_what_a_queue_has_begun_ends_with_it(server: Server, db: redis.Redis) -> None:
+    """A listener for those who have gone, a call that blocks, a listener to what is published."""
+    queue = queue_at(server.url)
+    others = asyncio.all_tasks()
+    queue.link.ears = mq.Ears(queue.link)
+    await queue.create("p", "m", "T1", title="t", delay=3600)
+    waiting = asyncio.create_task(queue.next("a", wait=30))
+    told = asyncio.create_task(anext(aiter(queue.link.told("mosaic:*"))))
+    assert await told == ""
+    while not db.info("clients")["blocked_clients"]:
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await queue.close()
+    assert asyncio.all_tasks() == others
+    assert len(db.client_list()) == 1
+
+
 async def test_a_password_and_a_database(server: Server, db: redis.Redis) -> None:
     db.config_set("requirepass", "se:s@me")
     try:
