@@ -72,6 +72,9 @@ class Event:
     before: str
     after: str
     fence: int
+    agent: str
+    at: int  # ms
+    text: str
 
 
 @dataclass
@@ -153,10 +156,10 @@ def read_project(db: redis.Redis, project: str) -> Project:
 
 def event(entry: str, fields: list[str]) -> Event:
     number, _, rest = entry.partition("-")
-    task, op, before, after, rev, fence, *_ = fields[1].split("\t")
+    task, op, before, after, rev, fence, agent, at, text = fields[1].split("\t", 8)
     assert rest == "0", f"event id {entry}"
     assert rev == number, f"event {entry} says rev {rev}"
-    return Event(int(number), task, op, before, after, int(fence or 0))
+    return Event(int(number), task, op, before, after, int(fence or 0), agent, int(at), text)
 
 
 def problems(
