@@ -1679,10 +1679,20 @@ class Agent(TypedDict, total=False):
     note: str
 
 
+class Claimer(TypedDict, total=False):
+    """Who waits for a task: of one lane and of `any`, or of all; of one mission, or of all."""
+
+    agent: str
+    project: str
+    lane: str
+    mission: str
+
+
 class AgentList(Overview):
-    """All agents that hold tasks."""
+    """All agents that hold tasks, and those that wait for one."""
 
     agents: list[Agent]
+    waiting: list[Claimer]
 
 
 class Explanation(TypedDict, total=False):
@@ -1790,6 +1800,7 @@ class ProjectStatus(TypedDict, total=False):
     expiring: list[Task]
     policy: Policy
     followers: list[Lag]
+    waiting: list[Claimer]  # 2,000 at most
     captures: bool  # with openbrain.autoCapture: whether a monitor does it
 
 
@@ -3643,7 +3654,7 @@ class Queue:
                     await self.call("release", project, given)
 
     async def _left(self, project: str, waiter: str) -> None:
-        """Take a waiter out of those that the monitor serves."""
+        """Take a waiter out of those that are noted."""
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
             await self.call("waiting", project, {"left": waiter})
 
@@ -4002,17 +4013,16 @@ class Queue:
                 like = await self._like(project) if missing else ""
                 return {"tasks": [], "why": with_moments(why) + like}
             given["op"] = None
-            if mission:
-                await asyncio.sleep(min(left, 1))
-                continue
             root = f"mosaic:queue:project:{{{project}}}"
             bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
             block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
             try:
-                await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
+                if mission:
+                    await asyncio.sleep(min(left, 1))
+                else:
+                    await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
             except asyncio.CancelledError:
-                if assign:
-                    await self._left(project, waiter)
+                await self._left(project, f"{waiter} {mission or ''}".rstrip())
                 raise
 
     @operation(tool="orchestrator", group="operators")
@@ -4675,11 +4685,47 @@ async def leave(queue: Queue, minted: str | None = None) -> None:
 # Why something does not move, and whether the key space is whole.
 
 
+def claimers_from(project: str, members: Iterable[str]) -> list[Claimer]:
+    """Who waits for a task, as the scripts note it."""
+    found: list[Claimer] = []
+    for member in sorted(members):
+        agent, lane, _, *mission = member.split(" ")
+        one: Claimer = {"agent": agent, "project": project}
+        if lane:
+            one["lane"] = lane
+        found.append(one | {"mission": mission[0]} if mission else one)
+    return found
+
+
+def waiting_in(lane: str, claimers: Iterable[Claimer]) -> list[Claimer]:
+    """Those of the claimers that would get a task of a lane."""
+    return [one for one in claimers if lane == "any" or one.get("lane", lane) == lane]
+
+
+def claimer_names(claimers: Sequence[Claimer]) -> str:
+    """Who waits, ten by name."""
+    names = [
+        one["agent"] + (f" (mission {one['mission']})" if "mission" in one else "")
+        for one in claimers
+    ]
+    return ", ".join(names[:10]) + f" and {len(names) - 10} more" * (len(names) > 10)
+
+
+def who_works(lane: str, held: int, claimers: Sequence[Claimer]) -> str:
+    """Who waits for tasks of a lane, or that nobody works there, as an end of a sentence."""
+    if here := waiting_in(lane, claimers):
+        return f"; waiting for a task: {claimer_names(here)}"
+    return "" if held else "; nobody works there"
+
+
 Reasons = tuple[list[str], list[tuple[Step, ...]]]  # sentences, and what can be done, by choice
 
 
 def why_pending(
-    task: Task, holders: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+    task: Task,
+    holders: Sequence[Mapping[str, Any]],
+    claimers: Sequence[Claimer],
+    facts: Mapping[str, Any],
 ) -> Reasons:
     """Why a task that is pending is not claimed."""
     why: list[str] = []
@@ -4691,6 +4737,8 @@ def why_pending(
         why.append(f"it is ready, at place {int(facts['place']) + 1} of lane {task['lane']}")
     else:
         why.append("it is ready: its delay is over")
+    if works := due and who_works(task["lane"], facts["held"], claimers):
+        why[-1] += works
     if "maxConcurrent" in facts and facts["held"] >= facts["maxConcurrent"]:
         who = ", ".join(f"{one['taskId']} of {one['claimedBy']}" for one in holders)
         why.append(f"lane {task['lane']} has its {facts['maxConcurrent']} held tasks: {who}")
@@ -4745,13 +4793,14 @@ def why_it_stands(
     waits: Sequence[Mapping[str, Any]],
     dependents: Sequence[str],
     holders: Sequence[Mapping[str, Any]],
+    claimers: Sequence[Claimer],
     facts: Mapping[str, Any],
 ) -> Reasons:
     """What stands between a task and its completion, as sentences, and what to do about it."""
     status = task["status"]
     first = f"{task['id']} is {status}, priority {task['priority']}, lane {task['lane']}"
     of_status: dict[str, Callable[[], Reasons]] = {
-        "pending": lambda: why_pending(task, holders, facts),
+        "pending": lambda: why_pending(task, holders, claimers, facts),
         "blocked": lambda: why_blocked(task, waits),
         "failed": lambda: why_failed(task),
         **dict.fromkeys(HELD, lambda: why_held(task, facts)),
@@ -4778,7 +4827,9 @@ async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
         shown = task_from(project, reply[1])
         waits = [paired(one) for one in reply[2]]
         holders = [paired(one) for one in reply[4]]
-        why, todo = why_it_stands(shown, waits, reply[3], holders, paired(reply[5]))
+        claimers = claimers_from(project, reply[6] + reply[7])
+        facts = paired(reply[5])
+        why, todo = why_it_stands(shown, waits, reply[3], holders, claimers, facts)
     events = await queue.events(project=project, task=name, limit=5)
     steps = queue.steps(todo, task=shown["id"], project=project)
     return {"task": shown, "why": why, "todo": steps, "events": events["events"]}
@@ -4806,7 +4857,10 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
             f"lane {name}: {one['ready']} ready, {one['held']} held"
             + (f" of {most} at most" if most else "")
             + (f" ({holders})" if holders else "")
+            + who_works(name, one["held"], found["waiting"])
         )
+        if one["ready"] and not one["held"] and not waiting_in(name, found["waiting"]):
+            todo.append((Step(f"take a task of lane {name}", f"next project lane={name}"),))
         if most and one["held"] >= most and one["ready"]:
             todo.append(
                 (Step(f"lane {name} is full: wait for one of {holders}, or raise its cap"),)
@@ -4985,13 +5039,14 @@ async def project_status(queue: Queue, project: str) -> ProjectStatus:
 
 
 def _project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
-    counts, facts, lanes, expiring, policy, followers = reply[1:]
+    counts, facts, lanes, expiring, policy, followers, *waiting = reply[1:]
     tasks = {name: int(count) for name, count in cells(counts).items()}
     status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
     status["lanes"] = [paired(lane) for lane in lanes]
     status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
     status["policy"] = queue.policy_from(project, policy)
     status["followers"] = [{"lag": 0} | paired(one) for one in followers]
+    status["waiting"] = claimers_from(project, itertools.chain(*waiting))
     if queue.config["openbrain.autoCapture"]:
         heard = {one["follower"]: one["lastHeard"] for one in status["followers"]}
         status["captures"] = status["now"] - heard.get("openbrain", 0) < CAPTURE_HEARD
@@ -5014,15 +5069,18 @@ async def explain(
 
 @operation(tool="", reads=True, group="operators")
 async def agents(queue: Queue, *, project: str | None = None) -> AgentList:
-    """Show who holds what, since when, when it was last heard of, and its last note.
+    """Show who holds what, since when, when it was last heard of, its last note, and who waits.
 
     Example: mosaic-queue agents
     """
     found: dict[str, Agent] = {}
-    answer: AgentList = {"agents": []}
+    answer: AgentList = {"agents": [], "waiting": []}
 
     async def look(one: str) -> tuple[Sequence[Task], Sequence[Event]]:
         page = await queue.events(project=one, limit=1000)
+        reply = await queue.call("waiting", one, {})
+        with reading(one):
+            answer["waiting"] += claimers_from(one, reply[1] + reply[2])
         return await held_in(queue, one), page["events"]
 
     async for _, (held, events) in queue.everywhere(project, look, answer):
@@ -10459,7 +10517,18 @@ def agents_text(answer: AgentList) -> str:
         for one in answer["agents"]
     ]
     columns = ("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE")
-    return table(columns, holders) if holders else f"nobody holds a task {of_which(answer)}"
+    nobody = f"nobody holds a task {of_which(answer)}"
+    projects = itertools.groupby(answer["waiting"], lambda one: one["project"])
+    waiting = [f"{waiting_line([*those])} of project {name}" for name, those in projects]
+    return "\n".join([table(columns, holders) if holders else nobody, lines_of(waiting)]).rstrip()
+
+
+def waiting_line(claimers: Sequence[Claimer]) -> str:
+    """Who waits for tasks, by lane."""
+    lanes: dict[str, list[Claimer]] = {}
+    for one in claimers:
+        lanes.setdefault(f"lane {one['lane']}" if "lane" in one else "any lane", []).append(one)
+    return "waiting for tasks of " + "; ".join(f"{k}: {claimer_names(v)}" for k, v in lanes.items())
 
 
 def project_lines(one: ProjectStatus) -> list[str]:
@@ -10471,7 +10540,11 @@ def project_lines(one: ProjectStatus) -> list[str]:
     for lane in one["lanes"]:
         if lane["ready"] or lane["held"] or "maxConcurrent" in lane:
             most = f" of {lane['maxConcurrent']}" if "maxConcurrent" in lane else ""
-            lines.append(f"  lane {lane['lane']}: {lane['ready']} ready, {lane['held']}{most} held")
+            line = f"  lane {lane['lane']}: {lane['ready']} ready, {lane['held']}{most} held"
+            there = lane["held"] or not lane["ready"] or waiting_in(lane["lane"], one["waiting"])
+            lines.append(line + ("" if there else "; nobody works there"))
+    if one["waiting"]:
+        lines.append(f"  {waiting_line(one['waiting'])}")
     if "oldestReady" in one:
         waits = lasting((one["now"] - one["oldestReadySince"]) / 1000)
         lines.append(f"  oldest ready: {one['oldestReady']}, {waits}")

@@ -66,7 +66,16 @@ def event(value: Any) -> Forgery:
 KEYS = (
     *("task:T1", "text:T1", "work:T1", "summary:done", "waits:T2", "dependents:T1", "ready:any"),
     *("delayed", "running:any", "blocked", "failed", "completed", "mission:m", "unsettled"),
-    *("lock:held", "assigned:bob", "bell:any", "inbox:bob", "waiting", "files", "events"),
+    *(
+        "lock:held",
+        "assigned:bob",
+        "bell:any",
+        "inbox:bob",
+        "waiting",
+        "claimers",
+        "files",
+        "events",
+    ),
 )
 FORGED: dict[str, Forgery] = {
     "root-type": another_type(ROOT),
@@ -247,6 +256,7 @@ BROKEN = {  # each is the state of a project of its own
     "stream": another_type(f"{ROOT}:events"),
     "running": another_type(f"{ROOT}:running:any"),
     "waiting": member(f"{ROOT}:waiting", "a b"),
+    "claimers": member(f"{ROOT}:claimers", "a", float("inf")),
 }
 
 
@@ -258,7 +268,7 @@ async def test_what_is_wrong_in_one_project_stops_no_other(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Eleven broken projects and a registry full of nonsense: overviews show the sound one and say
+    """Twelve broken projects and a registry full of nonsense: overviews show the sound one and say
     which they leave out, the monitor ends its leases, gives out its tasks and keeps its files."""
     for name, forge in BROKEN.items():
         async with mq.Queue(mq.load_config()) as queue:

@@ -542,3 +542,54 @@ async def test_a_cancelled_wait_leaves_nothing_claimed(
                 await other.release(offer["tasks"][0]["id"], agent="alice")
             assert not db.exists(f"{ROOT}:running:any"), f"round {n}"
             await queue.delete(f"T{n}")
+
+
+async def test_overviews_show_who_waits(queue: mq.Queue, db: redis.Redis) -> None:
+    """By lane, with the mission; who has given up, was cancelled or got a task is not shown."""
+    await create(queue, "T1", lane="coding")
+    explained = await queue_explain(queue)
+    assert "lane coding: 1 ready, 0 held; nobody works there" in explained["why"]
+    assert any("next --project p --lane coding" in step for step in explained["todo"])
+    assert "nobody works there" in mq.status_text(await mq.status(queue, project="p"))
+    assert (await queue.next("ann", project="p", wait=5))["tasks"], "it never waited"
+    wants = [{"lane": "coding"}, {"lane": "planning"}, {"mission": "other"}, {}]
+    asked = [asyncio.create_task(queue.next(f"w{n}", project="p", wait=60, **want))
+             for n, want in enumerate(wants)]  # type: ignore[arg-type]  # fmt: skip
+    await until(lambda: db.zcard(f"{ROOT}:claimers") == len(asked))
+    named = {"project": "p"}
+    found = await mq.agents(queue, project="p")
+    assert sorted(found["waiting"], key=lambda one: one["agent"]) == [
+        {"agent": "w0", "lane": "coding"} | named, {"agent": "w1", "lane": "planning"} | named,
+        {"agent": "w2", "mission": "other"} | named, {"agent": "w3"} | named,
+    ]  # fmt: skip
+    text = mq.agents_text(found)
+    assert "lane coding: w0" in text
+    assert "any lane: w2 (mission other), w3" in text
+    why = (await queue_explain(queue))["why"]
+    assert any("lane coding" in one and one.endswith("w0, w2 (mission other), w3") for one in why)
+    await create(queue, "T2", lane="planning")
+    assert (await asyncio.wait_for(asked[1], AT_ONCE))["tasks"]
+    for one in asked:
+        one.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
+    assert not (await mq.status(queue, project="p"))["projects"][0]["waiting"]
+    assert (await queue.next("w9", project="p", wait=1))["tasks"] == []
+    await asyncio.sleep(0.01)  # the last look may count as waiting for a millisecond
+    assert not (await mq.agents(queue, project="p"))["waiting"]
+
+
+async def test_who_waits_and_dies_is_forgotten(queue: mq.Queue, db: redis.Redis) -> None:
+    await create(queue, "T1")
+    await queue.claim("T1", agent="ann", project="p")
+    waiting = asyncio.create_task(queue.next("bob", project="p", wait=60))
+    await until(lambda: db.zcard(f"{ROOT}:claimers") == 1)
+    (score,) = [score for _, score in db.zrange(f"{ROOT}:claimers", 0, -1, withscores=True)]
+    assert score - 1000 * db.time()[0] <= 16_000
+    explained = await mq.explain(queue, "T1", project="p")
+    assert explained["why"]
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+
+async def queue_explain(queue: mq.Queue) -> mq.Explanation:
+    return await mq.explain(queue, project="p")

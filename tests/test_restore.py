@@ -95,7 +95,7 @@ async def populate(queue: mq.Queue) -> None:
     await queue.complete("old", force=True, summary="old")
 
 
-TRANSIENT = ("op", "bell", "inbox", "waiting", "events")
+TRANSIENT = ("op", "bell", "inbox", "waiting", "claimers", "events")
 
 
 def kept(found: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 -- State    any -> (unchanged)
 -- Args     task
 -- Returns  the task, its unmet dependencies with their status, tasks that wait for it, its place
---          among the ready tasks of its lane, the lane's cap and holders, pausedAt, now
+--          among the ready tasks of its lane, the lane's cap and holders, pausedAt, now; who waits
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
@@ -28,4 +28,5 @@ return {'OK', whole(task), waits, waiting_for(task.id, 10),
         row('place', read('ZRANK', key('ready', task.lane), task.id) or '',
          'held', read('ZCARD', key('running', task.lane)), 'maxConcurrent', cap(task.lane) or '',
          'pausedAt', limit('paused') or '', 'now', now, 'maxRetries', limit('maxRetries'),
-         'deadLetterAfter', limit('deadLetterAfter'), 'spared', late and grace() or '')}
+         'deadLetterAfter', limit('deadLetterAfter'), 'spared', late and grace() or ''),
+        those_in('waiting'), those_in('claimers')}

@@ -29,6 +29,7 @@ if not (arg.waiter == '' or arg.waiter:find('^%S+ %S* %S+$')) then
 end
 -- Who waits where tasks are assigned gets them from the monitor; it knows of no missions.
 local served = wait > 0 and limit('assign') == 1 and arg.mission == ''
+local claimer = arg.mission == '' and arg.waiter or arg.waiter .. ' ' .. arg.mission
 local done = recall(nil, true)
 if done then
   local replies, fences, revs = {}, done.fence:gmatch('[^,]+'), done.rev:gmatch('[^,]+')
@@ -153,6 +154,7 @@ if task then
     task = not served and best_ready()
     drop_stale()
   end
+  if wait > 0 then write('ZREM', root .. ':claimers', claimer) end
   -- One token wakes one waiter: whoever was woken by one wakes the next if there is more.
   for _, lane in ipairs(wait > 0 and lanes or {}) do
     local ahead = heads[lane]
@@ -162,6 +164,9 @@ if task then
 end
 if served then
   write('ZADD', root .. ':waiting', now + wait, arg.waiter)
+elseif wait > 0 then
+  write('ZREMRANGEBYSCORE', root .. ':claimers', '-inf', now)
+  write('ZADD', root .. ':claimers', now + math.min(wait, ASKS_AGAIN), claimer)
 end
 
 -- Why there is nothing.

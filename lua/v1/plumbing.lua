@@ -41,6 +41,8 @@
 --   <root>:inbox:<agent>    list    the agent's own bell, a token for each assignment; at most 32
 --   <root>:waiting          zset    `agent lane mark` of agents that wait for an assignment, by the end
 --                                   of their wait (ms)
+--   <root>:claimers         zset    `agent lane mark mission` of the others that wait for a task, by
+--                                   when they are forgotten unless they ask again (ms)
 --   <root>:files            hash    mark -> path of the files that are kept in step
 --   <root>:file:<mark>      hash    what file and queue last agreed on: task -> JSON; and `:state`
 --   <root>:op:<op>          string  receipt: digest task fence rev, PX = 15 minutes
@@ -55,6 +57,7 @@ local NOTE_BYTES = 16384       -- and what their texts take at most
 local EDGES = 3000             -- the most dependencies that one call brings
 local TEXTS = 4194304          -- bytes of texts after which an answer goes on in the next call
 local GRACE = 60               -- s after a start of the server in which no earlier lease is reaped
+local ASKS_AGAIN = 15000       -- ms after which a claimer that waits has asked again, or is gone
 local RECEIPT = '900000'       -- ms
 local EVENTS = 10000
 local WEEK = 604800
@@ -240,6 +243,11 @@ end
 -- Who waits for a task, `most` of them.
 local function waiting_for(id, most)
   return read('ZRANGEBYSCORE', key('dependents', id), 0, 0, 'LIMIT', 0, most)
+end
+
+-- Who waits for work, in `waiting` or in `claimers`.
+local function those_in(name)
+  return read('ZRANGEBYSCORE', root .. ':' .. name, now, '+inf', 'LIMIT', 0, LOOK)
 end
 
 local function append(list, ...)

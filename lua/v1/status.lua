@@ -3,7 +3,7 @@
 -- State    any -> (unchanged)
 -- Args     soon
 -- Returns  the counts, one row per lane, leases that end within `soon` seconds, the policy, the
---          followers
+--          followers, who waits for a task
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
@@ -65,4 +65,4 @@ return {'OK',
          'oldestReady', oldest_id or '',
          'oldestReadySince', oldest and math.floor(oldest / 1000) or ''),
         lanes, expiring,
-        policy(), followers}
+        policy(), followers, those_in('waiting'), those_in('claimers')}

@@ -1,8 +1,8 @@
--- waiting.lua -- Who waits for an assignment, in the order in which they give up.
+-- waiting.lua -- Who waits for an assignment, in the order in which they give up; who else waits.
 --
 -- State    project
 -- Args     actor left
--- Returns  `agent lane mark` of each; at most BATCH
+-- Returns  `agent lane mark` of each, and of the others `agent lane mark mission`; at most LOOK
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 --
@@ -11,5 +11,7 @@
 meta = project()
 
 write('ZREMRANGEBYSCORE', root .. ':waiting', '-inf', now)
-if arg.left ~= '' then write('ZREM', root .. ':waiting', arg.left) end
-return {'OK', read('ZRANGE', root .. ':waiting', 0, BATCH - 1)}
+for _, name in ipairs(arg.left == '' and {} or {'waiting', 'claimers'}) do
+  write('ZREM', root .. ':' .. name, arg.left)
+end
+return {'OK', those_in('waiting'), those_in('claimers')}
