@@ -4916,7 +4916,7 @@ async def setting_of(queue: Queue, name: str) -> str:
 
 async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, Any]]:
     """All ids that any key of a project knows, 100 at most at a time, with what is wrong with
-    them."""
+    them; before them what is wrong with its events, of no id."""
     await queue.link.check()
     root = f"mosaic:queue:project:{{{project}}}"
     ids: set[str] = set()
@@ -4926,6 +4926,7 @@ async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, An
             ids.add(name)
         if kind in ("ready", "running", "mission", "delayed", "blocked", "failed", "completed"):
             ids |= {row[0] async for row in queue.link.members(key)}
+    yield [], (await queue.call("check", project, {"ids": ""}))[1]
     known = sorted(ids)
     at = 0
     while at < len(known):
@@ -4982,7 +4983,10 @@ async def examine_project(queue: Queue, project: str, answer: Findings, repairs:
     faults = 0
     async for ids, problems in problems_in(queue, project):
         answer["checked"] += len(ids)
-        answer["findings"] += [f"{project}/{task} {sentence}" for task, sentence in problems]
+        answer["findings"] += [
+            f"{project}/{task} {sentence}" if task else f"project {project} {sentence}"
+            for task, sentence in problems
+        ]
         wrong = sorted({task for task, _ in problems})
         faults += len(wrong)
         for at in range(0, len(wrong) if repairs else 0, REPAIR):

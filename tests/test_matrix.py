@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -1214,6 +1214,40 @@ async def test_a_name_that_the_registry_lost(queue: mq.Queue, db: redis.Redis) -
             await other.claim("web/T1", "alice")
             await other.release("web/T1")
     assert db.sismember(registry, "web")
+
+
+HUGE = "18446744073709551615-5"
+AHEAD: dict[str, Callable[[redis.Redis, str], object]] = {
+    "huge": lambda db, events: db.xadd(events, {"e": "x"}, id=HUGE),
+    "clock": lambda db, events: [db.xadd(events, {"a": "b"}) for _ in range(3)],
+    "deleted": lambda db, events: db.xdel(events, db.xadd(events, {"a": "b"})),
+    "lost": lambda db, _: db.hset("mosaic:queue:project:{p}", "rev", 0),
+}
+
+
+@pytest.mark.parametrize("case", AHEAD)
+async def test_events_beyond_the_rev_of_their_project(
+    queue: mq.Queue, db: redis.Redis, shim: Shim, case: str
+) -> None:
+    """A tenant's event, which no event can follow, or a rev that was lost: doctor says that nothing
+    can change, repair takes the foreign event away or the rev back."""
+    events = "mosaic:queue:project:{p}:events"
+    await create(queue, "T")
+    await queue.note("T", "a finding")
+    AHEAD[case](db, events)
+    with pytest.raises(mq.Refused) as refused:
+        await queue.claim("T", "alice")
+    assert "mosaic-queue doctor" in refused.value.hint
+    found = await mq.doctor(queue, project="p")
+    assert [one for one in found["findings"] if one.startswith("project p cannot change")], found
+    assert found["repairable"] == 1 or case == "lost"
+    mended = await mq.repair(queue, project="p")
+    assert not [one for one in mended["findings"] if "cannot be examined" in one], mended
+    await queue.claim("T", "alice")
+    revs = [int(entry[0].split("-")[0]) for entry in db.xrange(events)]
+    assert revs == sorted(revs)
+    assert revs[:2] + revs[-1:] == [1, 2, int((await queue.get("T"))["rev"])]
+    assert "project p" not in str((await mq.doctor(queue, project="p"))["findings"])
 
 
 # ---- notes ----

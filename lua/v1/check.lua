@@ -7,7 +7,8 @@
 -- Emits    nothing
 -- Flags    no-writes
 --
--- `ids` stand between spaces; after BATCH dependencies it stops.  Every task is in the index of its status and in no other.
+-- `ids` stand between spaces; after BATCH dependencies it stops.  Every task is in the index of its
+-- status and in no other.  Without ids it looks at the project's events: what it finds names no id.
 
 meta = project()
 local found, count, looked = {}, 0, 0
@@ -96,5 +97,9 @@ for id in arg.ids:gmatch('%S+') do
       if read('EXISTS', key(kind, id)) == 1 then problem(id, 'left its ' .. kind .. ' behind') end
     end
   end
+end
+local ahead = arg.ids == '' and beyond()
+if ahead then
+  problem('', 'cannot change: its stream of events goes to ' .. decimal(ahead) .. ', beyond its rev ' .. meta.rev)
 end
 return {'OK', found, count}

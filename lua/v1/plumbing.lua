@@ -148,6 +148,18 @@ local function cap(lane)
   return to and tonumber(meta.lanes:match('^%d+', to))
 end
 
+-- How far the stream has got, where that is beyond the project's rev: no event can follow an id
+-- that another program has added, or the rev was lost.
+local function beyond() -- seldom
+  local events, last = root .. ':events', 0
+  if read('TYPE', events).ok ~= 'stream' then return nil end
+  local facts = read('XINFO', 'STREAM', events)
+  for i = 1, #facts, 2 do
+    if facts[i] == 'last-generated-id' then last = tonumber(facts[i + 1]:match('^%d+')) end
+  end
+  return last > meta.rev and last
+end
+
 local function each_lane()
   return meta.lanes:gmatch('([^ =]+)[^ ]*')
 end

@@ -7,7 +7,9 @@
 -- Emits    update for each task that is blocked, or no longer, and free
 --
 -- A task without a hash is taken out of everything.  A held one without a lease gets that of its
--- lock; without a lock one that has ended, so that reap gives it back.
+-- lock; without a lock one that has ended, so that reap gives it back.  An event of ours that
+-- is beyond the project's rev brings the rev back; where other programs have added some, of the
+-- last LOOK events ours stay.
 
 meta = project()
 local repaired = 0
@@ -45,5 +47,23 @@ for id in arg.ids:gmatch('%S+') do
     if heal(task) then write('ZADD', root .. ':unsettled', now, id) end
   end
   repaired = repaired + 1
+end
+local ahead = beyond()
+if ahead then
+  -- No command lowers the last id of a stream, so it is made anew.
+  local events, own, last = root .. ':events', {}, meta.rev
+  for _, entry in ipairs(read('XREVRANGE', events, '+', '-', 'COUNT', LOOK)) do
+    local rev = entry[1]:match('^(%d+)%-0$')
+    if rev and entry[2][1] == 'e' and
+       entry[2][2]:match('^%S+\t%S+\t%S*\t%S*\t(%d+)\t') == rev then
+      own[#own + 1] = entry
+      last = math.max(last, tonumber(rev))
+    end
+  end
+  write('HSET', root, 'rev', decimal(last))
+  if ahead > last then
+    write('UNLINK', events)
+    for i = #own, 1, -1 do write('XADD', events, own[i][1], 'e', own[i][2][2]) end
+  end
 end
 return {'OK', 'repaired', repaired}
