@@ -355,18 +355,26 @@ def shown(text: str, stream: IO[str]) -> str:
     return lines.encode(encoding, "escape").decode(encoding)
 
 
+def print_at_once(text: str, stream: IO[str]) -> None:
+    """Print a line.  Work does not end because there is nobody who reads its stderr, or no room."""
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        if stream is not sys.stderr:
+            raise
+
+
 def say(text: str, stream: IO[str] | None = None) -> None:
     """Print lines for people, at once."""
     stream = stream or sys.stdout
-    print(shown(text, stream), file=stream, flush=True)
+    print_at_once(shown(text, stream), stream)
 
 
 def say_json(value: Any, stream: IO[str] | None = None) -> None:
     """Print a line for programs, at once."""
     stream = stream or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    text = json_text(value).encode(encoding, "escape").decode(encoding)
-    print(text, file=stream, flush=True)
+    print_at_once(json_text(value).encode(encoding, "escape").decode(encoding), stream)
 
 
 @dataclass
@@ -382,7 +390,8 @@ class Progress:
         """Say how much is done."""
         line, ends = f"{self.what} {done} of {self.total}", done >= self.total
         if sys.stderr.isatty():
-            print(f"\r\x1b[K{line}", end="\n" * ends, file=sys.stderr, flush=True)
+            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * ends)
+            sys.stderr.flush()
         elif ends or time.monotonic() >= self.told + 5:
             self.told = time.monotonic()
             say(line, sys.stderr)
@@ -2183,7 +2192,8 @@ def fill_in(
         if parameter.default is parameter.empty and name not in arguments:
             configured = config[name] if name in CONFIGURED else None
             if configured is None:
-                raise Refused("INVALID", f"{shown} needs {spell(name)}")
+                choice = f" ({', '.join(ARGUMENTS[name].words)})" * bool(ARGUMENTS[name].words)
+                raise Refused("INVALID", f"{shown} needs {spell(name)}{choice}")
             arguments[name] = configured
     return arguments
 
@@ -9578,7 +9588,7 @@ async def pass_on(stream: Any, to: Any) -> bytes:
     """Copy a child's output to ours; its last 64 KiB."""
     kept = b""
     while chunk := await stream.read(LONG):
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # nobody reads it, or its disk is full
             to.write(chunk)
             to.flush()
         kept = (kept + chunk)[-LONG:]
@@ -12389,7 +12399,8 @@ def service(
     Example: mosaic-queue service --write
     """
     here = {"linux": "systemd", "darwin": "launchd"}.get(sys.platform, "")
-    if system is None and (not here or (here == "systemd" and not Path("/run/systemd").exists())):
+    runs = here and (here == "launchd" or Path("/run/systemd/system").exists())
+    if not (system or runs):
         said = "this host runs neither systemd nor launchd"
         raise Refused("INVALID", said, "name one: mosaic-queue service systemd; or run the monitor")
     system, config = system or here, queue.config
@@ -12471,6 +12482,7 @@ ALIASES = {  # what people type, and what it is called
     }.items()
     for word in words.split()
 }
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
@@ -12518,6 +12530,13 @@ def no_such_command(word: str, actions: Sequence[str]) -> Refused:
     return Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
 
 
+def no_such_argument(of: Operation, word: str, flags: Sequence[str]) -> Refused:
+    """The refusal of a flag, or of one word too many, with the flag that may be meant."""
+    close = difflib.get_close_matches(word.partition("=")[0], flags, 1)
+    meant = f"; did you mean {close[0]}?" if close and word.startswith("-") else ""
+    return Refused("INVALID", f"{of.command} takes no {word}{meant}")
+
+
 def variants(of: Operation) -> dict[str, Operation]:
     """What flags make another operation of a command, as --follow does of events."""
     head = f"{of.command} "
@@ -12541,6 +12560,10 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
+            kind, _, words = message.partition(": ")
+            if kind == "unrecognized arguments":
+                flags = [name for one in self._actions for name in one.option_strings]
+                raise no_such_argument(of, words.split()[0], flags)
             raise Refused("INVALID", message)
 
     about, _, example = of.doc.partition("Example: ")
@@ -12558,6 +12581,7 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
     for name, parameter in of.parameters.items():
         add_argument(parser, name, parameter, bool(others), of.reads and places == ["task"])
     for action in cast(Any, parser)._actions:
+        action.required = False  # `fill_in` says what is missing
         if narrow := of.words(action.dest):
             action.help, action.completer = ", ".join(narrow), lambda narrow=narrow, **_: narrow
     for word, other in others.items():
@@ -12656,10 +12680,12 @@ def overview_row(of: Operation) -> str:
 # ---- values ----
 
 
-def seconds_of(text: str) -> Any:
-    """A length of time as seconds: 90, 30m, 1h; what is none stays as it is."""
+def seconds_of(text: str, name: str) -> int:
+    """A length of time as seconds."""
     found = re.fullmatch(r"(\d{1,15})([a-z]*)", text)
-    return int(found[1]) * UNITS[found[2]] if found and found[2] in UNITS else text
+    if not found or found[2] not in UNITS:
+        invalid(name, text, "seconds, as 90, or with a unit, as 30m, 1h, 7d")
+    return int(found[1]) * UNITS[found[2]]
 
 
 def object_of(text: str) -> Any:
@@ -12672,7 +12698,6 @@ def object_of(text: str) -> Any:
 
 READERS: dict[str, Callable[[Any], Any]] = {  # of what is text on a command line only
     "int": lambda text: int(text) if re.fullmatch(r"\d{1,15}", text) else text,
-    "duration": seconds_of,
     "json": object_of,
     "names": lambda text: [name for name in text.split(",") if name],
     "text": lambda text: " ".join(text) if isinstance(text, list) else text,
@@ -12688,7 +12713,9 @@ def read_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
             word = flag(name) if name in ARGUMENTS else f"--{name}"
             raise Refused("INVALID", f"{word} does not go with {of.command}", "leave one out")
     read = {
-        name: READERS.get(ARGUMENTS[name].kind, lambda value: value)(value)
+        name: seconds_of(value, camel(name))
+        if (kind := ARGUMENTS[name].kind) == "duration"
+        else READERS.get(kind, lambda value: value)(value)
         for name, value in given.items()
     }
 
@@ -13197,17 +13224,32 @@ def print_refusal(refusal: Refused, prog: str, in_json: bool) -> None:
     """Say on stderr why a command was refused, and what to do next."""
     refusal.reader = shell_reader(prog)
     code, message, hint = refusal.code, refusal.message, refusal.hint
+    if in_json:
+        error = {"code": code, "message": message, "hint": hint}
+        say_json({"v": 1, "error": error}, sys.stderr)
+    else:
+        lines = [f"{painted(code, 'late')}: {message}", *([f"hint: {hint}"] if hint else [])]
+        say(lines_of(lines), sys.stderr)
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Streams that can be written to while a command runs, and that nobody complains about at the
+    end: one that the caller has closed goes nowhere, and what one could not print is dropped."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     try:
-        if in_json:
-            error = {"code": code, "message": message, "hint": hint}
-            say_json({"v": 1, "error": error}, sys.stderr)
-        else:
-            lines = [f"{painted(code, 'late')}: {message}", *([f"hint: {hint}"] if hint else [])]
-            say(lines_of(lines), sys.stderr)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+@standard_streams()
 def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
     """The command `mosaic-queue`; returns the exit status of DESIGN section 7."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -13224,17 +13266,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "mosaic-queue") -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read us has enough; the interpreter would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
+        return 0  # whoever read it has enough
     except OSError as problem:
-        if problem.errno != errno.ENOSPC:
+        if problem.errno not in NO_ROOM:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        said = "what this command did is done, but its output cannot be written: the disk is full"
-        print_refusal(
-            Refused("UNFIT", said, "make room, then look: mosaic-queue status"), prog, False
-        )
+        said = "what this command did is done, but its output cannot be written"
+        hint = "make room, then look: mosaic-queue status"
+        print_refusal(Refused("UNFIT", f"{said}: {problem.strerror}", hint), prog, False)
         return CODES["UNFIT"].exit
 
 

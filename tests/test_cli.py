@@ -960,7 +960,6 @@ def test_pending_tasks_stand_in_the_order_in_which_they_are_claimed(tell: Tell) 
     assert [task["taskId"] for task in listed] == [*claimed, "late"]
 
 
-
 def test_from_goes_on_where_it_was_cut_off(run: Run) -> None:
     """What is in is said, and the same command with --skip-existing enters the rest."""
     tasks = [new(f"N{i}") for i in range(450)]
@@ -985,16 +984,66 @@ def test_a_missing_dependency_is_named_with_its_line_before_anything_is_written(
     assert key_space(server) == before
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+CLAIM = [*PYTHON, "claim", "T1", "--agent", "al"]
+
+
+@full_disk
 def test_output_to_a_full_disk_is_a_sentence(
     run: Run, environ: dict[str, str], tmp_path: Path
 ) -> None:
     run([*PYTHON, "create", "web", "m", "T1", "--title", "t"])
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [*PYTHON, "claim", "T1", "--agent", "al"], stdout=full, stderr=subprocess.PIPE,
-            text=True, env=environ, cwd=tmp_path, timeout=60, check=False,
-        )  # fmt: skip
-    assert (done.returncode, "the disk is full" in done.stderr) == (6, True)
-    assert "Traceback" not in done.stderr
+    for words in (CLAIM, [*PYTHON, "list"], [*PYTHON, "export", "--project", "web"]):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                words, stdout=full, stderr=subprocess.PIPE, text=True, env=environ, cwd=tmp_path,
+                timeout=60, check=False,
+            )  # fmt: skip
+        assert done.returncode == 6
+        assert done.stderr.startswith("UNFIT: what this command did is done, but its output")
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
     assert "claimed" in run([*PYTHON, "show", "T1"]).stdout
+
+
+@pytest.mark.parametrize(
+    "closed", [">&-", "2>&-", ">&- 2>&- <&-", pytest.param("2>/dev/full", marks=full_disk)]
+)
+def test_a_closed_stream_changes_no_exit_status(run: Run, closed: str) -> None:
+    """Nothing is done and then not told by a traceback."""
+    run([*PYTHON, "create", "web", "m", "T1", "--title", "t"])
+    for words, status in ((CLAIM, 0), (CLAIM, 4), ([*PYTHON, "nonsense"], 2)):
+        done = run(["sh", "-c", f'"$@" {closed}', "sh", *words])
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False)
+
+
+@full_disk
+def test_work_goes_on_when_nobody_can_read_of_it(
+    run: Run, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """`run` completes its task, and the monitor stays."""
+    run([*PYTHON, "create", "web", "m", "T1", "--title", "t"])
+    run(["sh", "-c", '"$@" > /dev/full 2>&1', "sh", *PYTHON, "run", "--project", "web", "--",
+         "sh", "-c", "echo one; echo two >&2"])  # fmt: skip
+    assert "summary:         one" in run([*PYTHON, "show", "T1"]).stdout
+    with open("/dev/full", "w") as full:
+        monitor = subprocess.Popen([*PYTHON, "monitor"], stderr=full, env=environ, cwd=tmp_path)
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            monitor.wait(3)
+        monitor.terminate()
+        assert monitor.wait(20) == 0
+    finally:
+        monitor.kill()
+
+
+def test_what_is_missing_or_too_much_is_named(run: Run) -> None:
+    for words, said in {
+        "completion": "completion needs shell (bash, zsh, fish)",
+        "claim": "claim needs taskId",
+        "list --limt 5": "list takes no --limt; did you mean --limit?",
+        "list here": "list takes no here",
+        "next --wait 5x": "wait is '5x'; accepted: seconds, as 90, or with a unit, as 30m, 1h, 7d",
+    }.items():
+        done = run([*PYTHON, *words.split()])
+        assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"INVALID: {said}")
