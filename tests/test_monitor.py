@@ -374,7 +374,8 @@ async def test_the_files_of_the_configuration_are_kept_in_step(
     one.write_text(head + "| A | not-started | do A |\n")
     files = "files:\n  - TASKS.md\n  - {path: other.md, project: q, mission: m2}\n"
     config = configured(tmp_path, server, files)
-    task = asyncio.create_task(mq.watch_all(mq.Queue(config), only=["files"]))
+    watched = mq.Queue(config)
+    task = asyncio.create_task(mq.watch_all(watched, only=["files"]))
     try:
 
         async def status(name: str) -> str:
@@ -412,6 +413,7 @@ async def test_the_files_of_the_configuration_are_kept_in_step(
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        await watched.close()
 
 
 @pytest.mark.parametrize(
