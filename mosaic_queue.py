@@ -7089,7 +7089,7 @@ LINKS = {  # words behind one that was not open: "superseded by T3", "merged in 
 }
 SEPARATOR = re.compile(r"[(\[{:;,.|/!—\u2013@\n]| - |->|→")
 BOX = re.compile(r"\[(.)\]")
-CELL = 200  # characters of an id, a status, a priority or a lane that are looked at
+CELL = 200  # bytes of an id, a status, a priority or a lane that are looked at
 EMPTY = ("", "—", "\u2013", "-")
 
 
@@ -7137,10 +7137,10 @@ class Words:
 
     def _status(self, text: str) -> tuple[str, str]:
         said = phrase(text)
-        word = (said or text)[:CELL].replace(" ", "-")
+        word = clipped(said or text, CELL).replace(" ", "-")
         if text in EMPTY:
             return "", ""
-        if len(text) > CELL or "?" in text:
+        if len(text.encode(errors="replace")) > CELL or "?" in text:
             return "unknown", word
         if text.startswith("~~") and text.endswith("~~"):
             return "set aside", word
@@ -7179,11 +7179,11 @@ class Words:
             others -= {"open", "under way", "in review"} if meaning == "finished" else set()
             if others or DOUBT.intersection(rest):
                 meaning = "unknown"
-        return meaning, "-".join(words[:at])[:CELL] or text[:CELL]
+        return meaning, clipped("-".join(words[:at]), CELL) or clipped(text, CELL)
 
     def priority(self, cell: str) -> str:
         """The priority that a cell means; its own words where it means none."""
-        text = without_links(cell).strip(" *`")[:CELL]
+        text = clipped(without_links(cell).strip(" *`"), CELL)
         cut = SEPARATOR.search(text)
         for said in (text, text[: cut.start()] if cut else text):
             word = phrase(said) or said.strip(" *`_\ufe0f")
@@ -7536,7 +7536,8 @@ def meaning_of(column: str, text: str, words: Words) -> str:
         return MEANINGS.get(words.status(text)[0], "")
     if column == "priority":
         return words.priority(text)
-    return plain(text if len(text) <= CELL else text[:CELL] + "...")
+    head = clipped(text, CELL)
+    return plain(text if head == text else head + "...")
 
 
 def edges_in(cell: str) -> list[tuple[str, list[str]]]:

@@ -104,6 +104,16 @@ async def measure(queue: mq.Queue, client: redis.Redis) -> dict[str, float]:
     await note("explain --project", lambda: mq.explain(queue, project="h"))
     await asyncio.sleep(1.5)
     await note("reap of 100 of 1,000", lambda: queue.reap(project="h"))
+    heavy = [f"E{n:03}" for n in range(200)]
+    await create(queue, heavy, "e", **LARGE)
+    queue.config.set("defaults.deadLetterAfter", 1, "bench")
+    await queue.policy(project="e", apply=True)
+    for name in heavy:
+        await queue.claim(name, "alice", project="e", ttl=1)
+        await queue.heartbeat(name, project="e", progress="p" * 4000, checkpoint="c\"" * 32_000)
+    await asyncio.sleep(1.5)
+    await note("reap of 100 of 200 KiB each to the dead letters", lambda: queue.reap(project="e"))
+    assert len((await queue.list(project="e", status="failed", limit=1000))["tasks"]) >= 100
     await note("purge", lambda: queue.purge(project="d", older=0))
     meta, records = await queue.records("p", large[:100])
     client.flushall()
