@@ -6061,9 +6061,10 @@ async def require_updated(
 
 # ==== SCHEMA =================================================================================
 #
-# The record's tables in SQL, and what writes them.  A migration that was shipped is never changed:
-# what is new is one more at the end.  Only the queue's own connections say that they are the
-# writer; a change by anybody else leaves an edit, which is a request.
+# The record's tables in SQL, and what writes them.  What a migration has made is never changed:
+# what is new is one more at the end.  All that are missing are made in one transaction, so what a
+# later one drops is not made first.  The record holds what the queue has said, and never a wish:
+# what people see and change is a view, and its trigger notes the change as an edit.
 
 MIGRATIONS = (
     """
@@ -6114,67 +6115,8 @@ create table edits (
     done_at timestamptz, code text, message text             -- code: why it was refused
 );
 create index edits_open on edits (project, id) where done_at is null;
-create function note_edit() returns trigger language plpgsql security definer
-set search_path from current as $$
-declare
-    person text := current_setting('role');
-    one tasks;
-begin
-    if current_setting('mosaic_queue.writer', true) = 'follower' then
-        return null;
-    elsif tg_op = 'TRUNCATE' then
-        raise exception 'tasks is a record: delete its rows instead';
-    elsif tg_op = 'UPDATE' and old::text = new::text or tg_op = 'DELETE' and old.gone is not null
-    then
-        return null;
-    elsif tg_op = 'UPDATE' and old.gone is not null then
-        raise exception 'task %/% is %: its row is history', old.project, old.task_id, old.gone;
-    end if;
-    if person = 'none' then person := session_user; end if;
-    one := case when tg_op = 'INSERT' then new else old end;
-    insert into edits (by, application, kind, project, task_id, old, new)
-    values (person, current_setting('application_name'), lower(tg_op), one.project, one.task_id,
-            case when tg_op <> 'INSERT' then row_to_json(old) end,
-            case when tg_op <> 'DELETE' then row_to_json(new) end);
-    perform pg_notify(tg_table_schema, '');
-    return null;
-end $$;
-create trigger note_edit after insert or update or delete on tasks
-    for each row execute function note_edit();
-create trigger note_truncate before truncate on tasks execute function note_edit();
 """,
-    """
-create view ready as
-    select project, task_id, mission, lane, priority, title, created_at, not_before from tasks
-    where gone is null and status = 'pending' and (not_before is null or not_before <= now())
-    order by project, array_position('{critical,high,medium,low}', priority), created_at;
-create view running as
-    select project, task_id, mission, lane, status, title, claimed_by, claimed_at, progress,
-           lease_expires_at, lease_expires_at - now() as remaining from tasks
-    where gone is null and status in ('claimed', 'in-progress') order by lease_expires_at;
-create view dead_letters as
-    select project, task_id, mission, lane, title, failed_at, failure_reason, retry_count,
-           expiry_count from tasks
-    where gone is null and status = 'failed' order by failed_at desc;
-create view throughput as
-    select project, date_trunc('hour', at) as hour,
-           count(*) filter (where op = 'create') as created,
-           count(*) filter (where op in ('claim', 'next', 'assign')) as claimed,
-           count(*) filter (where op = 'complete') as completed,
-           count(*) filter (where op = 'fail') as failed,
-           count(*) filter (where op = 'reap') as reaped from task_events group by 1, 2;
-create view missions as
-    select project, mission, count(*) as tasks,
-           count(*) filter (where status = 'completed') as completed,
-           count(*) filter (where status = 'failed') as failed,
-           count(*) filter (where status in ('claimed', 'in-progress')) as running,
-           min(created_at) as created_at, max(updated_at) as updated_at from tasks
-    where gone is null or gone = 'purged' group by 1, 2;
-create view mission_tasks as
-    select project, mission, task_id from tasks where gone is null or gone = 'purged';
-create rule task_stays as on delete to mission_tasks do instead nothing;
-""",
-    # From here on the record holds what the queue has said, and never a wish: `tasks` is a view.
+    "select",  # its views are made by the next
     r"""
 create table granted as  -- what others may do to what is made anew here
     select relname, grantee, string_agg(privilege_type, ', ') as what,
@@ -6185,10 +6127,8 @@ create table granted as  -- what others may do to what is made anew here
       and privilege_type in ('SELECT', 'INSERT', 'UPDATE', 'DELETE') and relname in ('tasks',
           'ready', 'running', 'dead_letters', 'throughput', 'missions', 'mission_tasks')
     group by 1, 2;
-drop view ready, running, dead_letters, throughput, missions, mission_tasks;
-drop trigger note_edit on tasks;
-drop trigger note_truncate on tasks;
-drop function note_edit;
+drop view if exists ready, running, dead_letters, throughput, missions, mission_tasks;
+drop function if exists note_edit cascade;
 
 -- What open edits have made of rows is taken back; jsonb takes no NUL, which metadata may have.
 create table wishes as

@@ -1321,6 +1321,18 @@ async def test_missing_rights(
 
 # ---- the schema ----
 
+SHIPPED = Path(__file__).with_name("record_as_shipped.sql").read_text()
+OLDER = SHIPPED.split("-- version")[1:]  # the next migration starts from what these have made
+
+
+async def make_older(config: mq.Config, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the schema of an older version."""
+    with monkeypatch.context() as older:
+        older.setattr(mq, "MIGRATIONS", ["--" + text for text in OLDER[:version]])
+        old = mq.Postgres(config)
+        await old.cursor("p")
+        await old.close()
+
 
 async def record_as_before(queue: mq.Queue, db: Any, names: list[str]) -> None:
     """Record some tasks in `tasks` as it was up to version 3: a column for each field."""
@@ -1368,12 +1380,8 @@ async def test_every_older_version_is_migrated(
     for name in names:  # those versions knew no notes
         db.delete(f"mosaic:queue:project:{{p}}:notes:{name}")
         db.hdel(f"mosaic:queue:project:{{p}}:task:{name}", "noteCount")
-    with monkeypatch.context() as older:
-        older.setattr(mq, "MIGRATIONS", mq.MIGRATIONS[:version])
-        old = mq.Postgres(config)
-        await old.cursor("p") if version else None
-        await old.close()
     if version:
+        await make_older(config, version, monkeypatch)
         async with connected(url) as admin:
             await admin.execute("set mosaic_queue.writer = 'follower'")
             await record_as_before(queue, admin, names)
@@ -1408,11 +1416,7 @@ async def test_wishes_are_taken_out_of_an_older_record(
     """Open edits of a database of version 3 are still carried out, and the rights of others go
     from the table to the view, but for whoever keeps the record."""
     await create(queue, "T1", "T2", "T3", "T4", metadata={"nul": "\0", "\\u0000": 1})
-    with monkeypatch.context() as older:
-        older.setattr(mq, "MIGRATIONS", mq.MIGRATIONS[:3])
-        old = mq.Postgres(config)
-        await old.cursor("p")
-        await old.close()
+    await make_older(config, 3, monkeypatch)
     async with connected(url) as admin:
         await admin.execute("set mosaic_queue.writer = 'follower'")
         await record_as_before(queue, admin, ["T1", "T2", "T3", "T4"])
