@@ -92,7 +92,7 @@ import socket
 import stat
 import struct
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -114,7 +114,6 @@ from typing import (
     Literal,
     NamedTuple,
     NoReturn,
-    NotRequired,
     ParamSpec,
     Protocol,
     TypedDict,
@@ -5194,6 +5193,18 @@ class Follower(Protocol):
         """Like apply, where `tasks` are all there are, whatever was there before."""
 
 
+async def read_events(queue: Queue, project: str, since: int, most: int) -> EventList:
+    """The events after a rev, about `most` of them at most."""
+    page = await queue.events(project=project, since=since, limit=FOLLOW)
+    while FOLLOW <= len(page["events"]) < most and len(page["events"]) % FOLLOW == 0:
+        more = await queue.events(project=project, since=page["since"], limit=FOLLOW)
+        page["since"] = more["since"]
+        page["events"] += more["events"]
+        if not more["events"]:
+            break
+    return page
+
+
 async def caught_up(
     queue: Queue,
     follower: Follower,
@@ -5223,12 +5234,7 @@ async def caught_up(
     if before is None and follower.keep:
         page = await queue.events(project=project, since=0, limit=FOLLOW)
     elif before is not None and before <= rev:
-        page = await queue.events(project=project, since=before, limit=FOLLOW)
-        while FOLLOW <= len(page["events"]) < most and len(page["events"]) % FOLLOW == 0:
-            more = await queue.events(project=project, since=page["since"], limit=FOLLOW)
-            page["since"] = more["since"]
-            page["events"] += more["events"]
-            most = most if more["events"] else 0
+        page = await read_events(queue, project, before, most)
     if before is not None:  # of a project that was restored none are left
         lost = page.get("lost", 0 if page["events"] else max(0, rev - before))
     if before is None or before > rev or lost:
@@ -7366,6 +7372,10 @@ class Board:
     code: set[int] = field(default_factory=set)  # lines of code
     new: dict[int, list[str]] = field(default_factory=dict)  # rows to follow a line
 
+    def rows(self) -> Iterator[tuple[TaskTable, Row]]:
+        """All rows of task tables, each with its table."""
+        return ((table, row) for table in self.tables for row in table.rows)
+
     def text(self) -> str:
         """The document with all edits."""
         return "".join(
@@ -7409,7 +7419,7 @@ class Board:
         known = table.words.get((column, value))
         if known is None:
             here = [row.said[column] for row in table.rows if row.said.get(column)]
-            all_said = [r.said[column] for t in self.tables for r in t.rows if r.said.get(column)]
+            all_said = [row.said[column] for _, row in self.rows() if row.said.get(column)]
             known = self.words.own(column, value, here or all_said)
             if table.ticks and column == "status" and value in ("done", "not-started"):
                 ticks = [one for one in here if MEANINGS[tick_of(one) or "unknown"] == value]
@@ -7767,7 +7777,7 @@ async def require_git_at_rest(copy: GitCopy | None) -> None:
 # the next sync.  An edge stands in `depends_on` of one row or in `blocks` of another: each row is
 # told who blocks it, so that all that is known of a task stands in its row and in its base.
 
-MANY = 1000  # changed tasks, from which on the whole project is read
+MOST, MANY = 20_000, 1000  # events, changed tasks, from which on the whole project is read
 CIRCLES = 20  # of rows that wait for each other, that are told by name
 TOGETHER = 8  # rows whose edits are under way at a time
 NEW, AWAY = -2, -1  # for the rev of a base
@@ -7780,6 +7790,8 @@ RANK = {"not-started": 0, "blocked": 1, "in-progress": 1, "failed": 2, "done": 3
 WORDS_TOLD = 200  # words of a file that are not told again
 PAST = 50  # earlier states of a file that are known again
 REPLACED = 4  # values of a cell that are remembered after the queue has replaced them
+
+Direction = Literal["both", "to-file", "to-queue"]
 
 
 class Difference(TypedDict, total=False):
@@ -7810,29 +7822,37 @@ class SyncReport(TypedDict):
     ready: list[str]
 
 
-def has_drift(report: SyncReport) -> bool:
-    """Whether file and queue say different things."""
-    return any(row["kind"] not in NOTES or "queue" in row for row in report["rows"])
-
-
-class Base(TypedDict):
+@dataclass
+class Base:
     """What the file last said of a task, what the queue said where that is something else (an
     empty priority means medium), and the task's rev then: NEW while it is being entered, AWAY
     while nobody looks at it, its row being gone or in two places.  `own` is the rev of what the
     sync did to it after it was read; `old` has digests of what the queue has replaced."""
 
-    cells: dict[str, str]
-    was: dict[str, str]
-    rev: int
-    own: int
-    old: NotRequired[dict[str, list[str]]]
+    cells: dict[str, str] = field(default_factory=dict)
+    was: dict[str, str] = field(default_factory=dict)
+    rev: int = 0
+    own: int = 0
+    old: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def met(self) -> bool:
+        """Whether file and queue have ever agreed on the task."""
+        return "status" in self.cells
+
+    def last(self, name: str, unknown: str = "") -> str:
+        """What the queue said of a cell."""
+        return self.was.get(name, self.cells.get(name, unknown))
 
 
-NOTHING: Base = {"cells": {}, "was": {}, "rev": 0, "own": 0}
+def base_from(text: str) -> Base:
+    """A base as it was stored."""
+    known = json.loads(text)
+    return Base(**{name: known[name] for name in known.keys() & vars(Base()).keys()})
 
 
-def said_of(task: Task) -> str:
-    """The status word of a task."""
+def status_word(task: Task) -> str:
+    """The status of a task in a file's terms."""
     if task["status"] in HELD:
         return "in-progress"
     if task["status"] in ENDED:
@@ -7852,89 +7872,134 @@ def parts_of(text: str) -> dict[str, str]:
     return {"title": cut.rstrip() + "…", "description": text}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A kind of cell: what the queue says in it, how it is compared, and what its edit asks for."""
+def digest_of(text: str) -> str:
+    """What stands for a text that may be met again."""
+    return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
 
-    name: str
+
+class Cell:
+    """A kind of cell: what each side says in it, what follows, and how it is written."""
+
+    def __init__(self, name: str, *beside: str) -> None:
+        self.name, self.columns = name, (name, *beside)
 
     def value(self, task: Task) -> str:
         """What the queue says."""
         return normal(str(task.get(self.name, "")))
 
-    def mine(self, sync: Sync, task: str) -> str:
+    def mine(self, pair: Pair) -> str:
         """What the file says."""
-        return sync.rows[task][1].cells[self.name]
+        return pair.row.cells[self.name]
 
-    def before(self, sync: Sync, task: str) -> str:
+    def before(self, pair: Pair) -> str:
         """What the file said when the base was made."""
-        return sync.base.get(task, NOTHING)["cells"].get(self.name, "")
+        return pair.base.cells.get(self.name, "")
 
-    def verdict(self, sync: Sync, task: str, mine: str, theirs: str) -> str:
+    def last(self, pair: Pair) -> str:
+        """What the queue said when the base was made."""
+        return pair.base.last(self.name, self.before(pair))
+
+    def verdict(self, pair: Pair, mine: str, theirs: str) -> str:
         """What follows: same, kept, ours (an edit of the file), theirs, stale or conflict."""
-        if mine == theirs or (self.name == "priority" and mine not in ("", *PRIORITIES)):
-            return "same" if mine == theirs else "kept"
-        if self.name in sync.base.get(task, NOTHING)["cells"]:
-            return sync.three_way(self, task, mine, theirs)
-        return sync.first_meeting(task, mine, self.name in ("priority", "lane", "mission"))
+        if mine == theirs:
+            return "same"
+        if self.name == "priority" and mine not in ("", *PRIORITIES):
+            return "kept"
+        if self.name in pair.base.cells or self.name not in pair.row.cells:
+            return self.three_way(pair, mine, theirs)
+        # Nobody knows who is right: the queue is, where somebody has worked on the task.
+        if not mine:
+            return "same" if self.name in ("priority", "lane", "mission") else "theirs"
+        now = cast(Task, pair.now)
+        worked = status_word(now) != "not-started" or now["updatedAt"] > now["createdAt"] + 1
+        return "theirs" if worked and not pair.base.met else "conflict"
 
-    def fields(self, now: Task, value: str) -> dict[str, Any]:
-        """The fields of the task that the value stands for; None takes one away."""
+    def three_way(self, pair: Pair, mine: str, theirs: str) -> str:
+        """The verdict of a cell that has a base, in the queue's terms."""
+        last, edited = self.last(pair), mine != self.before(pair)
+        if edited and pair.is_older(self, mine) and pair.task not in pair.sync.reopen:
+            return "stale"
+        return verdict(last, theirs, mine if edited else last)
+
+    def wanted(self, now: Task, value: str, reason: str) -> dict[str, Any]:
+        """The fields of a task that the value stands for; None takes one away."""
         return {self.name: value or None if self.name == "description" else value}
 
-    def write(self, sync: Sync, task: str, value: str) -> None:
+    def write(self, pair: Pair, value: str) -> None:
         """Put the queue's value into the file."""
-        table, row = sync.rows[task]
-        sync.board.put(table, row, self.name, value)
+        pair.sync.board.put(pair.table, pair.row, self.name, value)
 
 
 class StatusCell(Cell):
     def value(self, task: Task) -> str:
-        return said_of(task)
+        return status_word(task)
 
-    def verdict(self, sync: Sync, task: str, mine: str, theirs: str) -> str:
-        last, before = sync.last(task, "status"), self.before(sync, task) or "not-started"
-        shown = sync.rows[task][0].shows(theirs)
+    def before(self, pair: Pair) -> str:
+        return pair.base.cells.get(self.name) or "not-started"
+
+    def verdict(self, pair: Pair, mine: str, theirs: str) -> str:
+        row, last = pair.row, self.last(pair)
         if mine == theirs or (mine, theirs) == ("in-progress", "blocked"):
             return "same"  # a claim is never taken from a file: its task is kept from others
         if mine in ("", DELETED):
             return "kept" if theirs == last else "theirs"
-        row = sync.rows[task][1]
-        if mine == before:
+        if mine == self.before(pair):
             unblocked = row.held and theirs == "not-started"  # its word is open as it is
+            shown = pair.table.shows(theirs)
             return "same" if theirs == last or mine == shown or unblocked else "theirs"
         back = theirs != "blocked" and RANK[mine] < RANK[theirs]
-        older = sync.is_older(self, task, mine)
+        older = pair.is_older(self, mine)
         if back and not older and (row.held or row.meaning in ("set aside", "unknown")):
             return "kept"
-        if (back or older) and task not in sync.reopen:
+        if (back or older) and pair.task not in pair.sync.reopen:
             return "stale"
-        return sync.three_way(self, task, mine, theirs)
+        return self.three_way(pair, mine, theirs)
+
+    def wanted(self, now: Task, value: str, reason: str) -> dict[str, Any]:
+        # What is not known as open is blocked.
+        statuses = {"not-started": "pending", "done": "completed", "in-progress": "blocked"}
+        status = statuses.get(value, value)
+        return {"status": status, "blockedReason": reason if status == "blocked" else None}
+
+    def write(self, pair: Pair, value: str) -> None:
+        super().write(pair, value)
+        pair.row.hold()
 
 
 class EdgesCell(Cell):
     def value(self, task: Task) -> str:
         return " ".join(sorted(task["dependencies"]))
 
-    def mine(self, sync: Sync, task: str) -> str:
-        return " ".join(sorted(sync.needs(task)))
+    def mine(self, pair: Pair) -> str:
+        return " ".join(sorted(pair.needs()))
 
-    def before(self, sync: Sync, task: str) -> str:
-        return sync.last(task, "depends_on")
+    def before(self, pair: Pair) -> str:
+        return self.last(pair)
 
-    def verdict(self, sync: Sync, task: str, mine: str, theirs: str) -> str:
-        known = sync.base.get(task, NOTHING)["cells"]
-        if mine == theirs:
-            return "same"
-        if "depends_on" in known or "depends_on" not in sync.rows[task][1].cells:
-            return sync.three_way(self, task, mine, theirs)
-        return sync.first_meeting(task, mine, False)
+    def last(self, pair: Pair) -> str:
+        unknown = self.value(pair.now) if pair.now and self.name not in pair.row.cells else ""
+        return pair.base.last(self.name, unknown)
 
-    def fields(self, now: Task, value: str) -> dict[str, Any]:
+    def wanted(self, now: Task, value: str, reason: str) -> dict[str, Any]:
         return {"dependencies": value.split()}
 
-    def write(self, sync: Sync, task: str, value: str) -> None:
-        sync.write_needs(task, {*value.split()})
+    def write(self, pair: Pair, value: str) -> None:
+        """Put dependencies into the task's own cell, and into the `blocks` of others."""
+        row, sync, wanted = pair.row, pair.sync, {*value.split()}
+        own, blockers = (row.cells.get(column, "").split() for column in self.columns)
+        missing = sorted(wanted - {*own, *blockers})
+        new = [one for one in own if one in wanted] + missing
+        if "depends_on" in row.cells and new != own:
+            spelled = [t for t, ids in row.edges if {*ids} <= wanted or not {*ids} <= {*own}]
+            new = [one for one in new if not any(one in ids for _, ids in row.edges)]
+            sync.board.put(pair.table, row, "depends_on", ", ".join([*spelled, *new]))
+            row.cells["depends_on"] = " ".join(sorted(wanted - {*blockers}))
+        for other in {*blockers} - wanted:
+            if sync.put_block(other, row.task, False):
+                blockers.remove(other)
+        row.cells[BLOCKED_BY] = " ".join(
+            sorted({*blockers, *(one for one in missing if sync.put_block(one, row.task, True))})
+        )
 
 
 class TextCell(Cell):
@@ -7942,22 +8007,246 @@ class TextCell(Cell):
         text = normal(task.get("description", ""))
         return text if text and parts_of(text).items() <= task.items() else normal(task["title"])
 
-    def fields(self, now: Task, value: str) -> dict[str, Any]:
+    def wanted(self, now: Task, value: str, reason: str) -> dict[str, Any]:
         # A description of its own is not overwritten.
         own = "description" in now and self.value(now) == normal(now["title"])
         return {"title": value} if own else {"description": None} | parts_of(value)
 
 
-STATUS, EDGES = StatusCell("status"), EdgesCell("depends_on")
+STATUS, EDGES = StatusCell("status"), EdgesCell("depends_on", BLOCKED_BY)
 CELLS = {name: Cell(name) for name in ("title", "description", "priority", "lane", "mission")} | {
     "status": STATUS, "depends_on": EDGES, "text": TextCell("text")
 }  # fmt: skip
 
 
-def digest_of(text: str | bytes) -> str:
-    """What stands for a text that may be met again."""
-    data = text if isinstance(text, bytes) else text.encode(errors="replace")
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+class Pair(NamedTuple):
+    """A task that the file names: its row, what both sides said last, what the queue says now."""
+
+    sync: Sync
+    task: str
+    table: TaskTable
+    row: Row
+
+    @property
+    def base(self) -> Base:
+        return self.sync.base[self.task]
+
+    @property
+    def now(self) -> Task | None:
+        return self.sync.tasks.get(self.task)
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """Enter something into the report."""
+        self.sync.tell(kind, self.task, **facts)
+
+    def kinds(self) -> list[Cell]:
+        """The cells that are compared."""
+        cells = self.row.cells
+        kinds = [CELLS[name] for name in cells if name in CELLS and name != EDGES.name]
+        return kinds + [EDGES] * (not cells.keys().isdisjoint(EDGES.columns))
+
+    def comparisons(self) -> Iterator[tuple[Cell, str, str, str]]:
+        """The kind of each cell, what the file says, what the queue says, the verdict."""
+        for kind in self.kinds() if self.now else ():
+            mine, theirs = kind.mine(self), kind.value(cast(Task, self.now))
+            yield kind, mine, theirs, kind.verdict(self, mine, theirs)
+
+    def needs(self) -> set[str]:
+        """What the task depends on as the file says: the last value of the queue, with what was
+        added to its cell and its blockers since, and without what was taken out."""
+        cells, base = self.row.cells, self.base.cells
+        columns = [name for name in EDGES.columns if name in cells]
+        pairs = [({*cells[name].split()}, {*base.get(name, "").split()}) for name in columns]
+        added = {one for now, was in pairs for one in now - was}
+        removed = {one for now, was in pairs for one in was - now}
+        return {*EDGES.last(self).split()} - removed | added
+
+    def differs(self) -> bool:
+        """Whether the row says something else than at the last sync, or than the queue did."""
+        cells, base = cells_of(self.row), self.base
+        if not base.cells:
+            return cells.get("status") != DELETED
+        if "status" not in cells:
+            return cells.get(BLOCKED_BY) != base.cells.get(BLOCKED_BY)
+        return base.cells != cells or base.rev < 0 or "status" in base.was
+
+    def is_older(self, kind: Cell, mine: str) -> bool:
+        """Whether a cell says what it said in an older file, or what the queue has replaced."""
+        if digest_of(mine) in self.base.old.get(kind.name, ()):
+            return True
+        then, cells = self.sync.older.get(self.task), self.row.cells
+        return then is not None and all(cells.get(c, "") == then.get(c, "") for c in kind.columns)
+
+    def is_new(self) -> bool:
+        """Whether the row stands for a task that is to be made."""
+        word, base, sync = self.row.cells.get("status"), self.base, self.sync
+        if self.now or word in (None, DELETED):
+            return False
+        if not base.met or base.rev == NEW:
+            return not sync.whole or self.task in sync.reopen
+        if word != "not-started" or word == base.cells["status"]:
+            return False
+        gone = STATUS.last(self) == DELETED and not self.is_older(STATUS, word)
+        return gone or self.task in sync.reopen
+
+    def new_task(self, needs: Iterable[str]) -> NewTask:
+        """The task that the row stands for.  It may not be claimed before its status is entered."""
+        cells, mission = self.row.cells, self.sync.mission_in(self.table, self.row)
+        new: dict[str, Any] = {"taskId": self.task, "mission": mission}
+        new |= parts_of(cells.get("text", cells.get("title", self.task)))
+        new |= {name: cells[name] for name in ("title", "description", "lane") if cells.get(name)}
+        new["dependencies"] = sorted(needs)
+        if cells.get("priority") in PRIORITIES:
+            new["priority"] = cells["priority"]
+        if cells["status"] not in ("", "not-started"):
+            new["delay"] = 60
+        return cast(NewTask, new)
+
+    async def apply(self, last: bool) -> bool:
+        """Make the row's edits operations; whether one closes a circle and is not the last."""
+        edits = [one for one in self.comparisons() if one[3] == "ours"]
+        completed = cast(Task, self.now)["status"] == "completed"  # only its status can change
+        edits.sort(key=lambda one: (one[0] is STATUS) != completed)
+        again = False
+        for kind, mine, theirs, _ in edits:
+            try:
+                if not self.sync.dry:
+                    await self.act(kind, mine)
+                self.tell("changed", field=kind.name, file=self.own_words(kind, mine), queue=theirs)
+            except Refused as problem:
+                if problem.passes or problem.code == "STALE_REV":
+                    raise
+                if problem.code == "CYCLE" and not last:
+                    again = True
+                    continue
+                await self.sync.fetch([self.task])
+                self.refuse(kind.name, problem, mine)
+        return again
+
+    async def act(self, kind: Cell, value: str) -> None:
+        """Carry out the edit of a cell, on the task as it was read."""
+        sync, now = self.sync, cast(Task, self.now)
+        reason = f"{self.own_words(kind, value)} in {sync.file.name}"
+        fields = kind.wanted(now, value, reason)
+        if kind is STATUS:
+            name, given = transition(now["status"], fields.pop("status"), reason)
+        else:
+            name, given = "update", fields_as_arguments(fields) | {"if_rev": now["rev"]}
+        operation = getattr(sync.queue, name)
+        done = await operation(self.task, project=sync.project, **given)
+        done = done["tasks"][0] if name == "redrive" else done
+        if kind is STATUS:
+            # Others may have changed it since it was read: its rev is still that of then.
+            sync.own[self.task] = done["rev"]
+            done |= {"rev": now["rev"]}
+        merged = {**now, **fields, **done}
+        sync.tasks[self.task] = cast(Task, {n: v for n, v in merged.items() if v is not None})
+
+    def own_words(self, kind: Cell, mine: str) -> str:
+        """What a cell says, in the file's own words."""
+        if kind is STATUS and self.row.held and mine == "blocked":
+            return self.row.held
+        return printable(plain(self.row.said.get(kind.name, "")))[:CELL] or mine
+
+    def refuse(self, name: str, problem: Refused, said: str = "") -> None:
+        """Report a refusal; the cell gets the queue's value back."""
+        kind = CELLS.get(name) if self.now else None
+        now = kind.value(cast(Task, self.now)) if kind else ""
+        told = {"field": name, "file": said, "queue": now}
+        self.tell("refused", **told, why=f"{problem.code}: {problem.message}")
+        if kind and self.sync.may_write(self.task, **told):
+            kind.write(self, now)
+
+    def update_file(self) -> None:
+        """Write what has changed in the queue, and remember what both agree on."""
+        for kind, mine, theirs, found in [*self.comparisons()]:
+            if self.carry_out(kind, mine, theirs, found):
+                self.remember(kind)
+            else:
+                self.sync.open.add(self.task)
+        if prose := self.row.prose:
+            why = "it names no task, so that a person has to unblock this one"
+            self.tell("kept", field="depends_on", file=prose, why=why)
+        if not self.now:
+            self.mark_deleted()
+
+    def carry_out(self, kind: Cell, mine: str, theirs: str, found: str) -> bool:
+        """Write or tell what follows from a verdict; whether both sides agree then."""
+        sync = self.sync
+        tell = functools.partial(self.tell, field=kind.name, file=self.own_words(kind, mine))
+        if found in ("theirs", "stale"):
+            wrote = self.write(kind, mine, theirs)
+            if found == "stale" and not sync.whole:
+                why = "an older value; a person changes it with mosaic-queue"
+                tell("stale", queue=theirs, why=why)
+            elif wrote:
+                tell("written", queue=theirs)
+            return wrote
+        if found == "conflict" or (found == "ours" and not sync.takes):
+            why = "both have changed" if found == "conflict" else "the queue takes no edits"
+            tell("conflict", queue=theirs, why=why)
+            return False
+        if found == "ours":  # what was refused has been put back, where it could be
+            return sync.writes and not sync.dry
+        if found == "kept" and mine:
+            delete = f"a file deletes no task; mosaic-queue delete {sync.project}/{self.task}"
+            tell("kept", why=delete if mine == DELETED else "the queue has no such word")
+        return True
+
+    def write(self, kind: Cell, mine: str, theirs: str) -> bool:
+        """Put the queue's value into a cell; False where the file may not be written."""
+        told = {"field": kind.name, "file": self.own_words(kind, mine), "queue": theirs}
+        if not self.sync.may_write(self.task, **told):
+            return False
+        kind.write(self, theirs)
+        if mine and self.base.cells:
+            old = [one for one in self.base.old.get(kind.name, ()) if one != digest_of(theirs)]
+            self.base.old[kind.name] = [*old, digest_of(mine)][-REPLACED:]
+        return True
+
+    def remember(self, kind: Cell) -> None:
+        """File and queue agree on a cell, each in its own words."""
+        base, said, now = self.base, cells_of(self.row), cast(Task, self.now)
+        for column in kind.columns:
+            base.cells.pop(column, None)
+            base.cells |= {column: said[column]} if column in said else {}
+        base.was.pop(kind.name, None)
+        if (theirs := kind.value(now)) != base.cells.get(kind.name, ""):
+            base.was[kind.name] = theirs
+        if "status" in said or not base.met:
+            base.rev, base.own = now["rev"], self.sync.own.get(self.task, 0)
+
+    def mark_deleted(self) -> None:
+        """The row of a task that the queue has no more is marked.  One that was done stays as it
+        is, since the queue forgets such tasks after a time."""
+        base, word, last = self.base, self.row.cells.get("status"), STATUS.last(self)
+        gone = functools.partial(self.tell, "conflict")
+        if word is None:  # only `blocks` of others name it
+            if not base.cells and self.sync.takes:
+                why = f"it blocks {self.task}, which neither the file nor the queue has"
+                self.refuse("blocks", Refused("NOT_FOUND", why))
+            elif not self.row.cells[BLOCKED_BY]:
+                self.sync.base[self.task] = Base()
+        elif not base.met:
+            if self.sync.whole:  # a row that an older file has and the last one had not
+                self.sync.base[self.task] = Base(cells_of(self.row), {"status": DELETED})
+        elif word == last and last in ("done", "failed"):
+            pass  # it was forgotten
+        elif last in (DELETED, "done", "failed") and RANK.get(word, 3) < RANK.get(last, 3):
+            if word != base.cells["status"] and self.write(STATUS, word, last):
+                self.tell("stale", field="status", file=word, queue=last)
+        elif word not in (DELETED, base.cells["status"]):
+            gone(field="status", file=word, why="the queue has no such task any more")
+        else:
+            for name, said in cells_of(self.row).items():
+                if name != "status" and said != base.cells.get(name):
+                    why = "edited, but the queue has no such task any more"
+                    gone(field=name, file=said, why=why)
+            if word == DELETED or self.write(STATUS, word, DELETED):
+                if word != DELETED:
+                    self.tell("deleted", file=word)
+                was = {} if self.row.cells["status"] == DELETED else {"status": DELETED}
+                self.sync.base[self.task] = Base(cells_of(self.row), was, old=base.old)
 
 
 @dataclass
@@ -7967,29 +8256,29 @@ class Sync:
 
     queue: Queue
     file: Path
-    mark: str
+    mark: str  # what stands for the file's path
     project: str
-    mission: str
     milestones: bool
     dry: bool
-    board: Board
-    told: list[Difference]
-    reopen: Collection[str] = ()  # tasks whose status may go back
-    changes: Changes | None = None  # of the queue, where they have been read already
-    copy: GitCopy | None = None  # of a file in a repository
+    takes: bool  # whether the queue takes edits of the file, and the file is written
+    writes: bool
+    reopen: Collection[str]  # tasks whose status may go back
+    findings: list[Difference]
+    changes: Changes | None  # of the queue, where they have been read already
+    mission: str = ""
+    board: Board = field(default_factory=lambda: Board([]))
     digest: str = ""  # of the file as it was read
+    copy: GitCopy | None = None  # of a file in a repository
+    unwritable: str = ""  # why nothing is written, where somebody has to know
     whole: str = ""  # when the whole file was as it is now, where it is an older one
-    takes: bool = True
-    writes: bool = True
-    locked: str = ""  # why nothing is written, where somebody has to know
-    rows: dict[str, tuple[TaskTable, Row]] = field(default_factory=dict)
+    rows: dict[str, Pair] = field(default_factory=dict)
     lines: dict[str, int] = field(default_factory=dict)
     elsewhere: set[str] = field(default_factory=set)  # with a row in another file
-    base: dict[str, Base] = field(default_factory=dict)
+    base: dict[str, Base] = field(default_factory=lambda: defaultdict(Base))
+    stored: dict[str, str] = field(default_factory=dict)  # the bases as they were stored
     state: dict[str, Any] = field(default_factory=dict)  # of the file at the last sync
-    known: dict[str, Any] = field(default_factory=dict)  # the state as it was stored
     older: dict[str, dict[str, str]] = field(default_factory=dict)  # what an older file said
-    touched: set[str] = field(default_factory=set)  # whose base is another
+    touched: set[str] = field(default_factory=set)  # whose base is another, beside `look`
     open: set[str] = field(default_factory=set)  # on which file and queue do not agree
     tasks: dict[str, Task] = field(default_factory=dict)
     own: dict[str, int] = field(default_factory=dict)  # revs of what this sync does
@@ -8000,18 +8289,19 @@ class Sync:
 
     def tell(self, kind: str, task: str = "", **facts: Any) -> None:
         """Enter something into the report."""
-        line = self.rows[task][1].line if task in self.rows else self.lines.get(task, -1)
+        line = self.rows[task].row.line if task in self.rows else self.lines.get(task, -1)
         told = {"kind": kind, "line": line + 1, "task": task} | facts
         kept = {key: value for key, value in told.items() if value or key == "file"}
-        self.told.append(cast(Difference, kept))
+        self.findings.append(cast(Difference, kept))
 
     async def merge(self) -> None:
         """Compare, tell the queue, and edit the board."""
-        raw = await self.queue.base(self.project, self.mark)
-        self.since = int(json.loads(raw.pop(":rev", "-1")))
-        self.state = json.loads(raw.pop(STATE, "{}")).get("state", {})
-        self.known = {**self.state}
-        self.base = {task: json.loads(text) for task, text in raw.items()}
+        self.stored = await self.queue.base(self.project, self.mark)
+        self.since = int(json.loads(self.stored.pop(":rev", "-1")))
+        self.state = state_from(self.stored)
+        for task, text in self.stored.items():
+            if task != STATE:
+                self.base[task] = base_from(text)
         self.know_older()
         for line, why in self.board.apart.items():
             self.tell("skipped", line=line + 1, why=why)
@@ -8020,14 +8310,14 @@ class Sync:
         await self.know_edges()
         self.turn_blocks()
         if self.whole:
-            self.older = {task: cells_of(row) for task, (_, row) in self.rows.items()}
+            self.older = {task: cells_of(pair.row) for task, pair in self.rows.items()}
             self.tell("stale", why=f"{self.file.name} is as it was {self.whole}: written anew")
         await self.read()
         self.ready = self.waiting_by_the_file() if self.dry else []
         await self.create()
         await self.apply_edits(await self.apply_edits(self.look), last=True)
         for task in self.look:
-            self.write_row(task)
+            self.rows[task].update_file()
         self.add_rows()
         self.tell_missing()
         self.tell_words()
@@ -8060,49 +8350,49 @@ class Sync:
 
     def enter_rows(self) -> None:
         """Enter the rows whose ids can be ids and stand here once."""
-        for table in self.board.tables:
-            for row in table.rows:
-                task, line = row.task, row.line + 1
-                if not ID.fullmatch(task):
-                    said = f"{printable(task)[:60]!r} is no id; accepted: {ID_RULE}"
-                    self.tell("invalid", line=line, why=said if task else "the row has no id")
-                elif task in self.lines:
-                    first = self.lines[task] + 1
-                    self.tell("invalid", task, line=line, why=f"line {first} has this id too")
-                    if self.rows.pop(task, None):
-                        self.tell("invalid", task, why=f"line {line} has this id too")
-                else:
-                    self.lines[task] = row.line
-                    self.rows[task] = (table, row)
+        for table, row in self.board.rows():
+            task, line = row.task, row.line + 1
+            if not ID.fullmatch(task):
+                said = f"{printable(task)[:60]!r} is no id; accepted: {ID_RULE}"
+                self.tell("invalid", line=line, why=said if task else "the row has no id")
+            elif task in self.lines:
+                first = self.lines[task] + 1
+                self.tell("invalid", task, line=line, why=f"line {first} has this id too")
+                if self.rows.pop(task, None):
+                    self.tell("invalid", task, why=f"line {line} has this id too")
+            else:
+                self.lines[task] = row.line
+                self.rows[task] = Pair(self, task, table, row)
 
     async def leave_shared(self) -> None:
         """Leave out the rows that another file of the project has too: neither syncs them."""
-        for mark, path in (await self.queue.files(self.project)).items():
-            if mark == self.mark:
-                continue
+        others = await self.queue.files(self.project)
+        for mark, path in [(mark, path) for mark, path in others.items() if mark != self.mark]:
             theirs = await self.queue.base(self.project, mark)
-            state = json.loads(theirs.pop(STATE, "{}")).get("state", {})
+            state = state_from(theirs)
             here = state.get("host") == socket.gethostname()
             if here and not os.path.isdir(state.get("top", "/")) and not self.dry:
                 await self.queue.forget_file(self.project, mark)  # a worktree that was removed
             elif self.copy and state.get("board") == self.copy.board:
                 self.know_copy(theirs, state)
                 continue
-            if not os.path.isfile(path):
-                continue
-            self.elsewhere |= {task for task, base in theirs.items() if '"status"' in base}
-            both, lines = [task for task in self.rows if task in theirs], dict[str, int]()
-            if both:
-                with contextlib.suppress(Refused):
-                    tables = read_board(read_text(Path(path), DOCUMENT)).tables
-                    lines = {row.task: row.line + 1 for table in tables for row in table.rows}
-            for task in both:
-                if task in lines:
-                    self.tell("invalid", task, why=f"line {lines[task]} of {path} has this id too")
-                    del self.rows[task]
-                    if task not in self.base:  # so that the other file sees it too
-                        self.base[task] = {"cells": {}, "was": {}, "rev": AWAY, "own": 0}
-                        self.touched.add(task)
+            if os.path.isfile(path):
+                self.elsewhere |= {task for task, base in theirs.items() if '"status"' in base}
+                self.leave_out([task for task in self.rows if task in theirs], Path(path))
+
+    def leave_out(self, both: Collection[str], path: Path) -> None:
+        """Leave out those of some tasks that have a row in another file."""
+        lines = dict[str, int]()
+        if both:
+            with contextlib.suppress(Refused):
+                rows = read_board(read_text(path, DOCUMENT)).rows()
+                lines = {row.task: row.line + 1 for _, row in rows}
+        for task in [one for one in both if one in lines]:
+            self.tell("invalid", task, why=f"line {lines[task]} of {path} has this id too")
+            del self.rows[task]
+            if not self.base[task].cells:  # so that the other file sees it too
+                self.base[task] = Base(rev=AWAY)
+                self.touched.add(task)
 
     def know_copy(self, theirs: Mapping[str, str], state: Mapping[str, Any]) -> None:
         """Give a new copy of a file that another worktree has a base: what both had when their
@@ -8110,20 +8400,21 @@ class Sync:
         if self.state or not self.copy or not state.get("head"):
             return
         then = self.cells_at(self.copy.fork(state["head"]))
-        for task in self.rows.keys() & theirs.keys() - self.base.keys():
-            known: Base = json.loads(theirs[task])
-            self.base[task] = {**known, "cells": then.get(task, known["cells"]), "was": {}}
-            self.touched.add(task)
+        for task in self.rows.keys() & theirs.keys():
+            if not self.base[task].cells:
+                self.base[task] = base = base_from(theirs[task])
+                base.cells, base.was = then.get(task, base.cells), {}
+                self.touched.add(task)
 
     async def know_edges(self) -> None:
         """Take the parts of dependency cells that name known tasks as edges.  Any other part is
         prose: its task is blocked by hand, with the prose as the reason."""
-        named = {one for _, row in self.rows.values() for _, ids in row.edges for one in ids}
+        rows = [pair.row for pair in self.rows.values()]
+        named = {one for row in rows for _, ids in row.edges for one in ids}
         known = {*self.lines, *self.base, *self.elsewhere}
-        others = {one for one in named - known if ID.fullmatch(one)}
-        await self.fetch(others)
+        await self.fetch(named - known)
         known |= self.tasks.keys()
-        for _, row in self.rows.values():
+        for row in rows:
             if row.edges:
                 prose = ", ".join(text for text, ids in row.edges if not known.issuperset(ids))
                 row.prose = printable(prose)[:CELL]
@@ -8134,63 +8425,43 @@ class Sync:
 
     def turn_blocks(self) -> None:
         """Tell each row who blocks it.  A task without a row gets one that says this alone."""
-        blockers = {t: set[str]() for t, base in self.base.items() if BLOCKED_BY in base["cells"]}
-        for task, (_, row) in self.rows.items():
-            for other in row.cells.get("blocks", "").split():
-                blockers.setdefault(other, set()).add(task)
+        known = {task: set[str]() for task, base in self.base.items() if BLOCKED_BY in base.cells}
+        blockers = known | blockers_in(pair.row for pair in self.rows.values())
         for task, names in blockers.items():
             if task not in self.lines:
                 line = min((self.lines[name] for name in names), default=-1)
-                self.rows[task] = (self.board.tables[0], Row(line, task, {}))
+                self.rows[task] = Pair(self, task, self.board.tables[0], Row(line, task, {}))
             if task in self.rows:
-                self.rows[task][1].cells[BLOCKED_BY] = " ".join(sorted(names))
+                self.rows[task].row.cells[BLOCKED_BY] = " ".join(sorted(names))
 
     async def read(self) -> None:
         """Read the tasks that may differ, and list the rows to look at."""
-        given, changed = self.changes, cast(set[str] | None, None)
+        given, known = self.changes, False
+        events: Sequence[Event] = ()
         if given and given.before == self.since and not given.lost:
-            self.rev, changed = given.rev, self.changed_by_others(given.events)
+            self.rev, events, known = given.rev, given.events, True
             self.tasks |= cast(Mapping[str, Task], given.tasks)
         else:
             self.rev = await self.queue.revision(self.project)
-            known = not self.dry and 0 <= self.since <= self.rev  # else Valkey lost its last writes
-            changed = await self.changed_tasks() if known else None
-        if changed is None or len(changed) > MANY:
+            if not self.dry and 0 <= self.since <= self.rev:  # else Valkey lost writes
+                page = await read_events(self.queue, self.project, self.since, MOST)
+                events, known = page["events"], not page.get("lost")
+        changed = self.changed_by_others(events)
+        if not known or len(changed) > MANY or len(events) >= MOST:
             self.tasks = await self.queue.tasks_of(self.project)
             self.look, changed = [*self.rows], set()
         else:
             changed.update(self.state.get("open", ()))
-            self.look = [task for task in self.rows if task in changed or self.differs(task)]
-        wanted = changed.union(self.look, *(self.needs(task) for task in self.look))
+            self.look = [t for t, pair in self.rows.items() if t in changed or pair.differs()]
+        wanted = changed.union(self.look, *(self.rows[task].needs() for task in self.look))
         await self.fetch(wanted - self.tasks.keys())
-
-    def differs(self, task: str) -> bool:
-        """Whether a row says something else than at the last sync, or than the queue did."""
-        cells, base = cells_of(self.rows[task][1]), self.base.get(task)
-        if base is None:
-            return cells.get("status") != DELETED
-        if "status" not in cells:
-            return cells.get(BLOCKED_BY) != base["cells"].get(BLOCKED_BY)
-        return base["cells"] != cells or base["rev"] < 0 or "status" in base["was"]
-
-    async def changed_tasks(self) -> set[str] | None:
-        """The tasks that changed since they were looked at; None when nobody knows any more."""
-        found, since = set[str](), self.since
-        while True:
-            page = await self.queue.events(project=self.project, since=since, limit=1000)
-            if page.get("lost"):
-                return None
-            found |= self.changed_by_others(page["events"])
-            if len(page["events"]) < 1000:
-                return found
-            since = page["since"]
 
     def changed_by_others(self, events: Sequence[Event]) -> set[str]:
         """The tasks that somebody else has changed since the file was last in step with them."""
         found = set[str]()
         for event in events:
-            base, rev = self.base.get(event["task"], NOTHING), event["rev"]
-            if rev > base["rev"] and rev != base["own"] and event["op"] != "free":
+            base, rev = self.base.get(event["task"], Base()), event["rev"]
+            if rev > base.rev and rev != base.own and event["op"] != "free":
                 found.add(event["task"])  # no cell says whether a task is free
         return found
 
@@ -8200,79 +8471,50 @@ class Sync:
         for task in ids:
             self.tasks.pop(task, None)
         try:
-            self.tasks |= (await self.queue.records(self.project, ids))[1] if ids else {}
+            found = (await self.queue.records(self.project, ids))[1] if ids else {}
+            self.tasks |= cast(dict[str, Task], found)
         except Refused as problem:
             if problem.code != "NOT_FOUND":  # no project yet
                 raise
-
-    def last(self, task: str, name: str) -> str:
-        """What the queue said of a cell when the base was made."""
-        base = self.base.get(task, NOTHING)
-        unknown = "not-started" if name == "status" else ""
-        if name == "depends_on" and task in self.tasks and name not in self.rows[task][1].cells:
-            unknown = EDGES.value(self.tasks[task])
-        return base["was"].get(name, base["cells"].get(name, unknown))
-
-    def needs(self, task: str) -> set[str]:
-        """What a task depends on as the file says: the last value of the queue, with what was
-        added to its cell and its blockers since, and without what was taken out."""
-        cells, base = self.rows[task][1].cells, self.base.get(task, NOTHING)["cells"]
-        columns = [name for name in ("depends_on", BLOCKED_BY) if name in cells]
-        pairs = [(set(cells[n].split()), set(base.get(n, "").split())) for n in columns]
-        added = {one for now, was in pairs for one in now - was}
-        removed = {one for now, was in pairs for one in was - now}
-        return {*self.last(task, "depends_on").split()} - removed | added
 
     # -- the file's side --
 
     async def create(self) -> None:
         """Enter the rows that the queue does not know, what they depend on first."""
-        waits = {task: self.needs(task) for task in self.look if self.is_new(task)}
+        waits = {t: self.rows[t].needs() for t in self.look if self.rows[t].is_new()}
         known, batch = set(self.tasks), dict[str, set[str]]()
         order, circles = order_of_entry(waits)
         for task, circle in circles.items():
             why = f"these wait for each other: {' -> '.join(circle)}"
-            self.refuse(task, "depends_on", Refused("CYCLE", why))
+            self.rows[task].refuse("depends_on", Refused("CYCLE", why))
         for task in order:
             # What was done long ago, and forgotten by the queue, holds up nothing.
-            lost = {one for one in waits[task] - known if self.last(one, "status") != "done"}
+            unknown = waits[task] - known
+            lost = {one for one in unknown if self.base[one].last("status") != "done"}
             if not self.takes:
                 self.tell("conflict", task, why="the queue has no such task")
             elif lost:
                 here = min(lost) in self.lines
                 why = "could not be entered" if here else "neither the file nor the queue has"
                 why = f"it depends on {min(lost)}, which {why}"
-                self.refuse(task, "depends_on", Refused("NOT_FOUND", why))
+                self.rows[task].refuse("depends_on", Refused("NOT_FOUND", why))
             else:
                 known.add(task)
                 batch[task] = waits[task] & known
         for at in range(0, len(batch), BATCH):
             await self.enter({task: batch[task] for task in [*batch][at : at + BATCH]})
 
-    def is_new(self, task: str) -> bool:
-        """Whether a row stands for a task that is to be made."""
-        word, base = self.rows[task][1].cells.get("status"), self.base.get(task, NOTHING)
-        if task in self.tasks or word in (None, DELETED):
-            return False
-        if "status" not in base["cells"] or base["rev"] == NEW:
-            return not self.whole or task in self.reopen
-        if word != "not-started" or word == base["cells"]["status"]:
-            return False
-        last, older = self.last(task, "status"), self.is_older(STATUS, task, word)
-        return task in self.reopen or (last == DELETED and not older)
-
     async def enter(self, batch: Mapping[str, set[str]]) -> None:
         """Create tasks; where one is refused, all the others.  Their base comes first: what is
         cut off is then known as ours, and a status that they do not have yet is an edit."""
-        new = {task: self.new_task(*self.rows[task], needs) for task, needs in batch.items()}
+        new = {task: self.rows[task].new_task(needs) for task, needs in batch.items()}
         first = {"status": "pending", "priority": "medium", "lane": "any", "rev": NEW}
         made: list[Any] = [{"createdAt": 0}] * len(new)
         for task in batch:
-            self.base[task] = {**NOTHING, "cells": {"status": "not-started"}, "was": {}, "rev": NEW}
+            self.base[task] = Base({"status": "not-started"}, rev=NEW)
         try:
             if not self.dry:
-                bases = {task: self.base[task] for task in batch}
-                await self.queue.keep_base(self.project, self.mark, self.file, bases)
+                await self.store({task: vars(self.base[task]) for task in batch})
                 made = await self.queue.create_all([*new.values()], project=self.project)
         except Refused as problem:
             if problem.passes:
@@ -8281,29 +8523,15 @@ class Sync:
                 if len(batch) > 1:
                     await self.enter({task: batch[task]})
                 else:
-                    self.touched.add(task)
-                    del self.base[task]
-                    self.refuse(task, "", problem)
+                    self.base[task] = Base()
+                    self.rows[task].refuse("", problem)
             return
         for task, given in zip(batch, made, strict=True):
             times = {"updatedAt": given["createdAt"]}
             self.tasks[task] = cast(Task, first | new[task] | times | given)
-            if "depends_on" in self.names(task):  # without what was done long ago
-                self.remember(task, "depends_on")
+            if EDGES in self.rows[task].kinds():  # without what was done long ago
+                self.rows[task].remember(EDGES)
             self.tell("created", task)
-
-    def new_task(self, table: TaskTable, row: Row, needs: set[str]) -> NewTask:
-        """The task that a row stands for.  It may not be claimed before its status is entered."""
-        cells = row.cells
-        new: dict[str, Any] = {"taskId": row.task, "mission": self.mission_in(table, row)}
-        new |= parts_of(cells.get("text", cells.get("title", row.task)))
-        new |= {name: cells[name] for name in ("title", "description", "lane") if cells.get(name)}
-        new["dependencies"] = sorted(needs)
-        if cells.get("priority") in PRIORITIES:
-            new["priority"] = cells["priority"]
-        if cells["status"] not in ("", "not-started"):
-            new["delay"] = 60
-        return cast(NewTask, new)
 
     def mission_in(self, table: TaskTable, row: Row | None = None) -> str:
         """The mission of a row, or of a table's new rows."""
@@ -8313,293 +8541,85 @@ class Sync:
             return f"{self.mission}.milestone-{found[1].lower()}"
         return own or self.mission
 
-    def names(self, task: str) -> list[str]:
-        """The cells of a row that are compared."""
-        cells = self.rows[task][1].cells
-        names = [name for name in cells if name in CELLS and name != "depends_on"]
-        return names + ["depends_on"] * bool({"depends_on", BLOCKED_BY} & cells.keys())
-
-    def comparisons(self, task: str) -> Iterator[tuple[Cell, str, str, str]]:
-        """The cells of a row: their kind, what the file says, what the queue says, the verdict."""
-        for name in self.names(task):
-            kind = CELLS[name]
-            mine, theirs = kind.mine(self, task), kind.value(self.tasks[task])
-            yield kind, mine, theirs, kind.verdict(self, task, mine, theirs)
-
-    def three_way(self, kind: Cell, task: str, mine: str, theirs: str) -> str:
-        """The verdict of a cell that has a base, in the queue's terms."""
-        last, edited = self.last(task, kind.name), mine != kind.before(self, task)
-        if edited and self.is_older(kind, task, mine) and task not in self.reopen:
-            return "stale"
-        return verdict(last, theirs, mine if edited else last)
-
-    def first_meeting(self, task: str, mine: str, may_be_empty: bool) -> str:
-        """The verdict of a cell without a base.  Nobody knows who is right: the queue is, where
-        somebody has worked on the task."""
-        if not mine:
-            return "same" if may_be_empty else "theirs"
-        now, known = self.tasks[task], "status" in self.base.get(task, NOTHING)["cells"]
-        worked = said_of(now) != "not-started" or now["updatedAt"] > now["createdAt"] + 1
-        return "theirs" if worked and not known else "conflict"
-
-    def is_older(self, kind: Cell, task: str, mine: str) -> bool:
-        """Whether a cell says what it said in an older file, or what the queue has replaced."""
-        if digest_of(mine) in self.base.get(task, NOTHING).get("old", {}).get(kind.name, ()):
-            return True
-        then, cells = self.older.get(task), self.rows[task][1].cells
-        columns = ("depends_on", BLOCKED_BY) if kind is EDGES else (kind.name,)
-        return then is not None and all(cells.get(c, "") == then.get(c, "") for c in columns)
-
     async def apply_edits(self, rows: Sequence[str], last: bool = False) -> list[str]:
         """Make the edits of rows operations, of a few rows at a time.  Returns the rows to ask
         again: an edge that closes a circle is told only when the others have had their turn."""
-        able = [task for task in rows if task in self.tasks and self.takes]
-        edited = [task for task in able if any(one[3] == "ours" for one in self.comparisons(task))]
+        able = [self.rows[task] for task in rows if task in self.tasks and self.takes]
+        edited = [pair for pair in able if any(one[3] == "ours" for one in pair.comparisons())]
         again: list[str] = []
         for at in range(0, len(edited), TOGETHER):
             part = edited[at : at + TOGETHER]
-            work = (self.apply_row(task, last) for task in part)
+            work = (pair.apply(last) for pair in part)
             answers = await asyncio.gather(*work, return_exceptions=True)
-            for task, answer in zip(part, answers, strict=True):
+            for pair, answer in zip(part, answers, strict=True):
                 if isinstance(answer, BaseException):
                     raise answer
-                again += [task] * answer
+                again += [pair.task] * answer
         return again
-
-    async def apply_row(self, task: str, last: bool) -> bool:
-        """Make the edits of a row operations; whether one closes a circle and is not the last."""
-        edits = [cell for cell in self.comparisons(task) if cell[3] == "ours"]
-        completed = self.tasks[task]["status"] == "completed"  # then only its status can change
-        edits.sort(key=lambda cell: (cell[0] is STATUS) != completed)
-        again = False
-        for kind, mine, theirs, _ in edits:
-            try:
-                if not self.dry:
-                    await self.act(task, kind, mine)
-                said = self.own_text(task, kind, mine)
-                self.tell("changed", task, field=kind.name, file=said, queue=theirs)
-            except Refused as problem:
-                if problem.passes or problem.code == "STALE_REV":
-                    raise
-                if problem.code == "CYCLE" and not last:
-                    again = True
-                    continue
-                await self.fetch([task])
-                self.refuse(task, kind.name, problem, mine)
-        return again
-
-    async def act(self, task: str, kind: Cell, value: str) -> None:
-        """The operation that an edit of a cell stands for, on the task as it was read."""
-        now = self.tasks[task]
-        if kind is STATUS:
-            self.tasks[task] = await self.move(now, value)
-            return
-        given = kind.fields(now, value)
-        done = await self.queue.update(
-            task, project=self.project, if_rev=now["rev"], **fields_as_arguments(given)
-        )
-        fields = {**now, **given, **done}
-        self.tasks[task] = cast(Task, {n: v for n, v in fields.items() if v is not None})
-
-    async def move(self, now: Task, word: str) -> Task:
-        """The operation that a status word stands for; what is not known as open is blocked."""
-        reason = f"{self.own_text(now['taskId'], STATUS, word)} in {self.file.name}"
-        wanted = {"not-started": "pending", "done": "completed", "in-progress": "blocked"}
-        operation, how = transition(now["status"], wanted.get(word, word), reason)
-        done = await getattr(self.queue, operation)(now["taskId"], project=self.project, **how)
-        done = done["tasks"][0] if operation == "redrive" else done
-        blocked = {"blockedReason": reason} if operation == "block" else {}
-        rest = {name: value for name, value in now.items() if name != "blockedReason"}
-        self.own[now["taskId"]] = done["rev"]
-        # Others may have changed it since it was read: its rev is still that of the reading.
-        return cast(Task, {**rest, **done, **blocked, "rev": now["rev"]})
-
-    def own_text(self, task: str, kind: Cell, mine: str) -> str:
-        """What a cell says, in the file's own words."""
-        row = self.rows[task][1] if task in self.rows else Row(-1, task, {})
-        if kind is STATUS and row.held and mine == "blocked":
-            return row.held
-        return printable(plain(row.said.get(kind.name, "")))[:CELL] or mine
-
-    def refuse(self, task: str, name: str, problem: Refused, said: str = "") -> None:
-        """Report a refusal; the cell gets the queue's value back."""
-        now = CELLS[name].value(self.tasks[task]) if task in self.tasks and name in CELLS else ""
-        why = f"{problem.code}: {problem.message}"
-        self.tell("refused", task, field=name, file=said, queue=now, why=why)
-        if task in self.tasks and name in CELLS:
-            self.write(task, CELLS[name], said, now)
 
     # -- the queue's side --
-
-    def write_row(self, task: str) -> None:
-        """Write what has changed in the queue, and remember what both agree on."""
-        before = compact(self.base.get(task))
-        for kind, mine, theirs, found in [*self.comparisons(task)] if task in self.tasks else ():
-            said = self.own_text(task, kind, mine)
-            told, agreed = {"field": kind.name, "file": said, "queue": theirs}, True
-            if found in ("theirs", "stale"):
-                agreed = self.write(task, kind, mine, theirs)
-                why = "an older value; a person changes it with mosaic-queue"
-                if found == "stale" and not self.whole:
-                    self.tell("stale", task, **told, why=why)
-                elif agreed:
-                    self.tell("written", task, **told)
-            elif found == "conflict" or (found == "ours" and not self.takes):
-                why = "both have changed" if found == "conflict" else "the queue takes no edits"
-                self.tell("conflict", task, **told, why=why)
-                agreed = False
-            elif found == "ours":  # what was refused has been put back, where it could be
-                agreed = self.writes and not self.dry
-            elif found == "kept" and mine:
-                why = "the queue has no such word"
-                if mine == DELETED:
-                    why = f"a file deletes no task; mosaic-queue delete {self.project}/{task}"
-                self.tell("kept", task, **told | {"queue": ""}, why=why)
-            if agreed:
-                self.remember(task, kind.name)
-            else:
-                self.open.add(task)
-        if prose := self.rows[task][1].prose:
-            why = "it names no task, so that a person has to unblock this one"
-            self.tell("kept", task, field="depends_on", file=prose, why=why)
-        if task not in self.tasks:
-            self.mark_deleted(task)
-        if compact(self.base.get(task)) != before:
-            self.touched.add(task)
-
-    def write(self, task: str, kind: Cell, mine: str, theirs: str) -> bool:
-        """Put the queue's value into a cell; False where the file may not be written."""
-        told = {"field": kind.name, "file": self.own_text(task, kind, mine), "queue": theirs}
-        if not self.may_write(task, **told):
-            return False
-        kind.write(self, task, theirs)
-        if kind is STATUS:
-            self.rows[task][1].hold()
-        if mine and task in self.base:
-            old = self.base[task].setdefault("old", {})
-            gone = [one for one in old.get(kind.name, ()) if one != digest_of(theirs)]
-            old[kind.name] = [*gone, digest_of(mine)][-REPLACED:]
-        return True
 
     def may_write(self, task: str, **told: str) -> bool:
         """Whether the file may be written; where not, the next sync looks at everything."""
         if not self.writes:
             self.rev = -1
-            if self.locked:
-                self.tell("unwritten", task, why=self.locked, **told)
+            if self.unwritable:
+                self.tell("unwritten", task, why=self.unwritable, **told)
         return self.writes
 
-    def write_needs(self, task: str, wanted: set[str]) -> None:
-        """Put dependencies into the task's own cell, and into the `blocks` of others."""
-        table, row = self.rows[task]
-        own, blockers = (row.cells.get(n, "").split() for n in ("depends_on", BLOCKED_BY))
-        missing = sorted(wanted - {*own, *blockers})
-        new = [one for one in own if one in wanted] + missing
-        if "depends_on" in row.cells and new != own:
-            spelled = [t for t, ids in row.edges if {*ids} <= wanted or not {*ids} <= {*own}]
-            new = [one for one in new if not any(one in ids for _, ids in row.edges)]
-            self.board.put(table, row, "depends_on", ", ".join([*spelled, *new]))
-            row.cells["depends_on"] = " ".join(sorted(wanted - {*blockers}))
-        for other in [*({*blockers} - wanted), *missing]:
-            if other in self.rows and "blocks" in self.rows[other][1].cells:
-                its_table, its = self.rows[other]
-                names = set(its.cells["blocks"].split()) ^ {task}
-                self.board.put(its_table, its, "blocks", ", ".join(sorted(names)))
-                blockers = sorted({*blockers} ^ {other})
-        row.cells[BLOCKED_BY] = " ".join(blockers)
-
-    def mark_deleted(self, task: str) -> None:
-        """The row of a task that the queue has no more: it is marked.  One that was done stays
-        as it is, since the queue forgets such tasks after a time."""
-        row, base = self.rows[task][1], self.base.get(task, NOTHING)
-        cells, word, last = cells_of(row), row.cells.get("status"), self.last(task, "status")
-        if word is None:
-            if task not in self.base and self.takes:
-                why = f"it blocks {task}, which neither the file nor the queue has"
-                self.refuse(task, "blocks", Refused("NOT_FOUND", why))
-            elif not row.cells[BLOCKED_BY]:
-                self.base.pop(task, None)
-        elif "status" not in base["cells"]:
-            if self.whole:  # a row that an older file has and the last one had not
-                self.base[task] = {**NOTHING, "cells": cells, "was": {"status": DELETED}}
-        elif word == last and last in ("done", "failed"):
-            pass  # it was forgotten
-        elif last in (DELETED, "done", "failed") and RANK.get(word, 3) < RANK.get(last, 3):
-            if word != base["cells"]["status"] and self.write(task, STATUS, word, last):
-                self.tell("stale", task, field="status", file=word, queue=last)
-        elif word not in (DELETED, base["cells"]["status"]):
-            why = "the queue has no such task any more"
-            self.tell("conflict", task, field="status", file=word, why=why)
-        else:
-            for name, said in cells.items():
-                if name != "status" and said != base["cells"].get(name):
-                    why = "edited, but the queue has no such task any more"
-                    self.tell("conflict", task, field=name, file=said, why=why)
-            if word == DELETED or self.write(task, STATUS, word, DELETED):
-                if word != DELETED:
-                    self.tell("deleted", task, file=word)
-                old = self.base[task].get("old", {})
-                was = {} if row.cells["status"] == DELETED else {"status": DELETED}
-                self.base[task] = {**NOTHING, "cells": cells_of(row), "was": was, "old": old}
-
-    def remember(self, task: str, name: str) -> None:
-        """File and queue agree on a cell, each in its own words."""
-        base = self.base.setdefault(task, {"cells": {}, "was": {}, "rev": 0, "own": 0})
-        cells, said = base["cells"], cells_of(self.rows[task][1])
-        for column in (name, BLOCKED_BY) if name == "depends_on" else (name,):
-            cells.pop(column, None)
-            cells |= {column: said[column]} if column in said else {}
-        base["was"].pop(name, None)
-        theirs = CELLS[name].value(self.tasks[task])
-        if theirs != cells.get(name, ""):
-            base["was"][name] = theirs
-        if "status" in said or "status" not in cells:
-            base["rev"], base["own"] = self.tasks[task]["rev"], self.own.get(task, 0)
-        if not cells:
-            del self.base[task]
+    def put_block(self, other: str, task: str, blocks: bool) -> bool:
+        """Have the row of another task say that it blocks a task, or blocks it no more; whether
+        it has a place for that."""
+        pair = self.rows.get(other)
+        if pair is None or "blocks" not in pair.row.cells or pair.row.line < 0:
+            return False
+        names = {*pair.row.cells["blocks"].split()}
+        if blocks != (task in names):
+            self.board.put(pair.table, pair.row, "blocks", ", ".join(sorted(names ^ {task})))
+        return True
 
     def add_rows(self) -> None:
         """Give the queue's new tasks a row in the last table of their mission."""
-        tables: dict[str, TaskTable] = {}
+        homes: dict[str, TaskTable] = {}
         for table in self.board.tables:
-            tables |= {self.mission_in(table, row): table for row in table.rows}
-            tables[self.mission_in(table)] = table
+            homes |= {self.mission_in(table, row): table for row in table.rows}
+            homes[self.mission_in(table)] = table
         dependents: dict[str, list[str]] = {}
         for name, task in self.tasks.items():
             for one in task["dependencies"]:
                 dependents.setdefault(one, []).append(name)
-        synced = {task for task, base in self.base.items() if "status" in base["cells"]}
+        synced = {task for task, base in self.base.items() if base.met}
         known = synced.union(self.lines, self.elsewhere)
         new = [task for name, task in self.tasks.items() if name not in known]
         # Those of one `create` have one time: T2 before T10 then.
         for task in sorted(new, key=lambda t: (t["createdAt"], len(t["taskId"]), t["taskId"])):
-            name, home = task["taskId"], tables.get(task["mission"])
-            if home is None or not self.may_write(name):
-                continue
-            needs = sorted(task["dependencies"])
-            cells = {c: CELLS[c].value(task) for c in home.columns if c in CELLS}
-            cells["status"] = home.shows(cells["status"])
-            edges = {"depends_on": needs, "blocks": sorted(dependents.get(name, []))}
-            cells |= {c: ", ".join(ids) for c, ids in edges.items() if c in home.columns}
-            self.board.append(home, cells | {"id": name})
-            said = {c: meaning(c, home.cell(c, value)) for c, value in cells.items()}
-            for one in needs:
-                table, row = self.rows.get(one, (home, Row(-1, one, {})))
-                if "blocks" in row.cells and row.line >= 0:
-                    names = sorted({*row.cells["blocks"].split(), name})
-                    self.board.put(table, row, "blocks", ", ".join(names))
-            self.rows[name] = (home, Row(-1, name, said))
-            for column in self.names(name):
-                self.remember(name, column)
-            self.touched.add(name)
-            self.tell("added", name, queue=said_of(task))
+            home = homes.get(task["mission"])
+            if home and self.may_write(task["taskId"]):
+                self.add_row(task, home, sorted(dependents.get(task["taskId"], [])))
+
+    def add_row(self, task: Task, home: TaskTable, blocks: Sequence[str]) -> None:
+        """Give a task a row in a table."""
+        name, needs = task["taskId"], sorted(task["dependencies"])
+        cells = {c: CELLS[c].value(task) for c in home.columns if c in CELLS}
+        cells["status"] = home.shows(cells["status"])
+        edges = {"depends_on": needs, "blocks": blocks}
+        cells |= {c: ", ".join(ids) for c, ids in edges.items() if c in home.columns}
+        self.board.append(home, cells | {"id": name})
+        said = {c: meaning(c, home.cell(c, value)) for c, value in cells.items()}
+        for one in needs:
+            self.put_block(one, name, True)
+        pair = self.rows[name] = Pair(self, name, home, Row(-1, name, said))
+        for kind in pair.kinds():
+            pair.remember(kind)
+        self.touched.add(name)
+        pair.tell("added", queue=status_word(task))
 
     def tell_missing(self) -> None:
         """Say whose row is gone, once."""
         for task, base in self.base.items():
-            has_row = task in self.rows and "status" in self.rows[task][1].cells
-            if "status" in base["cells"] and base["rev"] != AWAY and not has_row:
-                base["rev"] = AWAY
+            has_row = task in self.rows and "status" in self.rows[task].row.cells
+            if base.met and base.rev != AWAY and not has_row:
+                base.rev = AWAY
                 self.touched.add(task)
                 if task not in self.lines:
                     self.tell("missing", task, why="its row is gone; the task stays as it is")
@@ -8607,50 +8627,67 @@ class Sync:
     def tell_words(self) -> None:
         """Say once which of the file's own words were taken for what."""
         told, new = self.state.get("words", []), dict[str, dict[str, None]]()
-        for table in self.board.tables:
-            for row in table.rows:
-                said = printable(plain(row.said.get("status", "")))[:40]
-                if said and row.meaning and said not in (MEANINGS[row.meaning], *told):
-                    new.setdefault(row.meaning, {})[said] = None
-        parts = [f"{meaning}: {', '.join([*words][:9])}" for meaning, words in sorted(new.items())]
-        if parts:
+        for _, row in self.board.rows():
+            said = printable(plain(row.said.get("status", "")))[:40]
+            if said and row.meaning and said not in (MEANINGS[row.meaning], *told):
+                new.setdefault(row.meaning, {})[said] = None
+        if new:
+            parts = [f"{one}: {', '.join([*words][:9])}" for one, words in sorted(new.items())]
             self.tell("words", why="; ".join(parts))
             self.state["words"] = [*told, *itertools.chain(*new.values())][-WORDS_TOLD:]
 
-    async def keep(self, digest: str) -> None:
+    async def keep(self, digest: str, **facts: Any) -> None:
         """Store the base, how far the queue was read, and what is known of the file."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        copy = self.copy
         past = [one for one in self.state.get("past", []) if one[0] != digest]
         for old in {self.digest, self.state.get("digest", digest)} - {digest}:
             past = [one for one in past if one[0] != old] + [[old, stamp]]
-        self.state |= {"digest": digest, "past": past[-PAST:], "open": sorted(self.open)}
-        if self.copy:
-            copy = self.copy
-            self.state |= {"head": copy.head, "top": copy.top, "board": copy.board}
-            self.state["host"] = socket.gethostname()
-        rows: dict[str, Any] = {task: self.base.get(task) for task in self.touched}
-        if self.state != self.known:
-            rows[STATE] = {**NOTHING, "state": self.state}
-        if not self.dry and (rows or self.rev != self.since):
-            rows[":rev"] = str(self.rev)
-            await self.queue.keep_base(self.project, self.mark, self.file, rows)
+        facts |= {"digest": digest, "past": past[-PAST:], "open": sorted(self.open)}
+        if copy:
+            facts |= {"head": copy.head, "top": copy.top, "board": copy.board}
+            facts["host"] = socket.gethostname()
+        self.state |= facts
+        rows: dict[str, Any] = {STATE: vars(Base()) | {"state": self.state}}
+        for task in self.touched.union(self.look):
+            base = self.base[task]
+            rows[task] = vars(base) if base.cells or base.rev == AWAY else None
+        rows = {n: row for n, row in rows.items() if (row and compact(row)) != self.stored.get(n)}
+        if rows or self.rev != self.since:
+            await self.store(rows | {":rev": str(self.rev)})
+
+    async def store(self, rows: Mapping[str, Any]) -> None:
+        """Store bases, and what else is kept with them; None forgets one."""
+        await self.queue.keep_base(self.project, self.mark, self.file, rows)
+        self.stored |= {name: compact(row) for name, row in rows.items()}
 
     def waiting_by_the_file(self) -> list[str]:
         """Tasks that may be claimed, though the file shows what they wait for as not done."""
-        words = {task: row.cells.get("status", "done") for task, (_, row) in self.rows.items()}
+        words = {task: pair.row.cells.get("status", "done") for task, pair in self.rows.items()}
         shown = {task for task, word in words.items() if word != "done"}
         able = [t for t in self.rows if self.tasks.get(t, {}).get("status") == "pending"]
         return [task for task in able if shown.intersection(self.tasks[task]["dependencies"])]
 
 
-def cells_in(board: Board) -> dict[str, dict[str, str]]:
-    """What is known of tasks by the rows of a board."""
-    rows = [row for table in board.tables for row in table.rows]
-    found, blockers = {row.task: cells_of(row) for row in rows}, dict[str, set[str]]()
+def state_from(stored: Mapping[str, str]) -> dict[str, Any]:
+    """What is known of a file, by what is stored for it."""
+    return cast(dict[str, Any], json.loads(stored.get(STATE, "{}")).get("state", {}))
+
+
+def blockers_in(rows: Iterable[Row]) -> dict[str, set[str]]:
+    """Who blocks a task, as the rows say that block it."""
+    found: dict[str, set[str]] = {}
     for row in rows:
         for other in row.cells.get("blocks", "").split():
-            blockers.setdefault(other, set()).add(row.task)
-    for task, names in blockers.items():
+            found.setdefault(other, set()).add(row.task)
+    return found
+
+
+def cells_in(board: Board) -> dict[str, dict[str, str]]:
+    """What is known of tasks by the rows of a board."""
+    rows = [row for _, row in board.rows()]
+    found = {row.task: cells_of(row) for row in rows}
+    for task, names in blockers_in(rows).items():
         found.setdefault(task, {})[BLOCKED_BY] = " ".join(sorted(names))
     return found
 
@@ -8664,16 +8701,15 @@ def order_of_entry(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, 
     """Tasks after those that they wait for; and those that wait for themselves, each with the
     circle it is in, of CIRCLES circles.  Who waits for one of those comes last."""
     graph = {task: needs & waits.keys() for task, needs in waits.items()}
-    sorter, order = graphlib.TopologicalSorter(graph), dict[str, None]()
+    sorter, order = graphlib.TopologicalSorter(graph), list[str]()
     circles: dict[str, list[str]] = {}
     with contextlib.suppress(graphlib.CycleError):
         sorter.prepare()
-    while sorter.is_active():
-        ready = sorter.get_ready()
-        order |= dict.fromkeys(ready)
+    while ready := sorter.get_ready():
+        order += ready
         sorter.done(*ready)
+    rest = {task: graph[task] for task in graph.keys() - order}
     for _ in range(CIRCLES):
-        rest = {task: graph[task] for task in graph if task not in order and task not in circles}
         try:
             graphlib.TopologicalSorter(rest).prepare()
             break
@@ -8682,7 +8718,8 @@ def order_of_entry(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, 
             first = circle.index(min(circle, key=[*graph].index))
             circle = circle[first:] + circle[:first]
             circles |= {one: [*circle, circle[0]] for one in circle}
-    return [*order, *(task for task in graph if task not in order and task not in circles)], circles
+            rest = {task: needs for task, needs in rest.items() if task not in circle}
+    return [*order, *rest], circles
 
 
 # ==== WORKSPACE FILES ========================================================================
@@ -8700,7 +8737,6 @@ MISSION = re.compile(  # one word; a sentence is no name
 )
 MARKER = re.compile(r"(<{7}|>{7})(\s|$)")
 
-Direction = Literal["both", "to-file", "to-queue"]
 ARGUMENTS |= {
     "file": Argument("path", "a Markdown file with task tables"),
     "milestones": Argument("bool", "a mission for each milestone"),
@@ -8735,61 +8771,77 @@ async def sync_file(
     """
     if direction not in DIRECTIONS:
         invalid("direction", direction, ", ".join(DIRECTIONS))
-    file = real_path(Path(path))
-    acting = queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name)))
+    file, findings = real_path(Path(path)), list[Difference]()
     more = settings_of(queue.config, file, project)
-    words = words_of(tuple((m, tuple(texts)) for m, texts in more.get("words", {}).items()))
-    told: list[Difference] = []
-    # The base of a path: another file of the same name has another one.
-    mark = mark_of(file)
     how = compact([mission, direction, milestones, more.get("words"), more.get("worktrees")])
+    orders: dict[str, Any] = {
+        "queue": queue.acting_as("file:" + re.sub(r"\s", "-", printable(file.name))),
+        "file": file,
+        "mark": mark_of(file),
+        "project": project,
+        "milestones": milestones,
+        "dry": dry_run,
+        "takes": direction != "to-file",
+        "writes": direction != "to-queue",
+        "reopen": reopen,
+        "findings": findings,
+    }
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
             await stack.enter_async_context(locked(file))
             await require_not_lost(queue, project)
         for _ in range(TRIES):
-            copy = copy_of(file)
-            if not dry_run:
-                await require_git_at_rest(copy)
-            data = read_text(file, DOCUMENT).encode()
-            report = SyncReport(
-                file=str(file), project=project, mission="", wrote=False, rows=told, ready=[]
-            )
-            seen, known, rev = await queue.file_facts(project, mark)
-            quiet = [how, digest_of(data), copy.head if copy else ""]
-            if seen == rev and known.get("quiet") == quiet and not (dry_run or told):
-                return {**report, "mission": known["mission"]}
-            board = read_board(data.decode(), words)
-            require_mergeable(file, board)
-            named = mission or mission_of(board) or mission_from(queue.config, file)
-            sync = Sync(acting, file, mark, project, named, milestones, dry_run, board, told)
-            sync.reopen, sync.copy, sync.digest = reopen, copy, digest_of_file(data)
-            sync.changes, changes = changes, None
-            sync.takes, sync.writes = direction != "to-file", direction != "to-queue"
-            if copy and more.get("worktrees") != "all" and not copy.is_written():
-                sync.writes = False
-            if sync.writes and not writable(file):
-                sync.writes, sync.locked = False, f"{file} is read-only"
             try:
-                await sync.merge()
-                text = board.text().encode()
-                report |= {"mission": named, "rows": sync.told, "ready": sync.ready}
-                if dry_run:
-                    return report
-                if text != data:
-                    if copy and copy.at_work():
-                        raise Refused("STALE_REV", f"git is at work in {copy.top}")
-                    put(file, text, data)
-                stays = {row["kind"] for row in sync.told} & {*WRONG}
-                quiet = [how, digest_of(text), copy.head if copy else ""]
-                sync.state |= {"mission": named, "quiet": None if stays else quiet}
-                await sync.keep(digest_of_file(text))
-                return {**report, "wrote": text != data}
+                return await sync_once(Sync(**orders, changes=changes), mission, more, how)
             except Refused as problem:
                 if problem.code != "STALE_REV":
                     raise
-            told = [row for row in sync.told if row["kind"] in ("created", "changed")]
+            findings[:] = [row for row in findings if row["kind"] in ("created", "changed")]
+            changes = None
         raise Refused("HELD", f"{file} or its tasks change faster than they can be synced")
+
+
+async def sync_once(
+    sync: Sync, mission: str | None, more: Mapping[str, Any], how: str
+) -> SyncReport:
+    """Read the file, merge, write the file, store the base.  Refuses STALE_REV when somebody else
+    has written meanwhile; then what was told to the queue is among the findings."""
+    file, copy = sync.file, copy_of(sync.file)
+    if not sync.dry:
+        await require_git_at_rest(copy)
+    text = read_text(file, DOCUMENT)
+
+    def quiet(text: str) -> list[str]:
+        """What is remembered of a file in which there is nothing to do."""
+        return [how, digest_of(text), copy.head if copy else ""]
+
+    report = SyncReport(
+        file=str(file), project=sync.project, mission="", wrote=False, rows=sync.findings, ready=[]
+    )
+    seen, known, rev = await sync.queue.file_facts(sync.project, sync.mark)
+    if seen == rev and known.get("quiet") == quiet(text) and not (sync.dry or sync.findings):
+        return {**report, "mission": known["mission"]}
+    words = words_of(tuple((m, tuple(texts)) for m, texts in more.get("words", {}).items()))
+    sync.board, sync.copy, sync.digest = read_board(text, words), copy, digest_of_file(text)
+    require_mergeable(file, sync.board)
+    sync.mission = mission or mission_of(sync.board) or mission_from(sync.queue.config, file)
+    if copy and more.get("worktrees") != "all" and not copy.is_written():
+        sync.writes = False
+    elif sync.writes and not writable(file):
+        sync.writes, sync.unwritable = False, f"{file} is read-only"
+    await sync.merge()
+    after = sync.board.text()
+    report |= {"mission": sync.mission, "ready": sync.ready, "wrote": after != text}
+    if sync.dry:
+        return {**report, "wrote": False}
+    if after != text:
+        if copy and copy.at_work():
+            raise Refused("STALE_REV", f"git is at work in {copy.top}")
+        put(file, after.encode(), text.encode())
+    stays = {row["kind"] for row in sync.findings} & {*WRONG}
+    quietly = None if stays else quiet(after)
+    await sync.keep(digest_of_file(after), mission=sync.mission, quiet=quietly)
+    return report
 
 
 def mark_of(file: Path) -> str:
@@ -8797,9 +8849,9 @@ def mark_of(file: Path) -> str:
     return hashlib.blake2b(os.fsencode(file), digest_size=8).hexdigest()
 
 
-def digest_of_file(data: bytes) -> str:
+def digest_of_file(text: str) -> str:
     """What stands for the text of a file, however its tables are padded."""
-    return hashlib.blake2b(data.translate(None, b" \t-"), digest_size=8).hexdigest()
+    return digest_of(text.translate(dict.fromkeys(map(ord, " \t-"))))
 
 
 def settings_of(config: Config, file: Path, project: str) -> dict[str, Any]:
@@ -9021,8 +9073,11 @@ async def sync_on(
 
 def needs_somebody(report: Synced) -> bool:
     """Whether somebody has to look at it, or the check that was asked for has found anything."""
-    wrong = any(row["kind"] in WRONG for row in report["rows"])
-    return wrong or (report["asked"] == "check" and has_drift(report))
+    differs = report["asked"] == "check"
+    return any(
+        row["kind"] in WRONG or (differs and (row["kind"] not in NOTES or "queue" in row))
+        for row in report["rows"]
+    )
 
 
 @renders(Synced, status=lambda report: 7 if needs_somebody(report) else 0)

@@ -87,7 +87,7 @@ async def in_step(queue: mq.Queue, path: Path) -> None:
 
 async def shown(queue: mq.Queue, project: str = "p") -> dict[str, str]:
     """The queue's tasks as status words."""
-    return {name: mq.said_of(task) for name, task in (await queue.tasks_of(project)).items()}
+    return {name: mq.status_word(task) for name, task in (await queue.tasks_of(project)).items()}
 
 
 async def claimable(queue: mq.Queue) -> set[str]:
