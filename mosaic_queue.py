@@ -7223,19 +7223,13 @@ HEADS = {  # how a header may spell it; what has been taken is not taken twice
 }
 SURE = ("id", "task_id", "taskid")  # heads of ids, whatever the values are
 TICKS = HEADS["status"].partition("stage")[2].split()  # heads of a column of ticks
-NONE = (
-    "none",
-    "n/a",
-    "na",
-    "no",
-    "nothing",
-    "nil",
-    "keine",
-    "aucun",
-    "aucune",
-    "ninguna",
-    "无",
-    "なし",
+NONE, UNTICKED, TICKED = (  # what cells of dependencies and of ticks may say
+    {*text.split()}
+    for text in (
+        "none n/a na no nothing nil keine aucun aucune ninguna 无 なし",
+        "no n nein non false ✗ ✘ ❌ ☐ ⬜ []",
+        "yes y x ja oui sí true ✓ ✔ ✔️ ✅ ☑ [x] done",
+    )
 )
 BAR = re.compile(r"(?<!\\)\|")
 BREAK = re.compile(r"(?<!\\)(\\*+)<br ?/?>", re.IGNORECASE)
@@ -7597,27 +7591,8 @@ def columns_of(names: Sequence[str], rows: Sequence[Sequence[str]], words: Words
 
 def tick_of(cell: str) -> str | None:
     """What a cell of a column of ticks says, as a status; None where it says something else."""
-    said = plain(cell).lower()
-    if said in (*EMPTY, "no", "n", "nein", "non", "false", "✗", "✘", "❌", "☐", "⬜", "[ ]"):
-        return "open"
-    if said in (
-        "yes",
-        "y",
-        "x",
-        "ja",
-        "oui",
-        "sí",
-        "true",
-        "✓",
-        "✔",
-        "✔️",
-        "✅",
-        "☑",
-        "[x]",
-        "done",
-    ):
-        return "finished"
-    return None
+    said = plain(cell).lower().replace("[ ]", "[]")
+    return "open" if said in UNTICKED.union(EMPTY) else "finished" if said in TICKED else None
 
 
 def read_rows(board: Board, table: TaskTable, rows: Mapping[int, Sequence[str]]) -> None:
@@ -7777,7 +7752,7 @@ async def require_git_at_rest(copy: GitCopy | None) -> None:
 # the next sync.  An edge stands in `depends_on` of one row or in `blocks` of another: each row is
 # told who blocks it, so that all that is known of a task stands in its row and in its base.
 
-MOST, MANY = 20_000, 1000  # events, changed tasks, from which on the whole project is read
+LATE, MANY = 20_000, 1000  # events, changed tasks, from which on the whole project is read
 CIRCLES = 20  # of rows that wait for each other, that are told by name
 TOGETHER = 8  # rows whose edits are under way at a time
 NEW, AWAY = -2, -1  # for the rev of a base
@@ -7848,7 +7823,7 @@ class Base:
 def base_from(text: str) -> Base:
     """A base as it was stored."""
     known = json.loads(text)
-    return Base(**{name: known[name] for name in known.keys() & vars(Base()).keys()})
+    return Base(known["cells"], known["was"], known["rev"], known["own"], known.get("old", {}))
 
 
 def status_word(task: Task) -> str:
@@ -7872,9 +7847,10 @@ def parts_of(text: str) -> dict[str, str]:
     return {"title": cut.rstrip() + "…", "description": text}
 
 
-def digest_of(text: str) -> str:
+def digest_of(text: str | bytes) -> str:
     """What stands for a text that may be met again."""
-    return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+    data = text if isinstance(text, bytes) else text.encode(errors="replace")
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 class Cell:
@@ -8173,6 +8149,8 @@ class Pair(NamedTuple):
     def carry_out(self, kind: Cell, mine: str, theirs: str, found: str) -> bool:
         """Write or tell what follows from a verdict; whether both sides agree then."""
         sync = self.sync
+        if found == "same":
+            return True
         tell = functools.partial(self.tell, field=kind.name, file=self.own_words(kind, mine))
         if found in ("theirs", "stale"):
             wrote = self.write(kind, mine, theirs)
@@ -8444,10 +8422,10 @@ class Sync:
         else:
             self.rev = await self.queue.revision(self.project)
             if not self.dry and 0 <= self.since <= self.rev:  # else Valkey lost writes
-                page = await read_events(self.queue, self.project, self.since, MOST)
+                page = await read_events(self.queue, self.project, self.since, LATE)
                 events, known = page["events"], not page.get("lost")
         changed = self.changed_by_others(events)
-        if not known or len(changed) > MANY or len(events) >= MOST:
+        if not known or len(changed) > MANY or len(events) >= LATE:
             self.tasks = await self.queue.tasks_of(self.project)
             self.look, changed = [*self.rows], set()
         else:
@@ -8851,7 +8829,7 @@ def mark_of(file: Path) -> str:
 
 def digest_of_file(text: str) -> str:
     """What stands for the text of a file, however its tables are padded."""
-    return digest_of(text.translate(dict.fromkeys(map(ord, " \t-"))))
+    return digest_of(text.encode().translate(None, b" \t-"))
 
 
 def settings_of(config: Config, file: Path, project: str) -> dict[str, Any]:
