@@ -3895,6 +3895,7 @@ class Queue:
             total = total + page["total"] if total is not None and "total" in page else None
             if "cursor" in page:
                 answer["cursor"] = f"{one}/{page['cursor']}"
+                total = total if one == projects[-1] else None
                 break
         if refusal and not answered:
             raise refusal
@@ -12759,7 +12760,7 @@ async def create_groups(
 ) -> Batch:
     """Create tasks in groups of one project and BATCH tasks at most, each all or none; before the
     first a dependency that nobody knows is refused with its line."""
-    wanted: dict[str, list[NewTask]] = {}
+    wanted: list[tuple[str, list[Numbered]]] = []
     for project, rows in groups.items():
         known = await known_ids(queue, project, rows)
         for number, task in rows:
@@ -12768,20 +12769,27 @@ async def create_groups(
                 said = f"line {number} of {source}: there is no task {project}/{missing[0]}"
                 raise Refused("NOT_FOUND", said, case="dependency")
         there = await known_ids(queue, project, rows, own=False) if skip_existing else set()
-        wanted[project] = [task for _, task in rows if task.get("taskId") not in there]
-    answer, total = Batch(tasks=[]), sum(map(len, wanted.values()))
+        left = [row for row in rows if row[1].get("taskId") not in there]
+        wanted += [(project, left[at : at + BATCH]) for at in range(0, len(left), BATCH)]
+    answer, total = Batch(tasks=[]), sum(len(rows) for _, rows in wanted)
     progress = Progress("created", total)
-    try:
-        for project, tasks in wanted.items():
-            for at in range(0, len(tasks), BATCH):
-                answer["tasks"] += await queue.create_all(tasks[at : at + BATCH], project=project)
-                if total > BATCH:
-                    progress.tell(len(answer["tasks"]))
-    except Refused as refusal:
-        if done := len(answer["tasks"]):
-            refusal.message += f"; {done} of {total} were created before"
-            refusal.hint = "go on with the rest: the same command with --skip-existing"
-        raise
+    for project, rows in wanted:
+        done = f"{len(answer['tasks'])} of {total} were created before"
+        named = all("taskId" in task for _, task in rows)
+        rest = "the same command with --skip-existing" if named else f"from line {rows[0][0]} on"
+        try:
+            answer["tasks"] += await queue.create_all([task for _, task in rows], project=project)
+        except Refused as refusal:
+            if answer["tasks"] or (named and refusal.code == "EXISTS"):
+                refusal.message += f"; {done}"
+                refusal.hint = f"go on with the rest: {rest}"
+            raise
+        except asyncio.CancelledError:
+            said = f"interrupted; at least {done}; go on with the rest: {rest}"
+            say(f"mosaic-queue: {said}", sys.stderr)
+            raise
+        if total > BATCH:
+            progress.tell(len(answer["tasks"]))
     return answer
 
 

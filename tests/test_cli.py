@@ -960,6 +960,37 @@ def test_pending_tasks_stand_in_the_order_in_which_they_are_claimed(tell: Tell) 
     assert [task["taskId"] for task in listed] == [*claimed, "late"]
 
 
+def test_pages_of_pending_tasks_are_in_the_order_of_claims(tell: Tell) -> None:
+    """Also from one page to the next, and where a task is claimed or entered between them."""
+    rng = random.Random(4)
+    for i in range(40):
+        lane, priority = rng.choice(["any", "coding", "planning"]), rng.choice(mq.PRIORITIES)
+        tell(f"create web m T{i} --title t --lane {lane} --priority {priority}")
+    seen: list[str] = []
+    cursor, claimed = "", []
+    while True:
+        page = json.loads(tell(f"list --project web --status pending --limit 7 --json{cursor}")[1])
+        seen += [task["taskId"] for task in page["tasks"]]
+        claimed += [json.loads(tell("next --project web --agent a --json")[1])["tasks"][0]["taskId"]
+                    for _ in range(3)]  # fmt: skip
+        tell("create web m new --title t --priority critical")
+        tell("delete web/new")
+        if "cursor" not in page:
+            break
+        cursor = f" --cursor {page['cursor']}"
+    claimed += [json.loads(tell("next --project web --agent a --json")[1])["tasks"][0]["taskId"]
+                for _ in range(40 - len(claimed))]  # fmt: skip
+    assert seen == claimed
+
+
+def test_a_page_of_several_projects_counts_no_part_as_the_whole(tell: Tell) -> None:
+    for project in ("one", "two"):
+        for i in range(3):
+            tell(f"create {project} m T{i} --title t")
+    assert tell("list --limit 2")[1].splitlines()[-1].startswith("2 tasks of all projects; more")
+    assert tell("list --limit 6")[1].splitlines()[-1] == "6 of 6 tasks of all projects"
+
+
 def test_from_goes_on_where_it_was_cut_off(run: Run) -> None:
     """What is in is said, and the same command with --skip-existing enters the rest."""
     tasks = [new(f"N{i}") for i in range(450)]
@@ -986,6 +1017,29 @@ def test_a_missing_dependency_is_named_with_its_line_before_anything_is_written(
 
 full_disk = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
 CLAIM = [*PYTHON, "claim", "T1", "--agent", "al"]
+
+
+def test_who_interrupts_it_is_told_what_is_in(
+    server: Server, run: Run, environ: dict[str, str], tmp_path: Path, db: redis.Redis
+) -> None:
+    """And the same command with --skip-existing goes on, also after a kill."""
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text("".join(json.dumps(new(f"N{i}")) + "\n" for i in range(20_000)))
+    words = [*PYTHON, "create", "--from", str(tasks)]
+    for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        before = int(db.zcard("mosaic:queue:project:{web}:ready:any"))
+        begun = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environ)
+        while db.zcard("mosaic:queue:project:{web}:ready:any") < before + 400:
+            assert begun.poll() is None
+            time.sleep(0.01)
+        begun.send_signal(number)
+        _, err = begun.communicate(timeout=60)
+        assert begun.returncode == status
+        if number == signal.SIGINT:
+            assert re.search(r"interrupted; at least \d+ of 20000 .*--skip-existing", err)
+            words.append("--skip-existing")
+    assert run(words).returncode == 0
+    assert db.zcard("mosaic:queue:project:{web}:ready:any") == 20_000
 
 
 @full_disk

@@ -20,22 +20,19 @@ if arg.lane ~= '' then require_lane(arg.lane) end
 if arg.priority ~= '' then require_priority(arg.priority) end
 
 -- Which indexes have the tasks of a status, in the order in which people want to see them.
-local indexes = {}
-local function add(kind, by_lane)
-  for lane in by_lane and each_lane() or ('any'):gmatch('any') do
-    if not by_lane then
-      indexes[#indexes + 1] = kind
-    elseif arg.lane == '' or arg.lane == lane then
-      indexes[#indexes + 1] = kind .. ':' .. lane
-    end
-  end
+local indexes, lanes = {}, {}
+local function add(index) indexes[#indexes + 1] = index end
+for lane in each_lane() do
+  if arg.lane == '' or arg.lane == lane then lanes[#lanes + 1] = lane end
 end
 local wanted = arg.status
 local mine = wanted == '' and arg.agent ~= ''
 local any = wanted == '' and not mine
-if any or mine or wanted == 'claimed' or wanted == 'in-progress' then add('running', true) end
+if any or mine or wanted == 'claimed' or wanted == 'in-progress' then
+  for _, lane in ipairs(lanes) do add('running:' .. lane) end
+end
 if any or wanted == 'pending' then
-  add('ready', true)
+  add('ready')
   add('delayed')
 end
 for _, status in ipairs({'blocked', 'failed', 'completed'}) do
@@ -46,8 +43,18 @@ if #indexes == 0 then
          '; accepted: pending, claimed, in-progress, completed, failed, blocked')
 end
 
+-- The sorted sets of an index: the ready tasks of all lanes stand as they would be claimed.
+local function sets_of(index)
+  if index ~= 'ready' then return {index} end
+  local sets = {}
+  for i, lane in ipairs(lanes) do sets[i] = 'ready:' .. lane end
+  return sets
+end
+
 local total = 0
-for _, index in ipairs(indexes) do total = total + read('ZCARD', root .. ':' .. index) end
+for _, index in ipairs(indexes) do
+  for _, set in ipairs(sets_of(index)) do total = total + read('ZCARD', root .. ':' .. set) end
+end
 if arg.mission ~= '' then
   local size = read('ZCARD', key('mission', arg.mission))
   if arg.cursor:find('^mission:') or arg.cursor == '' and (any or size < total) then
@@ -63,9 +70,21 @@ local function latest_first(index)
   return index == 'failed' or index == 'completed'
 end
 
-local at, start = 1, 0
+-- How many of a set come before those that follow a task which was looked at.
+local function passed(set, score, id)
+  local place = root .. ':' .. set
+  if read('ZSCORE', place, id) == score then
+    return read(latest_first(set) and 'ZREVRANK' or 'ZRANK', place, id) + 1
+  elseif latest_first(set) then
+    return read('ZCOUNT', place, '(' .. score, '+inf')
+  end
+  return read('ZCOUNT', place, '-inf', '(' .. score)
+end
+
+local at, starts = 1, {}
 if arg.cursor ~= '' then
   local index, score, id = arg.cursor:match('^([^,]+),(%d+),([^,]+)$')
+  index = index and index:gsub('^ready:.*', 'ready')  -- as an older program names it
   at = 0
   for i, name in ipairs(indexes) do
     if name == index then at = i end
@@ -74,14 +93,30 @@ if arg.cursor ~= '' then
     reject('INVALID', 'cursor is ' .. arg.cursor:sub(1, 80):gsub('[^ -~]', '?') ..
            '; accepted: the cursor of the last answer to the same question')
   end
-  local place = root .. ':' .. index
-  if read('ZSCORE', place, id) == score then
-    start = read(latest_first(index) and 'ZREVRANK' or 'ZRANK', place, id) + 1
-  elseif latest_first(index) then
-    start = read('ZCOUNT', place, '(' .. score, '+inf')
-  else
-    start = read('ZCOUNT', place, '-inf', '(' .. score)
+  for _, set in ipairs(sets_of(index)) do starts[set] = passed(set, score, id) end
+end
+
+-- The next of an index with their scores, the best of all its sets first; one more than the limit.
+local function following(index)
+  local sets, heads, found = sets_of(index), {}, {}
+  for i, set in ipairs(sets) do
+    starts[set] = starts[set] or 0
+    heads[i] = read(latest_first(set) and 'ZREVRANGE' or 'ZRANGE', root .. ':' .. set,
+                    starts[set], starts[set] + limit, 'WITHSCORES')
+    heads[i].at = 1
   end
+  while #found < 2 * (limit + 1) do
+    local best, score
+    for i, head in ipairs(heads) do
+      local its = tonumber(head[head.at + 1])
+      if its and (not score or its < score) then best, score = i, its end
+    end
+    if not best then break end
+    local head = heads[best]
+    append(found, head[head.at], head[head.at + 1])
+    head.at, starts[sets[best]] = head.at + 2, starts[sets[best]] + 1
+  end
+  return found
 end
 
 local function matches(task)
@@ -130,8 +165,7 @@ end
 local rows, looked, cursor, last = {}, 0, '', ''
 while at <= #indexes and cursor == '' do
   local index = indexes[at]
-  local found = read(latest_first(index) and 'ZREVRANGE' or 'ZRANGE', root .. ':' .. index,
-                     start, start + limit, 'WITHSCORES')
+  local found = following(index)
   for i = 1, #found, 2 do
     if looked == LOOK or read_so_far > TEXTS then
       cursor = last
@@ -149,8 +183,7 @@ while at <= #indexes and cursor == '' do
     looked = looked + 1
     last = index .. ',' .. found[i + 1] .. ',' .. found[i]
   end
-  start = start + #found / 2
-  if #found == 0 then at, start = at + 1, 0 end
+  if #found == 0 then at = at + 1 end
 end
 if not known then total = arg.cursor == '' and cursor == '' and #rows or '' end
 return {'OK', total, cursor, rows}
