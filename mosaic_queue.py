@@ -10556,20 +10556,32 @@ def project_lines(one: ProjectStatus) -> list[str]:
     return lines
 
 
+def server_line(server: Server) -> str:
+    """The server in a line."""
+    return (
+        f"{server['version']} ({server['backend']}) at {server['address']}, "
+        f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
+    )
+
+
+PROJECTS_WHOLE = 25  # of more projects a person gets a line each
+
+
+def projects_lines(answer: QueueStatus) -> list[str]:
+    """What is to be said of each project; of many their counts alone."""
+    each = [project_lines(one) for one in answer["projects"]]
+    if len(each) <= PROJECTS_WHOLE:
+        return [line for lines in each for line in ("", *lines)]
+    return ["", *(lines[0] for lines in each), "", "of one alone: status --project NAME"]
+
+
 @renders(QueueStatus)
 def status_text(answer: QueueStatus) -> str:
     """The server, and each project."""
-    server = answer["server"]
-    lines = [
-        f"{server['version']} ({server['backend']}) at {server['address']}, "
-        f"{server['roundTripMs']:.2f} ms, eviction {server['evictionPolicy']}"
-    ]
-    lines += leader_lines(answer)
+    lines = [server_line(answer["server"]), *leader_lines(answer)]
     if "project" not in answer:
         lines += ["", f"all projects: {len(answer['projects'])}"]
-    for one in answer["projects"]:
-        lines += ["", *project_lines(one)]
-    return lines_of(lines)
+    return lines_of(lines + projects_lines(answer))
 
 
 RENDERINGS[str] = Rendering(lambda text: text.rstrip("\n"))
@@ -12876,7 +12888,7 @@ async def watch_status(queue: Queue, *, project: str | None = None) -> None:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         hint = "for programs: mosaic-queue status --json, mosaic-queue events --follow"
         raise Refused("INVALID", "--watch needs a terminal", hint)
-    screen = Screen(queue, project, asyncio.Event())
+    screen = Screen(queue, project)
     asyncio.get_running_loop().add_reader(0, screen.press)
     before = termios.tcgetattr(0)
     try:
@@ -12888,16 +12900,17 @@ async def watch_status(queue: Queue, *, project: str | None = None) -> None:
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
 
 
-@dataclass
 class Screen:
     """What `status --watch` shows: a line for each project, then as much of the rest as fits."""
 
-    queue: Queue
-    project: str | None
-    pressed: asyncio.Event
-    names: Sequence[str] = ()
-    first: int = 0  # line of the rest that is shown first
-    over: bool = False
+    def __init__(self, queue: Queue, project: str | None) -> None:
+        self.queue, self.project = queue, project
+        self.names: list[str] = []
+        self.head, self.rest = ["looking ..."], cast(list[str], [])
+        self.first = 0  # line of the rest that is shown first
+        self.over = False
+        self.changed = asyncio.Event()  # something that is shown, or the key that ends it
+        self.looking: asyncio.Task[None] | None = None
 
     def press(self) -> None:
         """Do what a key says."""
@@ -12905,42 +12918,69 @@ class Screen:
         self.over = self.over or bool(set(keys) & set(b"qQ\x04"))
         down = sum(keys.count(key) for key in (b"j", b"\x1b[B"))
         up = sum(keys.count(key) for key in (b"k", b"\x1b[A"))
-        self.first = max(0, self.first + down - up + 10 * (keys.count(b" ") - keys.count(b"b")))
-        if b"p" in keys:
+        self.first += down - up + 10 * (keys.count(b" ") - keys.count(b"b"))
+        if step := keys.count(b"p") - keys.count(b"P"):
             names = [None, *self.names]
             at = names.index(self.project) if self.project in names else 0
-            self.project, self.first = names[(at + 1) % len(names)], 0
-        self.pressed.set()
+            self.project, self.first = names[(at + step) % len(names)], 0
+            self.head, self.rest = [f"looking at {self.project or 'all projects'} ..."], []
+            self.look_anew()
+        self.changed.set()
+
+    def look_anew(self) -> None:
+        """Look now, and from now on."""
+        if self.looking:
+            self.looking.cancel()
+        self.looking = asyncio.create_task(self.look())
+        self.looking.add_done_callback(lambda _: self.changed.set())
 
     async def watch(self) -> None:
-        """Redraw every WATCH_EVERY s, and at each key, until one says that it is over."""
+        """Redraw when something has changed, until a key says that it is over."""
+        self.look_anew()
         while not self.over:
-            self.pressed.clear()
+            self.changed.clear()
             rows = shutil.get_terminal_size().lines
-            head, rest = await self.look()
-            self.first = min(self.first, max(0, len(rest) - 1))
-            draw("\n".join(framed(head, rest, rows, self.first)))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_EVERY):
-                    await self.pressed.wait()
+            self.first = max(0, min(self.first, len(self.rest) - 1))
+            draw("\n".join(framed(self.head, self.rest, rows, self.first)))
+            await self.changed.wait()
+            if self.looking and self.looking.done() and not self.looking.cancelled():
+                self.looking.result()  # a fault of ours is raised here
 
-    async def look(self) -> tuple[list[str], list[str]]:
-        """The lines of the head and of the rest, or why they cannot be seen."""
+    async def look(self) -> None:
+        """Read what there is to see every WATCH_EVERY s."""
+        while True:
+            try:
+                self.head, self.rest = await self.lines()
+            except Refused as problem:
+                self.head, self.rest = [f"{problem.code}: {problem.message}", problem.hint], []
+            self.changed.set()
+            await asyncio.sleep(WATCH_EVERY)
+
+    async def lines(self) -> tuple[list[str], list[str]]:
+        """The lines of the head and of the rest.  Of many projects those come first in which
+        something is going on, and a third of the screen is theirs."""
         queue, project = self.queue, self.project
-        try:
-            found = await status(queue, project=project)
-            self.names = self.names if project else [one["project"] for one in found["projects"]]
-            server, *rest = status_text(found).split("\n")
-            head = [server]
-            for one in found["projects"][:20]:
-                head.append(summary_line(one, await queue.page_of_events(one["project"], 1000)))
-            if len(found["projects"]) > 20:
-                head.append(f"and {len(found['projects']) - 20} more projects: p shows one")
-            rest += ["", *agents_text(await agents(queue, project=project)).split("\n"), ""]
-            rest += events_text(await queue.events(project=project, limit=8)).split("\n")
-        except Refused as problem:
-            return [f"{problem.code}: {problem.message}", problem.hint], []
-        return head, rest
+        found = await status(queue, project=project)
+        found["projects"].sort(key=is_quiet)
+        if not project:
+            self.names = [one["project"] for one in found["projects"]]
+        room = max(3, shutil.get_terminal_size().lines // 3)
+        shown, more = found["projects"][:room], len(found["projects"]) - room
+        head = [server_line(found["server"])]
+        for one in shown:
+            head.append(summary_line(one, await queue.page_of_events(one["project"], 1000)))
+        if more > 0:
+            head.append(f"and {more} more projects: p shows one")
+        people = ["", *agents_text(await agents(queue, project=project)).split("\n"), ""]
+        people += events_text(await queue.events(project=project, limit=8)).split("\n")
+        details = projects_lines(found)
+        rest = [*details, *people] if project or len(shown) == 1 else [*people, *details]
+        return head, [*leader_lines(found), *rest]
+
+
+def is_quiet(project: ProjectStatus) -> bool:
+    """Whether nothing is going on in a project that somebody has to look at."""
+    return not (project["held"] or project["due"] or project["tasks"]["failed"])
 
 
 def summary_line(project: ProjectStatus, events: EventList) -> str:
@@ -12966,7 +13006,7 @@ def framed(head: Sequence[str], rest: Sequence[str], rows: int, first: int) -> l
     cut = max(0, rows - 2)
     kept = head if len(head) < rows else [*head[:cut], f"{len(head) - cut} lines more"]
     part = rest[first : first + max(0, rows - len(kept) - 1)]
-    keys = "q quits, p next project, j and k scroll" if rest else "q quits"
+    keys = "q quits, p and P change the project, j and k scroll" if rest else "q quits"
     if len(part) < len(rest):
         keys += f"; lines {first + 1} to {first + len(part)} of {len(rest)}"
     return [*kept, *part, keys]

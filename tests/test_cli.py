@@ -983,6 +983,13 @@ def test_pages_of_pending_tasks_are_in_the_order_of_claims(tell: Tell) -> None:
     assert seen == claimed
 
 
+def test_a_status_of_many_projects_is_a_line_for_each(run: Run) -> None:
+    run([*PYTHON, "create", "--from", "-"], lines(*(new("T1", project=f"p{i}") for i in range(30))))
+    out = run([*PYTHON, "status"]).stdout
+    assert "all projects: 30\n\nproject p0: 1 pending\nproject p1: 1 pending\n" in out
+    assert out.endswith("\n\nof one alone: status --project NAME\n")
+
+
 def test_a_page_of_several_projects_counts_no_part_as_the_whole(tell: Tell) -> None:
     for project in ("one", "two"):
         for i in range(3):
