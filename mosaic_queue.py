@@ -920,6 +920,16 @@ def holds(path: Path, data: bytes) -> bool:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Write at a path; refuses UNFIT when that is not possible."""
+    try:
+        yield
+    except OSError as problem:
+        said = f"{path} cannot be written: {problem.strerror}"
+        raise Refused("UNFIT", said, "make room, or name a place where you may write") from None
+
+
+@contextlib.contextmanager
 def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
     """A file to write: whole at the end, or as it was before; only its user may read it.  A link
     is replaced, not followed: a cloned repository must not choose what is written.
@@ -927,7 +937,7 @@ def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
     Refuses UNFIT when it cannot be written, STALE_REV when it does not hold `was` at the end.
     """
     draft = path.with_name(f".{path.name}.{os.urandom(4).hex()}.draft")
-    try:
+    with writing(path):
         try:
             with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 yield file
@@ -942,14 +952,11 @@ def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
+        except FileExistsError:
+            said = f"{path} is being written by somebody else"
+            raise Refused("STALE_REV", said, "try again") from None
         finally:
             draft.unlink(missing_ok=True)
-    except FileExistsError:
-        said = f"{path} is being written by somebody else"
-        raise Refused("STALE_REV", said, "try again") from None
-    except OSError as problem:
-        said = f"{path} cannot be written: {problem.strerror}"
-        raise Refused("UNFIT", said, "make room, or name a place where you may write") from None
 
 
 def put(file: Path, data: bytes, was: object = ANYTHING, mode: int = 0o644) -> None:
@@ -972,11 +979,8 @@ def take_lock(path: Path) -> int | None:
     it has removed the file.  The lock lasts until this process, and each that has inherited the
     descriptor, has closed it or ended."""
     private_folder(path.parent)
-    try:
+    with writing(path):
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    except OSError as problem:
-        said = f"{path} cannot be written: {problem.strerror}"
-        raise Refused("UNFIT", said, "make it a file of this user's") from None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, lock)
         require_own(path, os.fstat(lock), COORDINATOR)
@@ -9262,14 +9266,17 @@ Around = Callable[[Task], contextlib.AbstractAsyncContextManager[Sequence[str]]]
 
 @dataclass
 class Runner:
-    """Commands run for tasks, and what became of them."""
+    """A command run for tasks, and what became of them."""
 
     queue: Queue
     command: Sequence[str]
     environ: Mapping[str, str]
+    around: Around | None = None
+    pauses: Pauses = field(default_factory=lambda: Pauses(1))
     child: Any = None
     group: int = 0  # of the command's processes
-    asking: bool = False  # for a task: it may be interrupted
+    started: bool = False  # whether the command of the task at hand was
+    idle: asyncio.Task[Any] | None = None  # what a signal may cancel
     received: list[int] = field(default_factory=list)  # signals
     completed: int = 0
     failed: int = 0
@@ -9277,43 +9284,68 @@ class Runner:
     lost: int = 0
 
     def signalled(self, number: int) -> None:
-        """Hand a signal to the child."""
+        """Hand a signal to the child, or end what waits for the next."""
         self.received.append(number)
         if self.child:
             self.send(number)
+        if self.idle:
+            self.idle.cancel()
 
-    async def work_on(self, around: Around | None, most: int, **wanted: Any) -> str:
+    async def interruptible(self, work: Awaitable[R]) -> R:
+        """What some work returns, which ends with a signal."""
+        self.idle = asyncio.current_task()
+        try:
+            return await work
+        finally:
+            self.idle = None
+
+    async def work_on(self, wanted: Mapping[str, Any], most: int) -> str:
         """Run the command for the next task that is wanted; where `most` failures in a row are
-        allowed, for one after the other.  Why it ended."""
-        command, why = self.command, ""
+        allowed, for one after the other.  Why it ended.  A loop waits for a server that fails."""
+        why = ""
         while not self.received and not why:
-            self.asking = True
-            offer = await self.queue.next(**wanted)
-            self.asking = False
-            for task in offer["tasks"]:
-                async with around(task) if around else contextlib.nullcontext(command) as words:
-                    self.command = words
+            pause = 0.0
+            try:
+                offer = await self.interruptible(self.queue.next(**wanted))
+                for task in offer["tasks"]:
                     await self.work(task)
-            why = "" if offer["tasks"] and most else offer.get("why", "done")
+                why = "" if offer["tasks"] and most else offer.get("why", "done")
+                self.pauses.forget()
+            except Refused as problem:
+                if not most or not problem.passes:
+                    raise
+                pause = self.pauses.begin()
+                said = f"{problem.message}; again in {pause:.0f} s"
+                say(f"mosaic-queue: {printable(said)}", sys.stderr)
             if most and self.failures >= most:
                 why = f"{self.failures} commands failed in a row"
-            elif most and (pause := pause_after(self.failures)):
-                self.asking = True
-                await asyncio.sleep(pause)
+            elif most and self.failures > 1:  # a broken worker must make no dead letters of all
+                pause = max(pause, self.pauses.begin("command"))
+            if pause and not why:
+                await self.interruptible(asyncio.sleep(pause))
         return why
 
     async def work(self, task: Task) -> None:
-        """Run the command for one task, and tell the queue how it ended."""
-        with task_file(task) as file:
-            environ = {
-                "MOSAIC_PROJECT": task["project"],
-                "MOSAIC_TASK_ID": task["taskId"],
-                "MOSAIC_TASK_FILE": str(file),
-                "MOSAIC_AGENT": task["claimedBy"],
-                "MOSAIC_FENCE": str(task["fence"]),
-            }
-            async with watched_group() as self.group:
-                await self.supervise(task, {**self.environ, **environ})
+        """Run the command for one task, and tell the queue how it ended.  A task for which it
+        cannot be started is given back."""
+        self.started = False
+        words = self.around(task) if self.around else contextlib.nullcontext(self.command)
+        try:
+            async with words as self.command, watched_group() as self.group:
+                with task_file(task) as file:
+                    environ = {
+                        "MOSAIC_PROJECT": task["project"],
+                        "MOSAIC_TASK_ID": task["taskId"],
+                        "MOSAIC_TASK_FILE": str(file),
+                        "MOSAIC_AGENT": task["claimedBy"],
+                        "MOSAIC_FENCE": str(task["fence"]),
+                    }
+                    await self.supervise(task, {**self.environ, **environ})
+        except Refused as problem:
+            if not self.started:
+                why = clipped(problem.message, SHORT)
+                await self.queue.release(task["id"], fence=task["fence"], delay=60, reason=why)
+            raise
 
     async def supervise(self, task: Task, environ: Mapping[str, str]) -> None:
         """Start the command, pass on what it prints, and tell the queue how it ended."""
@@ -9328,9 +9360,9 @@ class Runner:
             )
         except OSError as problem:
             reason = f"{self.command[0]} cannot be run: {problem.strerror}"
-            await self.queue.release(name, fence=fence, delay=60, reason=reason)
             hint = "name a program that is there; the task was released"
             raise Refused("INVALID", reason, hint) from None
+        self.started = True
         for number in self.received:  # what came while it was started
             self.send(number)
         watching = asyncio.create_task(self.stop_when_lost(name))
@@ -9362,6 +9394,7 @@ class Runner:
                 # Also where the lease is lost: it counts while nobody else took the task up.
                 await self.queue.complete(name, fence=fence, summary=summary)
                 self.completed, self.failures = self.completed + 1, 0
+                self.pauses.forget("command")
                 return
             if name not in self.queue.leases:
                 raise Refused("NOT_OWNER", "; ".join(self.queue.lost) or f"you lost {name}")
@@ -9425,7 +9458,8 @@ def task_file(task: Task) -> Iterator[Path]:
     while (lock := take_lock(file := folder / f"{new_session()}.json")) is None:
         pass  # another process took it for one that was left
     try:
-        file.write_text(json.dumps(task))
+        with writing(file):
+            file.write_text(json.dumps(task))
         yield file
     finally:
         file.unlink(missing_ok=True)
@@ -9441,9 +9475,13 @@ async def watched_group() -> AsyncIterator[int]:
     first member waits for the end of a pipe that this process alone holds open.  A command that
     leaves the group (setsid) is not reached."""
     pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    watcher = await asyncio.create_subprocess_exec(
-        "/bin/sh", "-c", WATCHER, stdin=pipe, stdout=null, stderr=null, process_group=0
-    )
+    try:
+        watcher = await asyncio.create_subprocess_exec(
+            "/bin/sh", "-c", WATCHER, stdin=pipe, stdout=null, stderr=null, process_group=0
+        )
+    except OSError as problem:
+        said = f"no command can be started: /bin/sh: {problem.strerror}"
+        raise Refused("UNFIT", said, "end some processes, or raise the limit of them") from None
     pipe_end = cast(asyncio.StreamWriter, watcher.stdin)
     try:
         yield watcher.pid
@@ -9460,17 +9498,11 @@ def keep_summary(name: str, fence: int, summary: str) -> str:
     try:
         private_folder(file.parent)
         put(file, compact({"task": name, "fence": fence, "summary": summary}).encode(), None, 0o600)
-    except OSError as problem:
-        say(f"mosaic-queue: {file} cannot be written: {problem.strerror}; the summary of {name} "
-            f"is: {summary}", sys.stderr)  # fmt: skip
+    except Refused as problem:
+        said = f"{problem.message}; the summary of {name} is: {summary}"
+        say(f"mosaic-queue: {said}", sys.stderr)
         return ""
     return str(file)
-
-
-def pause_after(failures: int) -> float:
-    """Seconds to wait after some failures in a row: a worker that is broken must not empty the
-    queue into the dead letters."""
-    return float(min(2 ** (failures - 2), 60)) if failures > 1 else 0
 
 
 def runner_name(config: Config) -> str:
@@ -9499,64 +9531,51 @@ async def run(
     """
     if not command:
         raise Refused("INVALID", "there is no command to run", "mosaic-queue run -- CMD ...")
-    how = (mission, lane, wait, ttl, loop, max_failures, secrets)
-    return await run_commands(queue, command, *how)
+    wanted = {"mission": mission, "lane": lane, "wait": wait, "ttl": ttl}
+    return await run_commands(queue, command, wanted, max_failures if loop else 0, secrets)
 
 
 async def run_commands(
     operator: Queue,
     command: Sequence[str],
-    mission: str | None = None,
-    lane: str | None = None,
-    wait: int = 0,
-    ttl: int | None = None,
-    loop: bool = False,
-    max_failures: int = 10,
+    wanted: Mapping[str, Any],
+    most: int = 0,
     secrets: bool = False,
     around: Around | None = None,
     session: str | None = None,
 ) -> int:
-    """Take the next task and run a command for it; with `loop`, until nothing comes in `wait` s.
+    """Take the next task and run a command for it; while fewer than `most` failed in a row, until
+    nothing comes.
 
     The child has MOSAIC_PROJECT, MOSAIC_TASK_ID, MOSAIC_AGENT, MOSAIC_FENCE, and the task as JSON
     in MOSAIC_TASK_FILE.  The lease is renewed while it lives.  Exit 0 completes the task with the
     last line of stdout as summary; anything else fails it with the tail of stderr.  When the lease
     is lost the child is stopped.  Signals go to the child; a task whose command was interrupted
-    is released.  After failures in a row it pauses, longer each time, and after `max_failures` it
-    ends.  Returns 0, 5 when there was nothing to do, 7 when a command failed.
+    is released.  Returns 0, 5 when there was nothing to do, 7 when a command failed.
     `around` gives the command of each task, and sees to what has to be done before and after it.
     """
-    me = cast("asyncio.Task[Any]", asyncio.current_task())
     config, unsafe = operator.config, operator.link.unsafe
     async with Queue(config, session=session or new_session(), unsafe=unsafe) as queue:
         queue.agent, queue.patience = runner_name(config), math.inf
-        runner = Runner(queue, command, passed_environ(config, secrets))
-
-        def signalled(number: int) -> None:
-            runner.signalled(number)
-            if runner.asking:
-                me.cancel()
-
+        runner = Runner(queue, command, passed_environ(config, secrets), around)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, signalled, number)
-        renewing = asyncio.create_task(renew_leases(queue))
-        looking = asyncio.create_task(look_at_changes(queue, queue.own(None)))
+            asyncio.get_running_loop().add_signal_handler(number, runner.signalled, number)
+        work = (renew_leases(queue), look_at_changes(queue, queue.own(None)))
+        background = [asyncio.create_task(one) for one in work]
         try:
-            wanted = {"lane": lane, "mission": mission, "wait": wait, "ttl": ttl}
-            why = await runner.work_on(around, max_failures if loop else 0, **wanted)
+            await queue.link.check()  # a server that is unfit, or away from the start, ends a loop
+            why = await runner.work_on(wanted, most)
         except asyncio.CancelledError:
             if not runner.received:
                 raise
         finally:
-            renewing.cancel()
-            looking.cancel()
+            for task in background:
+                task.cancel()
     if runner.received:
         return 128 + runner.received[0]
     counts = f"{runner.completed} completed, {runner.failed} failed, {runner.lost} lost"
     say(f"mosaic-queue: {why}: {counts}", sys.stderr)
-    if runner.failed or runner.lost:
-        return 7
-    return 0 if runner.completed else 5
+    return 7 if runner.failed or runner.lost else 0 if runner.completed else 5
 
 
 async def pass_on(stream: Any, to: Any) -> bytes:
@@ -10284,6 +10303,24 @@ def launcher_of(runtime: str) -> Sequence[str]:
     return RUNTIMES[runtime]
 
 
+@contextlib.asynccontextmanager
+async def session_at_work(
+    queue: Queue, now: Standing, runtime: str, session: str
+) -> AsyncIterator[Entry]:
+    """Be the one session that works on a mission; how it ended is written into what this gives."""
+    file, began, ended = now.mission.file, time.monotonic(), {"ended_reason": "error"}
+    facts: Entry = {"runtime": runtime, "agent": queue.agent, "started_at": stamp()}
+    facts |= {"pid": os.getpid(), "host": socket.gethostname()}
+    facts["process_began"] = process_began(os.getpid())
+    if current := now.current():
+        facts["milestone_id"] = text_of(current, "id")
+    own = await begin_session(file, facts, queue_session=session)
+    try:
+        yield ended
+    finally:
+        await end_session(file, own, **ended, duration=round(time.monotonic() - began))
+
+
 @operation("mission run", local=True)
 async def mission_run(
     queue: Queue,
@@ -10311,33 +10348,20 @@ async def mission_run(
     await sync_board(queue, file)
     for one in await clean_up(queue, file):
         say(f"mosaic-queue: {cleaned_line(one)}", sys.stderr)
-    now, began, reason = await mission_standing(queue, file), time.monotonic(), "error"
-    facts: dict[str, Any] = {"runtime": runtime, "agent": queue.agent, "started_at": stamp()}
-    facts |= {"pid": os.getpid(), "host": socket.gethostname()}
-    facts["process_began"] = process_began(os.getpid())
-    if current := now.current():
-        facts["milestone_id"] = text_of(current, "id")
-    session = new_session()
-    own = await begin_session(file, facts, queue_session=session)
+    now = await mission_standing(queue, file)
 
     @contextlib.asynccontextmanager
     async def around(task: Task) -> AsyncIterator[Sequence[str]]:
-        try:
-            now = await write_mission_files(queue, file, runtime, task["taskId"])
-            text = "" if command else hand_over(now)
-        except Refused as problem:
-            await queue.release(task["id"], fence=task["fence"], reason=problem.message)
-            raise
-        yield command or (*launcher, text)
+        standing = await write_mission_files(queue, file, runtime, task["taskId"])
+        yield command or (*launcher, hand_over(standing))
 
-    try:
-        how = (now.called, lane, wait, ttl, loop, max_failures, secrets, around, session)
-        status = await run_commands(queue, command, *how)
-        reason = ENDS.get(status, "interrupted")
+    wanted = {"mission": now.called, "lane": lane, "wait": wait, "ttl": ttl}
+    most, session = max_failures if loop else 0, new_session()
+    async with session_at_work(queue, now, runtime, session) as ended:
+        status = await run_commands(queue, command, wanted, most, secrets, around, session)
+        ended["ended_reason"] = ENDS.get(status, "interrupted")
         await write_mission_files(queue, file, runtime)
-        return status
-    finally:
-        await end_session(file, own, ended_reason=reason, duration=round(time.monotonic() - began))
+    return status
 
 
 # ==== SURFACES ===============================================================================
@@ -12136,10 +12160,8 @@ def entered(path: Path, before: str, text: str, dry_run: bool) -> ClientEntry:
     answer: ClientEntry = {"file": str(path), "text": change, "written": False}
     if dry_run or not change:
         return answer
-    try:
+    with writing(path):
         backup = replaced(path, before, text)
-    except OSError as problem:
-        raise Refused("INVALID", f"{path} cannot be written: {problem.strerror}") from None
     return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
 
 

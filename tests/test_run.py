@@ -525,6 +525,37 @@ def test_a_result_that_nobody_took_is_in_a_file(start: Start, tmp_path: Path) ->
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_result_that_cannot_be_kept_is_told(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "mosaic-queue").mkdir(mode=0o700)
+    (tmp_path / "mosaic-queue" / "unsent").touch()
+    with server_of_its_own() as server:
+        create(server, "T1")
+        words = ["run", "--ttl", "2", "--", sys.executable, "-c", LATE]
+        process = start(*words, MOSAIC_VALKEY_URL=server.url)
+        until((tmp_path / "on").exists)
+        server.kill()
+        (tmp_path / "off").touch()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 6
+        assert "the summary of p/T1 is: the page is live" in err
+        assert "Traceback" not in err
+
+
+def test_a_task_whose_file_cannot_be_written_is_given_back(
+    environ: dict[str, str], server: Server, tmp_path: Path
+) -> None:
+    """As on a full disk."""
+    create(server, "T1")
+    words = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", PROGRAM, "run", "--", "touch", "ran"]
+    done = subprocess.run(
+        words, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 6
+    assert "cannot be written: File too large" in done.stderr
+    assert ask(server, "get", "T1")["status"] == "pending"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_lease_that_ran_out_takes_no_result_while_nobody_took_the_task_up(
     start: Start, server: Server, db: redis.Redis, tmp_path: Path
 ) -> None:
@@ -606,7 +637,27 @@ def test_a_broken_worker_does_not_empty_the_queue(run: Tell, server: Server) -> 
 
 
 def test_the_pause_after_failures_doubles() -> None:
-    assert [mq.pause_after(n) for n in (0, 1, 2, 3, 4, 9, 100)] == [0, 0, 1, 2, 4, 60, 60]
+    pauses = mq.Pauses(1)
+    assert [pauses.begin() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_a_loop_waits_for_a_server_that_fails(
+    start: Start, server: Server, db: redis.Redis
+) -> None:
+    """Between two tasks its memory fills; a command that runs meanwhile loses nothing."""
+    create(server, "T1", "T2")
+    process = start("run", "--loop", "--", "sh", "-c", "echo begun >&2; sleep 1; echo done")
+    assert process.stderr
+    assert process.stderr.readline() == "begun\n"
+    db.config_set("maxmemory", 1)
+    try:
+        assert "OOM" in process.stderr.readline()
+        assert ask(server, "get", "T1")["summary"] == "done"
+    finally:
+        db.config_set("maxmemory", 0)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "2 completed, 0 failed, 0 lost" in err
 
 
 def test_a_loop_waits_for_work(start: Start, server: Server, db: redis.Redis) -> None:
