@@ -7003,7 +7003,7 @@ SIGNS = {  # where a cell has no word
     "under way": "🔄🚧⏳🏗🔨🟡🔵🏃▶◐👀",
     "finished": "✅✔✓☑🏁",
     "set aside": "⏸🚫❄🗑🧊💤⏭",
-    "blocked": "⛔🔒🛑",
+    "blocked": "⛔🔒🛑🔴",
 }
 BOXES = {" ": "open", "x": "finished", "✓": "finished", "✔": "finished", "✅": "finished"} | {
     "-": "set aside", ">": "set aside", "~": "under way", "/": "under way"
@@ -7689,6 +7689,13 @@ class GitCopy(NamedTuple):
             return True
         return git(self.common, "rev-parse", "--is-bare-repository") == "true"
 
+    def others(self) -> list[Path]:
+        """The copies of the file in the other worktrees of its repository."""
+        listed = (git(self.top, "worktree", "list", "--porcelain") or "").splitlines()
+        tops = [line.removeprefix("worktree ") for line in listed if line.startswith("worktree ")]
+        paths = [Path(top, self.path) for top in tops if top != self.top]
+        return [path for path in paths if path.is_file()]
+
     def at_work(self) -> str:
         """What git is in the middle of, '' when of nothing."""
         return next((n for n in GIT_AT_WORK if os.path.lexists(f"{self.folder}/{n}")), "")
@@ -8127,7 +8134,7 @@ class Pair(NamedTuple):
         """What a cell says, in the file's own words."""
         if kind is STATUS and self.row.held and mine == "blocked":
             return self.row.held
-        return printable(plain(self.row.said.get(kind.name, "")))[:CELL] or mine
+        return clipped(printable(plain(self.row.said.get(kind.name, ""))), CELL) or mine
 
     def refuse(self, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
@@ -8400,7 +8407,7 @@ class Sync:
         for row in rows:
             if row.edges:
                 prose = ", ".join(text for text, ids in row.edges if not known.issuperset(ids))
-                row.prose = printable(prose)[:CELL]
+                row.prose = clipped(printable(prose), CELL)
                 ids = {one for _, part in row.edges if known.issuperset(part) for one in part}
                 row.cells["depends_on"] = " ".join(sorted(ids))
                 row.held = f"waiting for {row.prose}" if prose else row.held
@@ -8714,6 +8721,7 @@ DIRECTIONS = ("both", "to-file", "to-queue")
 TRIES = 20  # that one sync makes while others write the file
 LOOK_EVERY = 0.25  # s between two looks of `watch_file`
 WRITE_EVERY = 1.0  # s
+WORKTREES_EVERY = 2.0  # s between two looks at which worktrees there are
 MISSION = re.compile(  # one word; a sentence is no name
     r"[\s>*_-]*mission[*_]*\s*:[\s*_`]*([A-Za-z0-9][A-Za-z0-9._@-]{0,127})[\s*_`]*(?:$|[(,|—])",
     re.IGNORECASE,
@@ -8838,10 +8846,13 @@ def digest_of_file(text: str) -> str:
 
 
 def settings_of(config: Config, file: Path, project: str) -> dict[str, Any]:
-    """What the configuration says of a file."""
-    if not config["files"]:
-        return {}
-    return next((one for one in workspace_files(config, project) if one["path"] == file), {})
+    """What the configuration says of a file, or of its copy in another worktree."""
+    files = [*workspace_files(config, project)] if config["files"] else []
+    same = [one for one in files if one["path"] == file]
+    if files and not same and (copy := copy_of(file)):
+        copies = ((one, copy_of(one["path"])) for one in files)
+        same = [one for one, its in copies if its and its.board == copy.board]
+    return same[0] if same else {}
 
 
 def workspace_files(config: Config, default: str | None = None) -> Iterator[dict[str, Any]]:
@@ -8943,6 +8954,25 @@ class TaskFile:
         if report["rows"] and report["rows"] != self.told:
             self.tell(report)
         self.told = report["rows"]
+
+
+async def follow_copies(
+    queue: Queue, given: Mapping[str, Any], tell: Callable[[SyncReport], None]
+) -> None:
+    """Keep a file of the configuration in step, until cancelled.  With `worktrees: all` its copies
+    in other worktrees are kept in step too, from when they are made until they are removed."""
+    how = {key: value for key, value in given.items() if key not in ("path", "words", "worktrees")}
+    at_work: dict[Path, asyncio.Task[None]] = {}
+    async with asyncio.TaskGroup() as group:
+        while True:
+            copy = copy_of(given["path"]) if given.get("worktrees") == "all" else None
+            wanted = {given["path"], *(copy.others() if copy else ())}
+            for path in wanted - at_work.keys():
+                file = TaskFile(queue, path, **how, tell=tell)
+                at_work[path] = group.create_task(follow(queue, file))
+            for path in at_work.keys() - wanted:
+                at_work.pop(path).cancel()  # the next sync of another copy forgets it
+            await asyncio.sleep(WORKTREES_EVERY)
 
 
 async def watch_file(
@@ -9132,9 +9162,7 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
         # A file is one of this host, and another leader's monitor need not know of it.
         place = f"{socket.gethostname()} {given['path']}"
         mark = hashlib.blake2b(place.encode(errors="replace"), digest_size=8).hexdigest()
-        how = {key: value for key, value in given.items() if key not in ("words", "worktrees")}
-        tell = functools.partial(log_sync, given["path"], given["project"])
-        parts[f"files.{mark}"] = functools.partial(follow, queue, TaskFile(queue, **how, tell=tell))
+        parts[f"files.{mark}"] = functools.partial(follow_copies, queue, given, log_sync)
     kinds = dict.fromkeys(name.partition(".")[0] for name in parts)
     for name in only:
         if name not in kinds:
@@ -9162,9 +9190,9 @@ def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
     return found
 
 
-def log_sync(path: Path, project: str, report: SyncReport) -> None:
+def log_sync(report: SyncReport) -> None:
     """Log what a sync of a workspace file has found."""
-    log("sync", file=str(path), project=project, rows=report["rows"])
+    log("sync", file=report["file"], project=report["project"], rows=report["rows"])
 
 
 async def led(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import one_engine, until
+from conftest import at_work, one_engine, until
 from test_sync import HEAD, Command, command, in_step, kinds, replaced, row, shown, sync, written
 
 import mosaic_queue as mq
@@ -282,6 +282,38 @@ async def test_all_worktrees_are_written_where_the_configuration_says_so(
     config.set("files", [{"path": str(other), "project": "p", "worktrees": "some"}], "t")
     with pytest.raises(mq.Refused, match="worktrees is 'some'; accepted: main, all"):
         await sync(queue, other)
+
+
+async def test_the_monitor_keeps_all_worktrees_in_step(
+    queue: mq.Queue, config: mq.Config, board: Path, tmp_path: Path
+) -> None:
+    """Those that there are, those that are made later, and none that is removed."""
+    folder, first, second = board.parents[1], tmp_path / "first", tmp_path / "second"
+    words = {"finished": ["abgehakt"]}
+    given = {"path": str(board), "project": "p", "worktrees": "all", "words": words}
+    config.set("files", [given], "t")
+    git(folder, "worktree", "add", "-q", "-b", "one", str(first))
+
+    def all_say(text: str, *tops: Path) -> bool:
+        return all(text in (top / "docs/TASKS.md").read_text() for top in tops)
+
+    async with at_work(mq.watch_all(queue, only=["files"])):
+        await queue.complete("A", project="p", force=True, summary="it works")
+        await until(lambda: all_say("| A | done |", folder, first))
+        git(folder, "worktree", "add", "-q", "-b", "two", str(second))
+        await until(lambda: all_say("| A | done |", second))
+        replaced(second / "docs/TASKS.md", "do E", "do E well")
+        await until(lambda: all_say("do E well", folder, first, second))
+        git(folder, "worktree", "remove", "--force", str(first))
+        replaced(second / "docs/TASKS.md", "| C | not-started", "| C | abgehakt")
+        await until(lambda: all_say("| C | done |", folder))
+        await until(lambda: files_are(queue, board, second / "docs/TASKS.md"))
+    assert (await queue.get("A", project="p"))["summary"] == "it works"
+    assert (await shown(queue))["C"] == "done"
+
+
+async def files_are(queue: mq.Queue, *paths: Path) -> bool:
+    return {*(await queue.files("p")).values()} == {*map(str, paths)}
 
 
 async def test_under_watch_a_checkout_is_written_anew(queue: mq.Queue, board: Path) -> None:

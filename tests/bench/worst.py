@@ -26,7 +26,7 @@ from conftest import BINARIES, Server
 import mosaic_queue as mq
 
 GOAL = 250.0  # ms
-LARGE = {"description": "x\u00fc\"/" * 13_000, "metadata": {"notes": "y\"" * 21_000}}
+LARGE = {"description": 'x\u00fc"/' * 13_000, "metadata": {"notes": 'y"' * 21_000}}
 
 
 async def longest(client: redis.Redis, call: Callable[[], Awaitable[Any]]) -> float:
@@ -41,8 +41,10 @@ async def create(queue: mq.Queue, names: list[str], project: str = "p", **rest: 
     edges = len(rest.get("dependencies", ()))
     step = min(mq.BATCH, 3000 // edges) if edges else 20 if "description" in rest else mq.BATCH
     for at in range(0, len(names), step):
-        rows: list[Any] = [{"mission": "m", "title": "t" * 500, "taskId": name, **rest}
-                           for name in names[at : at + step]]
+        rows: list[Any] = [
+            {"mission": "m", "title": "t" * 500, "taskId": name, **rest}
+            for name in names[at : at + step]
+        ]
         await queue.create_all(rows, project=project)
 
 
@@ -60,19 +62,23 @@ async def measure(queue: mq.Queue, client: redis.Redis) -> dict[str, float]:
 
     large = [f"T{n:03}" for n in range(300)]
     await create(queue, large, **LARGE)
-    await note("list --full of 300 tasks with 128 KiB each", lambda: queue.list(
-        project="p", limit=1000, full=True))
+    await note(
+        "list --full of 300 tasks with 128 KiB each",
+        lambda: queue.list(project="p", limit=1000, full=True),
+    )
     await note("list of the same", lambda: queue.list(project="p", limit=1000))
-    await note("list --text that nothing has", lambda: queue.list(
-        project="p", text="nowhere to be found"))
+    await note(
+        "list --text that nothing has", lambda: queue.list(project="p", text="nowhere to be found")
+    )
     await note("records of 100 of them", lambda: queue.records("p", large[:100]))
     await note("get", lambda: queue.get("T000"))
     await note("doctor, of them", lambda: mq.doctor(queue, project="p"))
 
     await create(queue, ["root"], "q")
     await create(queue, [f"D{n:03}" for n in range(100)], "q", dependencies=["root"], **LARGE)
-    await note("delete --force with 100 dependents of 128 KiB", lambda: queue.delete(
-        "q/root", force=True))
+    await note(
+        "delete --force with 100 dependents of 128 KiB", lambda: queue.delete("q/root", force=True)
+    )
 
     await create(queue, ["root"], "d")
     await create(queue, [f"D{n:04}" for n in range(1000)], "d", dependencies=["root"])
@@ -84,13 +90,19 @@ async def measure(queue: mq.Queue, client: redis.Redis) -> dict[str, float]:
         await create(queue, layer(n), "g", dependencies=layer(n - 1))
     await create(queue, ["top"], "g")
     await create(queue, ["above"], "g", dependencies=["top"])
-    await note("update with a graph of 160,000 edges to search", lambda: queue.update(
-        "g/top", dependencies=layer(4)[:199]))
+    await note(
+        "update with a graph of 160,000 edges to search",
+        lambda: queue.update("g/top", dependencies=layer(4)[:199]),
+    )
     await note("doctor, of 200 dependencies each", lambda: mq.doctor(queue, project="g"))
     await note("explain", lambda: mq.explain(queue, "g/top"))
     rows: list[Any] = [
-        {"mission": "m", "title": "t", "taskId": f"R{n:03}",
-         "dependencies": [f"R{k:03}" for k in range(n + 1, min(n + 16, 200))]}
+        {
+            "mission": "m",
+            "title": "t",
+            "taskId": f"R{n:03}",
+            "dependencies": [f"R{k:03}" for k in range(n + 1, min(n + 16, 200))],
+        }
         for n in range(200)
     ]
     await note("create of 200 in reverse order", lambda: queue.create_all(rows, project="r"))
@@ -110,7 +122,7 @@ async def measure(queue: mq.Queue, client: redis.Redis) -> dict[str, float]:
     await queue.policy(project="e", apply=True)
     for name in heavy:
         await queue.claim(name, "alice", project="e", ttl=1)
-        await queue.heartbeat(name, project="e", progress="p" * 4000, checkpoint="c\"" * 32_000)
+        await queue.heartbeat(name, project="e", progress="p" * 4000, checkpoint='c"' * 32_000)
     await asyncio.sleep(1.5)
     await note("reap of 100 of 200 KiB each to the dead letters", lambda: queue.reap(project="e"))
     assert len((await queue.list(project="e", status="failed", limit=1000))["tasks"]) >= 100
@@ -121,8 +133,9 @@ async def measure(queue: mq.Queue, client: redis.Redis) -> dict[str, float]:
     async def source() -> Any:
         yield [*records.values()]
 
-    await note("restore of 100 with 128 KiB each", lambda: mq.enter_records(
-        queue, "p", meta, source()))
+    await note(
+        "restore of 100 with 128 KiB each", lambda: mq.enter_records(queue, "p", meta, source())
+    )
     return found
 
 
