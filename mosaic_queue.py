@@ -4063,7 +4063,8 @@ class Queue:
         # The claim is the agent's, and no session's.
         reply = await self._claimed("assign", project, given)
         if reply[0] == "NOTHING":
-            return {"tasks": [], "why": with_moments(reply[1])}
+            like = await self._like(project) if reply[6] else ""
+            return {"tasks": [], "why": with_moments(reply[1]) + like}
         return {"tasks": [task_from(project, reply)]}
 
     @operation()

@@ -192,6 +192,7 @@ async def test_a_project_that_was_mistyped_is_told(queue: mq.Queue) -> None:
     await queue.create("fleet", "m", "T1", title="a task")
     nothing = await queue.next("alice", project="flet")
     assert nothing["why"] == "there is no project flet yet; did you mean fleet?"
+    assert await queue.assign(agent="bob", project="flet") == nothing
 
 
 # ---- what wakes a waiter ----

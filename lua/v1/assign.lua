@@ -7,9 +7,9 @@
 -- Emits    assign
 --
 -- The best: by priority, then how many tasks wait for it, then age; among the first BATCH of each
--- lane.  The claim has no session; the agent's next, claim, start or heartbeat picks it up.
+-- lane; a project that is not there yet has none.  The claim has no session; the agent's next, claim, start or heartbeat picks it up.
 
-meta = project()
+meta = project(false, arg.task == '')
 require_id(arg.agent, 'agent')
 local done = recall(nil, true)
 local did = done and fields(done.task)
@@ -40,6 +40,7 @@ local function best()
   return found
 end
 
+if not meta.limits then return {'NOTHING', no_project() .. ' yet', due(), '', '', 0, 1} end
 local task
 if arg.task ~= '' then
   task = load(arg.task, '*')

@@ -16,8 +16,7 @@ require_id(arg.agent, 'agent')
 local ttl = arg.ttl == '' and limit('claimTTL') or require_integer(arg.ttl, 'ttl', 1, WEEK)
 if not meta.limits then
   local bells = arg.lane == '' and LANES or arg.lane .. ' any'
-  local why = 'there is no project ' .. root:match('{(.*)}') .. ' yet' ..
-              (meta.rev > 0 and ': it is being restored' or '')
+  local why = no_project() .. ' yet' .. (meta.rev > 0 and ': it is being restored' or '')
   return {'NOTHING', why, 0, '', bells, 0, 1}
 end
 if arg.lane ~= '' then require_lane(arg.lane) end

@@ -112,6 +112,10 @@ local function reject(code, sentence, due, case) -- seldom
   error({refusal = {code, sentence, due or 0, case or ''}}, 0)
 end
 
+local function no_project() -- seldom
+  return 'there is no project ' .. root:match('{(.*)}')
+end
+
 -- Project meta.  Few fields, since each costs: the rest stands in `limits`.  A project with a rev
 -- and without limits is being restored, and nobody else sees it.  One that is not there yet may be
 -- made by this call, or may be missing for whoever waits for work in it.
@@ -126,7 +130,7 @@ local function project(may_be_new, may_be_missing)
            '; this program knows schema ' .. SCHEMA .. ' and older')
   elseif not schema and not may_be_missing and
          (not may_be_new or values[1] and SCRIPT ~= 'restore') then
-    reject('NOT_FOUND', 'there is no project ' .. root:match('{(.*)}') ..
+    reject('NOT_FOUND', no_project() ..
            (values[1] and ' yet: it is being restored' or ''), 0,
            values[1] and 'restoring' or 'project')
   end
