@@ -12334,6 +12334,8 @@ def complete_names(kind: str, prefix: str, parsed_args: Any, **_: Any) -> Sequen
     try:
         flags = {"redis.url": getattr(parsed_args, "url", None)}
         flags["project"] = getattr(parsed_args, "project", None)
+        if kind == "task" and isinstance(words := getattr(parsed_args, "task", None), list):
+            flags["project"] = words[0] if words else flags["project"]  # show web T<TAB>
         config = load_config(getattr(parsed_args, "config", None), flags)
         if not config["redis.url"] and not PrivateServer().answers():
             return []
@@ -12356,8 +12358,10 @@ async def names_of(queue: Queue, kind: str, prefix: str) -> Sequence[str]:
     project, slash, _ = prefix.rpartition("/")
     project = project or queue.config["project"]
     if kind == "lane":
-        lanes = (await queue.policy(project=project))["lanes"] if project else ()
-        return ["any", *lanes]
+        if project:
+            return [*(await queue.policy(project=project))["lanes"]]
+        declared = queue.config.policy()[1].split()
+        return ["any", "planning", "coding", *(one.partition("=")[0] for one in declared)]
     tasks = (await queue.list(project=project or None, limit=1000))["tasks"]
     if kind == "mission":
         return [task["mission"] for task in tasks]
@@ -12478,16 +12482,17 @@ IN_THE_OPEN = (
     "mosaic-queue: the password of --url stands in the list of processes; "
     "$MOSAIC_VALKEY_URL or redis.url in a file keeps it out of there"
 )
+URLS = "Valkey or Redis; default: $MOSAIC_VALKEY_URL, config, else a private server"
+COLOUR_WORDS = ("auto", "always", "never")
 EVERYWHERE = {  # the flags of every command
-    "project": ARGUMENTS["project"].help,
-    "agent": ARGUMENTS["agent"].help,
-    "url": "Valkey or Redis; default: $MOSAIC_VALKEY_URL, config, else a private server",
-    "config": "YAML file; default: ~/.config/mosaic/queue.yaml",
-    "json": "for programs",
-    "unsafe": "use a server that is UNFIT",
-    "color": "auto, always or never; $NO_COLOR",
+    "project": ARGUMENTS["project"],
+    "agent": ARGUMENTS["agent"],
+    "url": Argument("text", URLS),
+    "config": Argument("path", "YAML file; default: ~/.config/mosaic/queue.yaml"),
+    "json": Argument("bool", "for programs"),
+    "unsafe": Argument("bool", "use a server that is UNFIT"),
+    "color": Argument("word", "auto, always or never; $NO_COLOR", words=COLOUR_WORDS),
 }
-SWITCHES = ("json", "unsafe")  # those of them that take no value
 METAVARS = {  # how a value is shown, by its kind
     "task": "taskId",
     "int": "N",
@@ -12533,7 +12538,7 @@ def leading_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The flags of every command that stand before it, with their values; and the rest."""
     flags, rest = cast(list[str], []), [*words]
     while rest and rest[0].startswith("--") and rest[0][2:].partition("=")[0] in EVERYWHERE:
-        size = 1 if "=" in rest[0] or rest[0][2:] in SWITCHES else 2
+        size = 1 if "=" in rest[0] or EVERYWHERE[rest[0][2:]].kind == "bool" else 2
         flags, rest = flags + rest[:size], rest[size:]
     return flags, rest
 
@@ -12614,63 +12619,66 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
         description=about,
         epilog="example: " + example.replace("mosaic-queue", prog),
     )
-    others = variants(of)
     places = [name for name, one in of.parameters.items() if by_place(name, one)]
     for name, parameter in of.parameters.items():
-        add_argument(parser, name, parameter, bool(others), of.reads and places == ["task"])
+        add_argument(parser, name, parameter, of.reads and places == ["task"])
     for action in cast(Any, parser)._actions:
         action.required = False  # `fill_in` says what is missing
         if narrow := of.words(action.dest):
             action.help, action.completer = ", ".join(narrow), lambda narrow=narrow, **_: narrow
-    for word, other in others.items():
+    for word, other in variants(of).items():
         for name, parameter in other.parameters.items():
             if name not in of.parameters:
                 add_argument(parser, name, parameter)
         if word not in map(flag, other.parameters):
-            parser.add_argument(word, action="store_true", help=other.summary)
+            parser.add_argument(
+                word, dest="variant", action="store_const", const=other, help=other.summary
+            )
     shared = parser.add_argument_group("everywhere")
-    for name, text in EVERYWHERE.items():
-        if name in SWITCHES:
-            shared.add_argument(f"--{name}", action="store_true", help=text)
-        else:
-            complete_by(shared.add_argument(f"--{name}", help=text), name)
+    for name, argument in EVERYWHERE.items():
+        add_flag(shared, name, argument)
     return parser
 
 
-def add_argument(
-    parser: Any, name: str, parameter: Any, optional: bool = False, in_two: bool = False
-) -> None:
+def add_argument(parser: Any, name: str, parameter: Any, in_two: bool = False) -> None:
     """Add what a parameter of an operation is on the command line; a task may come `in_two` words,
     its project and its taskId."""
     argument, default = ARGUMENTS[name], parameter.default
-    options: dict[str, Any] = {"help": argument.help}
+    if argument.kind == "bool" or not by_place(name, parameter):
+        if name not in EVERYWHERE:
+            add_flag(parser, name, argument, default)
+        return
+    options = {"help": argument.help, "metavar": METAVARS.get(argument.kind, name)}
+    if argument.kind in ("command", "text"):
+        options["nargs"] = argparse.REMAINDER if argument.kind == "command" else "+"
+    elif default is not parameter.empty or name in CONFIGURED:
+        options["nargs"] = "*" if in_two else "?"
+    elif in_two:
+        options["nargs"] = "+"
+    complete_by(parser.add_argument(name, **options), name, argument)
+
+
+def add_flag(parser: Any, name: str, argument: Argument, default: Any = None) -> None:
+    """Add an argument that is given by a flag."""
     if argument.kind == "bool":
-        word, action = flag(name), "store_true"
-        if default is True:
-            word, action = "--no" + word[1:], "store_false"
-            options["help"] = argument.help.removeprefix("false: ")
-        parser.add_argument(word, dest=name, action=action, **options)
-    elif by_place(name, parameter):
-        options["metavar"] = METAVARS.get(argument.kind, name)
-        if argument.kind in ("command", "text"):
-            options["nargs"] = argparse.REMAINDER if argument.kind == "command" else "+"
-        elif optional or default is not parameter.empty or name in CONFIGURED:
-            options["nargs"] = "*" if in_two else "?"
-        elif in_two:
-            options["nargs"] = "+"
-        complete_by(parser.add_argument(name, **options), name)
-    elif name not in EVERYWHERE:
-        options["metavar"] = METAVARS.get(argument.kind, name.upper())
-        if argument.kind in ("ids", "words", "texts"):
-            options["action"] = "append"
-        complete_by(parser.add_argument(flag(name), dest=name, **options), name)
+        no = default is True
+        parser.add_argument(
+            "--no" + flag(name)[1:] if no else flag(name),
+            dest=name,
+            action="store_false" if no else "store_true",
+            help=argument.help.removeprefix("false: "),
+        )
+        return
+    options = {"help": argument.help, "metavar": METAVARS.get(argument.kind, name.upper())}
+    if argument.kind in ("ids", "words", "texts"):
+        options["action"] = "append"
+    complete_by(parser.add_argument(flag(name), dest=name, **options), name, argument)
 
 
-def complete_by(action: Any, name: str) -> None:
+def complete_by(action: Any, name: str, argument: Argument) -> None:
     """Say how a shell completes an argument: by the words it may be, or by the names there are."""
-    words = ARGUMENTS[name].words if name in ARGUMENTS else ()
     kind = "task" if name == "dependencies" else name
-    if words:
+    if words := argument.words:
         action.completer = lambda **_: words
     elif kind in ("task", "mission", "project", "lane", "agent"):
         action.completer = functools.partial(complete_names, kind)
@@ -12680,7 +12688,9 @@ def offer_completions(prog: str) -> None:
     """Answer a shell that completes a line, and end the process."""
     import argcomplete
 
-    root = argparse.ArgumentParser(prog=prog)
+    root = argparse.ArgumentParser(prog=prog, argument_default=argparse.SUPPRESS)
+    for name, argument in EVERYWHERE.items():
+        add_flag(root, name, argument)
     groups = {"": root.add_subparsers()}
     typed_words = os.environ.get("COMP_LINE", "").split()
     for name in command_names():
@@ -12825,13 +12835,15 @@ async def create_groups(
     first a dependency that nobody knows is refused with its line."""
     wanted: list[tuple[str, list[Numbered]]] = []
     for project, rows in groups.items():
-        known = await known_ids(queue, project, rows)
+        own = {str(task["taskId"]) for _, task in rows if "taskId" in task}
+        others = {one for _, task in rows for one in task.get("dependencies", ())} - own
+        known = own | await existing(queue, project, others)
         for number, task in rows:
             missing = sorted({*task.get("dependencies", ())} - known)
             if missing:
                 said = f"line {number} of {source}: there is no task {project}/{missing[0]}"
                 raise Refused("NOT_FOUND", said, case="dependency")
-        there = await known_ids(queue, project, rows, own=False) if skip_existing else set()
+        there = await existing(queue, project, own) if skip_existing else set()
         left = [row for row in rows if row[1].get("taskId") not in there]
         wanted += [(project, left[at : at + BATCH]) for at in range(0, len(left), BATCH)]
     answer, total = Batch(tasks=[]), sum(len(rows) for _, rows in wanted)
@@ -12856,22 +12868,16 @@ async def create_groups(
     return answer
 
 
-async def known_ids(
-    queue: Queue, project: str, rows: Sequence[Numbered], own: bool = True
-) -> set[str]:
-    """The ids that tasks of a file may depend on: those of the file, and those that are there;
-    without `own` those of the file that are there."""
-    ids = {str(task["taskId"]) for _, task in rows if "taskId" in task}
-    others = {one for _, task in rows for one in task.get("dependencies", ())} - ids
-    asked = sorted(others if own else ids)
-    found: set[str] = set()
+async def existing(queue: Queue, project: str, ids: Iterable[str]) -> set[str]:
+    """Those of the ids that a project has."""
+    asked, found = sorted(ids), cast(set[str], set())
     try:
         for at in range(0, len(asked), RECORDS):
             found |= (await queue.records(project, asked[at : at + RECORDS]))[1].keys()
     except Refused as refusal:
         if refusal.code != "NOT_FOUND":
             raise
-    return found | ids if own else found
+    return found
 
 
 @operation("events --follow", local=True, reads=True, group="operators")
@@ -12992,7 +12998,7 @@ class Screen:
             self.changed.clear()
             rows = shutil.get_terminal_size().lines
             self.first = max(0, min(self.first, len(self.rest) - 1))
-            draw("\n".join(framed(self.head, self.rest, rows, self.first)))
+            draw("\n".join(screen_lines(self.head, self.rest, rows, self.first)))
             await self.changed.wait()
             if self.looking and self.looking.done() and not self.looking.cancelled():
                 self.looking.result()  # a fault of ours is raised here
@@ -13051,7 +13057,7 @@ def summary_line(project: ProjectStatus, events: EventList) -> str:
     )
 
 
-def framed(head: Sequence[str], rest: Sequence[str], rows: int, first: int) -> list[str]:
+def screen_lines(head: Sequence[str], rest: Sequence[str], rows: int, first: int) -> list[str]:
     """As many lines as a screen has: the head, a part of the rest, and what the keys do; what is
     cut is counted."""
     cut = max(0, rows - 2)
@@ -13114,10 +13120,7 @@ async def server_stop(queue: Queue) -> PrivateState:
     return answer
 
 
-@renders(PrivateState, status=lambda one: 0 if one.get("running") or one.get("stopped") else 5)
-def private_state_text(answer: PrivateState) -> str:
-    """A line for each fact."""
-    return facts_text(answer)
+renders(PrivateState, lambda one: 0 if one.get("running") or one.get("stopped") else 5)(facts_text)
 
 
 class Settings(TypedDict):
@@ -13225,15 +13228,11 @@ def run_line(words: Sequence[str], prog: str) -> int:
 def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
     """Call what a parsed command line names and show what it returns; the exit status."""
     in_json, unsafe = arguments.pop("json", False), arguments.pop("unsafe", False)
-    COLOUR["when"] = arguments.pop("color", "auto")
-    if COLOUR["when"] not in ("auto", "always", "never"):
-        invalid("--color", COLOUR["when"], "auto, always, never")
-    for word, other in variants(of).items():
-        name = next((name for name in other.parameters if flag(name) == word), "")
-        switch = word[2:].replace("-", "_")
-        if (name or switch) in arguments:
-            of = other
-            arguments.pop(switch if not name else "", None)
+    COLOUR["when"] = EVERYWHERE["color"].check("--color", arguments.pop("color", "auto"))
+    others = variants(of)
+    of = arguments.pop("variant", of)
+    for name in arguments:  # a flag with a value, as --from of create
+        of = others.get(flag(name) if name in ARGUMENTS else "", of)
     file, url = arguments.pop("config", None), arguments.pop("url", None)
     if url and parse_url(url).password and not in_json:
         say(IN_THE_OPEN, sys.stderr)

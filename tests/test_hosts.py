@@ -269,6 +269,9 @@ def test_commands_words_and_ids_are_completed(tell: Tell) -> None:
     assert completions(tell, "mosaic-queue show web/") == ["web/T1"]
     assert completions(tell, "mosaic-queue show --project api U") == ["U1"]
     assert completions(tell, "mosaic-queue list --project web --lane p") == ["planning"]
+    assert completions(tell, "mosaic-queue show web ") == ["T1"]
+    assert completions(tell, "mosaic-queue --project api claim U") == ["U1"]
+    assert completions(tell, "mosaic-queue next --lane c") == ["coding"]
     tell("claim", "web/T1", "--agent", "alice")
     assert completions(tell, "mosaic-queue list --agent a") == ["alice"]
     dead = {"MOSAIC_VALKEY_URL": "redis://127.0.0.1:1"}
@@ -541,7 +544,7 @@ def test_keys_scroll_and_choose_a_project(tell: Tell, terminal: Callable[..., Te
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 40])
 def test_a_screen_counts_what_it_cuts(rows: int) -> None:
     head, rest = [f"project {n}" for n in range(4)], [f"line {n}" for n in range(10)]
-    lines = mq.framed(head, rest, rows, 0)
+    lines = mq.screen_lines(head, rest, rows, 0)
     assert len(lines) <= max(2, rows)
     if rows > len(head) + 1:
         assert lines[: len(head)] == head
