@@ -58,18 +58,20 @@ redis.call = function(command, ...)
   if calls == %(fail_at)d then error('SHIM call ' .. calls .. ' ' .. command .. ' fails') end
   if not reads[command] then wrote = true end
   local reply = real.call(command, ...)
-  if command == 'TIME' then return {tostring(reply[1] + %(seconds)d), reply[2]} end
+  if command == 'TIME' then return {%(time)s} end
   return reply
 end
 """
 
 
 class Shim:
-    """Scripts with a clock that can be turned (`seconds`) and a k-th call that fails (`fail_at`,
-    0: none).  `uptime` (s) is what INFO says to `reap`."""
+    """Scripts with a clock that can be turned (`seconds`) or stands in a key of that name
+    (`clock`), and a k-th call that fails (`fail_at`, 0: none).  `uptime` (s) is what INFO says to
+    `reap`."""
 
     def __init__(self) -> None:
         self.seconds, self.fail_at, self.uptime = 0, 0, 100_000
+        self.clock = ""
         self.shipped = mq.script
 
     def script(self, name: str) -> mq.Script:
@@ -79,8 +81,10 @@ class Shim:
             "reads": ", ".join(f"{name} = true" for name in READS.split()),
             "uptime": self.uptime,
             "fail_at": self.fail_at,
-            "seconds": self.seconds,
+            "time": f"tostring(reply[1] + {self.seconds}), reply[2]",
         }
+        if self.clock:
+            values["time"] = f"real.call('GET', '{self.clock}'), '0'"
         told = "then return reply.refusal end"
         assert rest.count(told) == 1
         late = "then if wrote then error('SHIM refusal after a write') end "

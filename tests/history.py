@@ -23,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +95,16 @@ class Recorder:
         self.write(number=number, ended=time.monotonic(), code=code, answer=answer)
 
 
-def told_of(task: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """What the checker looks at in a task that a call answered with."""
-    names = ("taskId", "status", "rev", "fence", "claimedBy", "leaseExpiresAt", "retryCount")
-    return {name: task[name] for name in names if name in task} | more
+def told_of(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checker looks at in a task that a call answered with; times in ms."""
+    names = ["taskId", "status", "rev", "fence", "claimedBy", "leaseExpiresAt", "retryCount"]
+    names = names[:4] if task.get("superseded") else names
+    told = {name: task[name] for name in names if name in task}
+    told["taskId"] = task["id"].rpartition("/")[2]
+    if isinstance(told.get("leaseExpiresAt"), str):
+        ends = datetime.fromisoformat(told["leaseExpiresAt"].split(" ")[0])
+        told["leaseExpiresAt"] = int(ends.timestamp() * 1000)
+    return told
 
 
 def read_history(path: Path) -> list[Call]:
@@ -399,6 +406,9 @@ def without_event(calls: list[Call], events: list[Event]) -> Iterator[str]:
     """Every acknowledged change has the event with its number, and shares it with no other."""
     numbers = {one.number: one for one in events}
     taken: dict[int, Call] = {}
+    later = defaultdict(list)
+    for known in events:
+        later[known.task].append(known)
     for call in (call for call in calls if call.changed):
         rev = call.answer["rev"]
         one = numbers.get(rev)
@@ -410,6 +420,10 @@ def without_event(calls: list[Call], events: list[Event]) -> Iterator[str]:
             yield f"{describe(call)}: its event has fence {one.fence}"
         elif rev in taken:
             yield f"{describe(call)}: {describe(taken[rev])} has the same number"
+        elif call.answer["status"] not in [
+            one.after for one in later[call.task] if one.number >= rev
+        ]:
+            yield f"{describe(call)}: it never was that"
         taken[rev] = call
 
 
@@ -419,7 +433,8 @@ def resolve(
     """The calls with what the events tell of those without an answer: one that made a change
     gets its number, any other was never carried out.  And the changes that nobody asked for."""
     told = {call.answer["rev"] for call in calls if call.changed}
-    known = [call for call in calls if call.code and call.task]
+    numbers = {one.number: one for one in events}
+    known = [as_it_was(call, numbers) for call in calls if call.code and call.task]
     unknown: dict[tuple[str, str], list[Call]] = defaultdict(list)
     for call in calls:
         if not call.code:
@@ -440,6 +455,15 @@ def resolve(
         answer = {"rev": one.number, "status": one.after, "fence": one.fence}
         known.append(replace(made, task=one.task, answer=answer, surely=True))
     return known, unasked
+
+
+def as_it_was(call: Call, numbers: Mapping[int, Event]) -> Call:
+    """A call that was sent again is answered with the task as it is by then; its event says what
+    became of it at first."""
+    one = numbers.get(call.answer.get("rev", 0))
+    if not (call.changed and one and one.after != call.answer["status"]):
+        return call
+    return replace(call, answer={"rev": one.number, "status": one.after, "fence": one.fence})
 
 
 def out_of_order(calls: list[Call]) -> Iterator[str]:

@@ -129,10 +129,14 @@ class Project:
 
 def read_project(db: redis.Redis, project: str) -> Project:
     """The key space of a project, in one call."""
+    return project_from(db.eval(DUMP, 1, f"mosaic:queue:project:{{{project}}}"))
+
+
+def project_from(rows: list[Any]) -> Project:
+    """The same, from what DUMP returned."""
     decode = {"zset": scores, "hash": pairs, "list": list, "stream": list, "set": set}
     found, known = Project(), dictionary()
-    root = f"mosaic:queue:project:{{{project}}}"
-    for key, type_, value in db.eval(DUMP, 1, root):
+    for key, type_, value in rows:
         kind, _, name = key.removeprefix(":").partition(":")
         if known.get(kind) != (type_, bool(name)):
             found.strange.append(f"{key} ({type_}) is not in the dictionary")
@@ -187,6 +191,19 @@ def problems(
     found.since = since
     for task in set(unborn) - found.tasks.keys():
         found.forget(task)
+    return problems_of(found, now_ms, gaps=gaps, cut=cut, locks=locks, bells=bells)
+
+
+def problems_of(
+    found: Project,
+    now_ms: int | None = None,
+    *,
+    gaps: int = 0,
+    cut: bool = False,
+    locks: bool = False,
+    bells: bool = False,
+) -> list[str]:
+    """The same, of a key space that was read."""
     return [
         *found.strange,
         *of_tasks(found),
@@ -197,7 +214,7 @@ def problems(
         *of_lanes(found, bells),
         *of_assignments(found),
         *of_events(found, gaps),
-        *([] if cut or since else of_histories(found)),
+        *([] if cut or found.since else of_histories(found)),
     ]
 
 

@@ -378,6 +378,29 @@ async def test_end_lost_and_claimed_again_by_the_same(
     assert told(db, "p")[-1][1] == "claim"
 
 
+@pytest.mark.parametrize("name", ["start", "heartbeat", "release", "complete", "fail", "block"])
+async def test_what_others_do_meanwhile_hides_no_receipt(
+    name: str, far: mq.Queue, queue: mq.Queue, proxy: Proxy, db: redis.Redis
+) -> None:
+    """Somebody leaves a note, or takes what was given back and begins with it: whoever sends her
+    call again is told that it was carried out, and it is not carried out twice."""
+    await create(queue, "p")
+    await far.claim("T", "alice")
+
+    async def others() -> None:
+        await queue.note("T", "seen")
+        if name in ("release", "fail"):
+            await queue.claim("T", "bob")
+            await queue.start("T", agent="bob")
+
+    proxy.lose(name, "closed", others)
+    more: dict[str, dict[str, Any]] = {"fail": {"reason": "no", "delay": 0, "retry_delay": 0}}
+    more |= {"heartbeat": {"progress": "half"}, "block": {"reason": "ask"}}
+    answer = await getattr(far, name)("T", agent="alice", **more.get(name, {}))
+    own = [event for event in told(db, "p") if event[6] == "alice" and event[1] != "claim"]
+    assert [int(event[4]) for event in own] == [answer["rev"]]
+
+
 @pytest.mark.parametrize("name", ["create", "create_all"])
 async def test_create_lost_and_claimed_at_once(
     name: str, far: mq.Queue, queue: mq.Queue, proxy: Proxy, db: redis.Redis
@@ -388,6 +411,7 @@ async def test_create_lost_and_claimed_at_once(
 
     async def claimed_at_once() -> None:
         await queue.claim(task, "bob")
+        await queue.start(task, agent="bob")
 
     proxy.lose("create", "closed", claimed_at_once)
     answer = await CASES[name][2](far, "p")

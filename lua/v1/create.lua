@@ -81,8 +81,8 @@ end
 for _, new in ipairs(sorted) do
   local task = new.known
   if not task then
-    task = {id = new.task, key = key('task', new.task), status = '', fence = '', lane = new.lane,
-            priority = new.priority, order = new.order, notBefore = ''}
+    task = {id = new.task, key = key('task', new.task), status = '', fence = '', op = '',
+            lane = new.lane, priority = new.priority, order = new.order, notBefore = ''}
     if new.delay ~= '' and new.delay ~= '0' then
       task.notBefore = string.format('%d', now + new.delay * 1000)
     end

@@ -39,10 +39,25 @@ local function keep_receipt(task, earlier)
   end
 end
 
--- Sets fields of the task, with the number, time and receipt of this change.
+-- The receipt in a task's hash is that of its last change.  The holder's next call takes the place
+-- of the last one; any other call moves what it finds to a key, and ` +` says that there are such.
+local function receipt_of(task)
+  local mark, digest, fence, rev, more = task.op:match('^(%S+) (%S+) (%S*) (%S+)( ?%+?)$')
+  if mark and not (arg.fence ~= '' and fence == task.fence) then
+    write('SET', key('op', mark), digest .. ' ' .. task.id .. ' ' .. fence .. ' ' .. rev, 'PX',
+          RECEIPT)
+    more = ' +'
+  end
+  return arg.op .. ' ' .. task.fence .. ' ' .. task.rev .. (more or '')
+end
+
+-- Sets fields of the task, with the number and time of this change, and the receipt of its call.
 local function change(task, ...)
-  local op = arg.op ~= '' and arg.op .. ' ' .. task.fence .. ' ' .. task.rev or ''
-  write('HSET', task.key, 'rev', task.rev, 'updatedAt', at, 'op', op, ...)
+  if arg.op == '' then
+    write('HSET', task.key, 'rev', task.rev, 'updatedAt', at, ...)
+  else
+    write('HSET', task.key, 'rev', task.rev, 'updatedAt', at, 'op', receipt_of(task), ...)
+  end
 end
 
 -- The long texts of the run.  Each name has a new value, or '' to take it away.

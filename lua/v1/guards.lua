@@ -118,14 +118,14 @@ end
 local anonymous = arg.fence == ''
 
 -- What is left of this very call if it was carried out before.  `arg.op` is `op digest`; the
--- receipt in a task's hash goes on with `fence rev` and lasts until the next change.
+-- receipt in a task's hash goes on with `fence rev`, and with `+` where there are earlier ones.
 local function recall(task, alone)
   if arg.op == '' then return nil end
   if #arg.op ~= 37 then reject('INVALID', 'op is not 24 digits, a space and 12 digits') end
   local mark, digest, id, fence, rev = arg.op:sub(1, 24), nil, task and task.id
   if task and task.op:sub(1, 24) == mark then
-    digest, fence, rev = task.op:match('^%S+ (%S+) (%S*) (%S+)$')
-  elseif alone then
+    digest, fence, rev = task.op:match('^%S+ (%S+) (%S*) (%S+)')
+  elseif alone or task and task.op:sub(-1) == '+' then
     local value = read('GET', key('op', mark))
     if value then digest, id, fence, rev = value:match('^(%S+) (%S+) (%S*) (%S+)$') end
   end
