@@ -5200,18 +5200,16 @@ class Follower(Protocol):
 
 
 async def read_events(queue: Queue, project: str, since: int, most: int) -> EventList:
-    """The events after a rev, about `most` of them at most."""
-    page = await queue.events(project=project, since=since, limit=FOLLOW)
-    while FOLLOW <= len(page["events"]) < most and len(page["events"]) % FOLLOW == 0:
-        more = await queue.events(project=project, since=page["since"], limit=FOLLOW)
-        page["since"] = more["since"]
-        page["events"] += more["events"]
-        if not more["events"]:
-            break
-    return page
+    """The events after a rev, by whole pages until there are `most`."""
+    found = page = await queue.events(project=project, since=since, limit=FOLLOW)
+    while len(page["events"]) == FOLLOW and len(found["events"]) < most:
+        page = await queue.events(project=project, since=page["since"], limit=FOLLOW)
+        found["events"] += page["events"]
+        found["since"] = page["since"]
+    return found
 
 
-async def caught_up(
+async def catch_up(
     queue: Queue,
     follower: Follower,
     project: str,
@@ -5223,24 +5221,22 @@ async def caught_up(
     Refuses UNFIT when it followed another epoch: the queue was emptied or replaced meanwhile, and
     what the follower has may be all that is left.
     """
-    own, at = since or ("", 0)
+    own, before = since or ("", None)
     if follower.keep is None:
         epoch, rev, _ = await queue.followed(project, follower.name)
     else:
-        epoch, rev = await queue.follow(project, follower.name, at, follower.keep, own)
-    if since and since[0] != epoch:
+        epoch, rev = await queue.follow(project, follower.name, before or 0, follower.keep, own)
+    if since and own != epoch:
         raise Refused(
             "UNFIT",
             f"project {project} is not the one that {follower.name} followed: its epoch is "
-            f"{epoch}, not {since[0]}",
+            f"{epoch}, not {own}",
             f"mosaic-queue restore --project {project} --as {project}-old",
         )
     page: EventList = {"events": []}
-    lost, before = 0, since[1] if since else None
-    if before is None and follower.keep:
-        page = await queue.events(project=project, since=0, limit=FOLLOW)
-    elif before is not None and before <= rev:
-        page = await read_events(queue, project, before, most)
+    if follower.keep if before is None else before <= rev:
+        page = await read_events(queue, project, before or 0, most)
+    lost = 0
     if before is not None:  # of a project that was restored none are left
         lost = page.get("lost", 0 if page["events"] else max(0, rev - before))
     if before is None or before > rev or lost:
@@ -5266,7 +5262,6 @@ async def follow(queue: Queue, follower: Follower) -> None:
     changed = asyncio.Event()
     every, wanted = getattr(follower, "every", 0.0), getattr(follower, "wanted", None)
     most = FOLLOW * (20 if every else 1)
-
     only = getattr(follower, "project", None)
 
     async def wake() -> None:
@@ -5277,7 +5272,7 @@ async def follow(queue: Queue, follower: Follower) -> None:
         """Whether the follower has come further in a project."""
         try:
             since = cursors.pop(project, None) or await follower.cursor(project)
-            cursors[project] = await caught_up(queue, follower, project, since, most)
+            cursors[project] = await catch_up(queue, follower, project, since, most)
             pauses.forget(project)
             return cursors[project] != since
         except Exception as problem:
@@ -5287,10 +5282,10 @@ async def follow(queue: Queue, follower: Follower) -> None:
                 log_fault(problem, **facts, again=pauses.begin(project))
             return False
 
-    wakers = [wake(), *([follower.wake(changed)] if hasattr(follower, "wake") else ())]
     async with asyncio.TaskGroup() as group:
-        for one in wakers:
-            group.create_task(one)
+        group.create_task(wake())
+        if hasattr(follower, "wake"):
+            group.create_task(follower.wake(changed))
         while True:
             if wanted and not wanted():
                 cursors.clear()
@@ -5319,10 +5314,10 @@ async def projects_of(queue: Queue) -> Sequence[str]:
         return []
 
 
-# ==== RESTORE ================================================================================
+# ==== RECORD FILES ===========================================================================
 #
 # A project written out as JSON lines, a header and its records, and made again from records,
-# wherever they were kept.  Nothing is written before all that comes from a file has been read.
+# wherever they were kept.  Nothing is entered before all that comes from a file has been read.
 
 ARGUMENTS |= {
     "output": Argument("path", "file to write; default: standard output"),
@@ -5355,7 +5350,7 @@ RECORD_RULES: dict[str, Argument | str] = {  # what a value may be; a pattern is
 }
 
 
-def restored_row(record: Record) -> dict[str, str]:
+def row_to_restore(record: Record) -> dict[str, str]:
     """A record as restore.lua takes it."""
     values: dict[str, Any] = {**record.get("hidden", {}), **record}
     edges = values.get("dependencies", ())
@@ -5429,7 +5424,7 @@ def meta_of(value: Any) -> Meta:
 
 
 @contextlib.contextmanager
-def refused_at(place: object) -> Iterator[None]:
+def refuse_at(place: object) -> Iterator[None]:
     """Refuse what is wrong in a file, with the place where it is."""
     try:
         yield
@@ -5440,16 +5435,6 @@ def refused_at(place: object) -> Iterator[None]:
     except Refused as problem:
         said = f"{place}: {problem.message}"
         raise Refused(problem.code, said, problem.hint) from None
-
-
-def require_no_cycle(records: Mapping[str, Record], where: object) -> None:
-    """Refuse tasks that would wait for each other for ever."""
-    edges = {task: record.get("dependencies", ()) for task, record in records.items()}
-    try:
-        graphlib.TopologicalSorter(edges).prepare()
-    except graphlib.CycleError as cycle:
-        around = ", ".join(cycle.args[1][:10])
-        raise Refused("CYCLE", f"{where}: these tasks depend on each other: {around}") from None
 
 
 async def enter_records(queue: Queue, project: str, meta: Meta, source: Records) -> int:
@@ -5475,7 +5460,7 @@ async def enter_records(queue: Queue, project: str, meta: Meta, source: Records)
     async for records in source:
         for at in range(0, len(records), RECORDS):
             part = records[at : at + RECORDS]
-            if not await step("enter", [restored_row(record) for record in part]):
+            if not await step("enter", [row_to_restore(record) for record in part]):
                 return -1  # somebody else was faster
             last += [{"task": one["taskId"]} for one in part if stands_by_others(one)]
             count += len(part)
@@ -5491,7 +5476,7 @@ def values_in(path: Path) -> Iterator[tuple[str, Any]]:
     of an older program is one JSON object."""
     data = read_file(path, RECORDS_FILE)
     if path.suffix == ".json":
-        with refused_at(path):
+        with refuse_at(path):
             value = json.loads(data)
             tasks = value.pop("tasks", []) if isinstance(value, dict) else []
             if not isinstance(tasks, list):
@@ -5501,43 +5486,55 @@ def values_in(path: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
         place = f"line {number} of {path}"
-        with refused_at(place):
+        with refuse_at(place):
             value = json.loads(line)
         yield place, value
 
 
-def header_of(path: Path, known: Mapping[str, Any] = {}) -> tuple[dict[str, Any], Meta]:
-    """The header of a file with records, and the facts of the project in it; those that it has not
-    are `known`."""
-    place, header = next(values_in(path))
-    with refused_at(place):
-        return header, meta_of({**known, **header} if isinstance(header, dict) else header)
-
-
-def read_records(
-    path: Path, known: Mapping[str, Any] = {}
-) -> tuple[dict[str, Any], Meta, dict[str, Record]]:
-    """The header of a file with records, the project's facts, and the records, each of them held
-    against every rule; refuses with the place in the file."""
-    header, meta = header_of(path, known)
+def read_records(path: Path, known: Mapping[str, Any] = {}) -> tuple[str, Meta, dict[str, Record]]:
+    """Project, facts and records of a file, each held against every rule; refuses with the place
+    in the file.  Facts that are `known` may be missing in it; name and epoch may not differ."""
+    values = values_in(path)
+    place, header = next(values)
+    with refuse_at(place):
+        meta = meta_of({**known, **header} if isinstance(header, dict) else header)
+        for name in known.keys() & {"project", "epoch"}:
+            if header.get(name) != known[name]:
+                said = f"its {name} is {clipped(str(header.get(name)), 60)!r}, not {known[name]}"
+                hint = f"mosaic-queue import {path} --project {known['project']}"
+                raise Refused("INVALID", said, hint)
     found: dict[str, Record] = {}
-    for place, value in itertools.islice(values_in(path), 1, None):
-        with refused_at(place):
+    for place, value in values:
+        with refuse_at(place):
             record = record_of(value, meta)
             if record["taskId"] in found:
                 raise Refused("INVALID", f"task {record['taskId']} is in two lines", "")
             found[record["taskId"]] = record
-    return header, meta, found
+    return header["project"], meta, found
 
 
-def read_export(path: Path) -> tuple[str, Meta, Records]:
-    """Project, facts and records of an exported file; refuses with the number of the line."""
-    header, meta, found = read_records(path)
-    require_no_cycle(found, path)
-    return header["project"], meta, at_once(found)
+def read_project(paths: Sequence[Path], project: str | None = None) -> tuple[str, Meta, Records]:
+    """Name, facts and records of a project from its manifests, or from one exported file; all is
+    read, and held against every rule, before anything is answered."""
+    known: dict[str, Any] = {"project": project} if project else {}
+    found: dict[str, Record] = {}
+    for path in paths:
+        name, meta, records = read_records(path, known)
+        known = known if "epoch" in known else {"project": name, **meta}
+        for task, record in records.items():
+            # A task that changed its mission may for a moment stand in two files.
+            if record["rev"] >= found.get(task, record)["rev"]:
+                found[task] = record
+    edges = {task: record.get("dependencies", ()) for task, record in found.items()}
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as cycle:
+        said = f"{paths[0]}: these tasks depend on each other: {', '.join(cycle.args[1][:10])}"
+        raise Refused("CYCLE", said) from None
+    return known.pop("project"), cast(Meta, known), pages_of(found)
 
 
-async def at_once(records: Mapping[str, Record]) -> Records:
+async def pages_of(records: Mapping[str, Record]) -> Records:
     """Records that are all here, and how far they are entered, on stderr."""
     found = [*records.values()]
     progress = Progress("entered", len(found))
@@ -5547,12 +5544,17 @@ async def at_once(records: Mapping[str, Record]) -> Records:
             progress.tell(min(at + FOLLOW, len(found)))
 
 
+def record_line(value: Any) -> bytes:
+    """A header or a record as a line of a file."""
+    return (json_text(value) + "\n").encode()
+
+
 def header_for(project: str, meta: Meta, **more: Any) -> dict[str, Any]:
     """The header of a file with records."""
     return {"v": VERSION, "project": project, **more, **meta}
 
 
-async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
+async def export_values(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
     """A project as the lines of an export: the header, then each task as it was at one moment.  The
     header's rev is the project's before the first of them."""
     meta, _ = await queue.records(project, [])
@@ -5561,12 +5563,7 @@ async def exported(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
     for start in range(0, len(ids), RECORDS):
         _, found = await queue.records(project, ids[start : start + RECORDS])
         for record in found.values():
-            yield in_order(record)
-
-
-def in_order(record: Record) -> dict[str, Any]:
-    """A record with its fields in the order of Record, for whoever reads the file."""
-    return {name: record[name] for name in Record.__annotations__ if name in record}  # type: ignore
+            yield dict(record)
 
 
 class Exported(TypedDict):
@@ -5588,8 +5585,8 @@ async def export(
     project, count = queue.own(project), -1
     to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
     with to_file as file:
-        async for line in exported(queue, project):
-            file.write((json_text(line) + "\n").encode())
+        async for value in export_values(queue, project):
+            file.write(record_line(value))
             count += 1
     return {"project": project, "exported": count, "file": output} if output else None
 
@@ -5600,15 +5597,13 @@ def exported_text(answer: Exported) -> str:
     return "{exported} tasks of project {project} are in {file}".format(**answer)
 
 
-# ==== MANIFESTS ==============================================================================
-#
-# The record as files: an export of each mission, and project.jsonl, an export without records
+# A folder of manifests has an export of each mission, and project.jsonl, an export without records
 # that says how far the files have come, written last.  A monitor writes all of them when it begins
 # and after whatever went wrong, and then those in which something changes.
 
 MANIFEST_EVERY = 1.0  # s between two writes of one file
 PROJECT_FILES = ("project.jsonl", "project.json")  # the second of an older program
-Missions = dict[str, dict[str, tuple[int, str, str]]]  # by mission and taskId: order, taskId, line
+Missions = dict[str, dict[str, tuple[int, str, bytes]]]  # by mission and taskId
 
 
 def manifest_folder(config: Config) -> Path:
@@ -5634,27 +5629,14 @@ def missions_of(folder: Path, suffix: str = ".jsonl") -> Sequence[Path]:
     return [one for one in sorted(folder.glob(f"*{suffix}")) if one.name not in PROJECT_FILES]
 
 
-def read_manifests(folder: Path, project: str) -> tuple[Meta, Records]:
-    """Facts and records of a project from its manifests, all of which are read before."""
+def manifests_of(folder: Path, project: str) -> Sequence[Path]:
+    """The manifests of a project, that of the whole first; refuses where there are none."""
     folder = folder / file_name(project)
     first = project_manifest(folder)
     if first is None:
         hint = "name an exported file: mosaic-queue restore --from FILE"
         raise Refused("NOT_FOUND", f"{folder} has no record of {project}", hint)
-    _, meta = header_of(first)
-    found: dict[str, Record] = {}
-    for path in (first, *missions_of(folder, first.suffix)):
-        header, _, records = read_records(path, meta)
-        with refused_at(path):
-            for name, wanted in {"project": project, "epoch": meta["epoch"]}.items():
-                if header.get(name) != wanted:
-                    invalid(name, header.get(name), wanted)
-        for task, record in records.items():
-            # A task that changed its mission may for a moment stand in two files.
-            if record["rev"] >= found.get(task, record)["rev"]:
-                found[task] = record
-    require_no_cycle(found, folder)
-    return meta, at_once(found)
+    return [first, *missions_of(folder, first.suffix)]
 
 
 class Manifests:
@@ -5681,7 +5663,7 @@ class Manifests:
         folder = self.folder / file_name(changes.project)
         for private in (self.folder, folder):
             private_folder(private)
-        changed = taken_over(changes, missions)
+        changed = update_missions(changes, missions)
         paths = {folder / f"{file_name(name)}.jsonl": name for name in changed}
         self._require_own(changes, folder)
         for path, name in paths.items():
@@ -5720,7 +5702,7 @@ class Manifests:
             return
 
 
-def taken_over(changes: Changes, missions: Missions) -> set[str]:
+def update_missions(changes: Changes, missions: Missions) -> set[str]:
     """Bring the missions up to date; the names of those that changed."""
     changed = {record["mission"] for record in changes.tasks.values()}
     ids = {event["task"] for event in changes.events} | changes.tasks.keys()
@@ -5730,17 +5712,17 @@ def taken_over(changes: Changes, missions: Missions) -> set[str]:
         for task in gone:
             del tasks[task]
     for task, record in changes.tasks.items():
-        line = json.dumps(in_order(record), ensure_ascii=False)
-        missions.setdefault(record["mission"], {})[task] = (record["order"], task, line)
+        line = (record["order"], task, record_line(record))
+        missions.setdefault(record["mission"], {})[task] = line
     return changed
 
 
-def write_manifest(path: Path, changes: Changes, lines: Sequence[str], **more: Any) -> None:
+def write_manifest(path: Path, changes: Changes, lines: Sequence[bytes], **more: Any) -> None:
     """Write an export of some of a project's records: whole, or not at all."""
     meta = cast(Meta, {**changes.meta, "epoch": changes.epoch})
-    header = json.dumps(header_for(changes.project, meta, **more), ensure_ascii=False)
     with drafted(path) as file:
-        file.writelines(f"{line}\n".encode() for line in (header, *lines))
+        file.write(record_line(header_for(changes.project, meta, **more)))
+        file.writelines(lines)
 
 
 # ==== OPENBRAIN ==============================================================================
@@ -5805,6 +5787,13 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
     return ""
 
 
+def metadata_of(facts: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """What a thought says of where it comes from, and the key by which a repeat is known."""
+    names = ("project", "mission", "task", "agent", "op", "fence", "rev")
+    found = {name: facts[name] for name in names if facts.get(name)}
+    return found | {"idempotencyKey": key}
+
+
 def thought_of(event: Event, changes: Changes) -> tuple[str, dict[str, Any]] | None:
     """Text and metadata of an event that is worth keeping; None for any other."""
     task: Mapping[str, Any] = changes.tasks.get(event["task"], {})
@@ -5813,10 +5802,8 @@ def thought_of(event: Event, changes: Changes) -> tuple[str, dict[str, Any]] | N
         # A long summary stands with the task alone.
         text = task.get("summary") or task.get("hidden", {}).get("summary", "")
     facts = {"mission": task.get("mission")} | event
-    names = ("project", "mission", "task", "agent", "op", "fence", "rev")
-    metadata = {name: facts[name] for name in names if facts.get(name)}
     key = f"{changes.project}:{changes.epoch}:{event['rev']}"
-    return (text, metadata | {"idempotencyKey": key}) if text else None
+    return (text, metadata_of(facts, key)) if text else None
 
 
 class OpenBrain:
@@ -5887,10 +5874,8 @@ async def capture(queue: Queue, thought: str, *, task: str | None = None) -> Tho
     if task is not None:
         facts = {**await queue.get(task)}
         facts["task"] = facts["taskId"]
-    names = ("project", "mission", "task", "fence", "rev")
-    metadata = {name: facts[name] for name in names if facts.get(name)}
-    metadata |= {"agent": config["agent"] or user_at_host(), "op": "capture"}
-    metadata["idempotencyKey"] = os.urandom(12).hex()
+    facts |= {"agent": config["agent"] or user_at_host(), "op": "capture"}
+    metadata = metadata_of(facts, os.urandom(12).hex())
     async with httpx2.AsyncClient(timeout=CAPTURE_WITHIN) as client:
         return {"id": await post_thought(client, config, thought, metadata)}
 
@@ -6347,7 +6332,7 @@ order by one.id
 REFUSED_ROW = ("22", "23", "44", "54", "P0")  # SQLSTATE classes of what is wrong with a row
 
 
-async def migrated(db: Any, schema: str) -> None:
+async def migrate(db: Any, schema: str) -> None:
     """Bring the schema to MIGRATIONS; any number may do so at once.  Refuses a newer one."""
     async with db.transaction():
         await db.execute("select pg_advisory_xact_lock(hashtext($1))", f"mosaic {schema}")
@@ -6368,7 +6353,7 @@ async def migrated(db: Any, schema: str) -> None:
         raise Refused("SCHEMA", said)
 
 
-def stamped(us: int) -> str:
+def sql_time(us: int) -> str:
     """Microseconds since the epoch as Postgres reads a time."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(us // 10**6)) + f".{us % 10**6:06}Z"
 
@@ -6384,7 +6369,7 @@ def row_of(record: Record) -> dict[str, Any]:
 def row_of_event(event: Mapping[str, Any]) -> dict[str, Any]:
     """An Event as a row of task_events."""
     row = {name: event.get(name) for name in ("project", "rev", "op", "fence", "agent", "text")}
-    row |= {"task_id": event["task"], "at": stamped(1000 * event["at"])}
+    row |= {"task_id": event["task"], "at": sql_time(1000 * event["at"])}
     return row | {"from_status": event.get("from"), "to_status": event.get("to")}
 
 
@@ -6431,7 +6416,7 @@ class Postgres:
         await db.execute(
             f"set search_path = \"{self.schema}\", pg_temp;set application_name = 'mosaic-queue'"
         )
-        await migrated(db, self.schema)
+        await migrate(db, self.schema)
         # So long whoever keeps a row locked holds up this project, and no other.  It is less than
         # Postgres takes to see a deadlock: it is never the other who has to begin again.
         await db.execute("set lock_timeout = '500ms'")
@@ -6606,7 +6591,7 @@ async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
     """Record what changes without an event, and say once which projects are `lost`: recorded, and
     not in the queue."""
     for project, epoch in await db.fetch("select project, epoch from projects where rev >= 0"):
-        with sparing(project, part="refresh"):
+        with spare_others(project, part="refresh"):
             facts = await facts_of(queue, project)
             if facts is None and project not in lost:
                 lost.add(project)
@@ -6620,7 +6605,7 @@ async def refresh(queue: Queue, db: Any, lost: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def sparing(project: str, **facts: Any) -> Iterator[None]:
+def spare_others(project: str, **facts: Any) -> Iterator[None]:
     """Tell the log what is wrong with one project, and go on with the others."""
     try:
         yield
@@ -6645,7 +6630,7 @@ async def carry_out_all(queue: Queue, db: Any) -> None:
     queue."""
     ask = "select distinct project, epoch from edits left join projects using (project)"
     for project, epoch in await db.fetch(ask + " where done_at is null"):
-        with sparing(project, part="edits"):
+        with spare_others(project, part="edits"):
             facts = await facts_of(queue, project)
             if (facts["epoch"] if facts else None) == epoch:
                 ask = "select id from edits where project = $1 and done_at is null order by id"
@@ -6739,12 +6724,12 @@ def fields_in(row: str | None) -> dict[str, Any]:
 # Where a project is made again from: the record, manifests, or an exported file.
 
 
-async def recorded(config: Config, project: str) -> tuple[Meta, Records]:
+async def read_postgres(config: Config, project: str) -> tuple[Meta, Records]:
     """Facts and records of a project from Postgres."""
     postgres = Postgres(config)
     try:
         meta, found = await postgres.records(project)
-        return meta, at_once(found)
+        return meta, pages_of(found)
     except Refused as problem:
         if problem.code == "UNREACHABLE":
             problem.hint = f"from manifests: mosaic-queue restore --from {manifest_folder(config)}"
@@ -6776,19 +6761,16 @@ async def restore(
     """
     project, config = queue.own(project), queue.config
     if source is None and config["postgres.url"]:
-        meta, records = await recorded(config, project)
-    elif source is None or Path(source).is_dir():
-        folder = Path(source) if source else manifest_folder(config)
-        meta, records = read_manifests(folder, project)
+        meta, records = await read_postgres(config, project)
     else:
-        of, meta, records = read_export(Path(source))
-        if of != project:
-            hint = f"mosaic-queue import {source} --project {project}"
-            raise Refused("INVALID", f"{source} is of project {of}, not of {project}", hint)
+        folder = Path(source) if source else manifest_folder(config)
+        is_file = source is not None and not folder.is_dir()
+        paths = [folder] if is_file else manifests_of(folder, project)
+        _, meta, records = read_project(paths, project)
     if named not in (None, project):
         meta["epoch"] = os.urandom(12).hex()
     try:
-        return await made_again(queue, named or project, meta, records)
+        return await enter_project(queue, named or project, meta, records)
     except Refused as problem:
         if problem.code == "EXISTS":
             place = f"--project {project} --as {project}-old"
@@ -6821,13 +6803,13 @@ async def import_(queue: Queue, source: str, *, project: str | None = None) -> R
 
     Example: mosaic-queue import web.jsonl --project web2
     """
-    named, meta, records = read_export(Path(source))
+    named, meta, records = read_project([Path(source)])
     if project not in (None, named):
         meta["epoch"] = os.urandom(12).hex()
-    return await made_again(queue, project or named, meta, records)
+    return await enter_project(queue, project or named, meta, records)
 
 
-async def made_again(queue: Queue, project: str, meta: Meta, records: Records) -> Restored:
+async def enter_project(queue: Queue, project: str, meta: Meta, records: Records) -> Restored:
     """What `restore` and `import` answer, once it is done."""
     count = await enter_records(queue, project, meta, records)
     answer: Restored = {"project": project, "restored": max(count, 0), "rev": meta["rev"]}
@@ -9154,7 +9136,12 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
     parts: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "watchdog": lambda: watchdog(queue, interval, assign)
     }
-    for follower in followers_of(config, queue):
+    followers: list[Follower] = []
+    if config["manifests"]:
+        followers.append(Manifests(manifest_folder(config)))
+    if config["openbrain.autoCapture"]:
+        followers.append(OpenBrain(queue))
+    for follower in followers:
         parts[follower.name] = functools.partial(follow, queue, follower)
     if config["postgres.url"]:
         Postgres(config)  # refuses what it cannot be at once
@@ -9176,19 +9163,9 @@ async def watch_all(queue: Queue, assign: bool = False, only: Sequence[str] = ()
     try:
         async with asyncio.TaskGroup() as group:
             for name in chosen:
-                group.create_task(led(queue, token, name, parts[name]))
+                group.create_task(lead_part(queue, token, name, parts[name]))
     finally:
         log("stop")
-
-
-def followers_of(config: Config, queue: Queue) -> Sequence[Follower]:
-    """The followers that the configuration asks for."""
-    found: list[Follower] = []
-    if config["manifests"]:
-        found.append(Manifests(manifest_folder(config)))
-    if config["openbrain.autoCapture"]:
-        found.append(OpenBrain(queue))
-    return found
 
 
 def log_sync(report: SyncReport) -> None:
@@ -9196,7 +9173,7 @@ def log_sync(report: SyncReport) -> None:
     log("sync", file=report["file"], project=report["project"], rows=report["rows"])
 
 
-async def led(
+async def lead_part(
     queue: Queue, token: str, part: str, work: Callable[[], Coroutine[Any, Any, None]]
 ) -> None:
     """Do one part of the monitor's work while this process leads in it; stand by otherwise."""
@@ -9211,7 +9188,7 @@ async def led(
                     task = asyncio.create_task(keep_going(work, **facts))
                 elif task and not leads:
                     log("stand by", **facts)
-                    await ended(task)
+                    await cancel(task)
                     task = None
                 pause = LEADS / 3
             except Refused as problem:
@@ -9220,12 +9197,12 @@ async def led(
             await asyncio.sleep(pause)
     finally:
         if task:
-            await ended(task)
+            await cancel(task)
             with contextlib.suppress(Refused):
                 await queue.lead(token, 0, part)
 
 
-async def ended(task: Any) -> None:
+async def cancel(task: Any) -> None:
     """Cancel a task and wait for its end."""
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
@@ -12813,7 +12790,7 @@ def tasks_of(source: str, defaults: NewTask) -> dict[str, list[Numbered]]:
     with stdin if source == "-" else open_file(Path(source), RECORDS_FILE) as file:
         for line in iter(functools.partial(file.readline, DOCUMENT), b""):
             number += 1
-            with refused_at(f"line {number} of {source}"):
+            with refuse_at(f"line {number} of {source}"):
                 if line.strip():
                     row = json.loads(line.decode())
                     if not isinstance(row, dict):

@@ -28,6 +28,10 @@ LIMIT = 30  # s for what takes a moment
 EVERY = 0.2  # s between two writes of a file, in place of one second
 
 
+def read_back(folder: Path, project: str) -> tuple[str, mq.Meta, mq.Records]:
+    return mq.read_project(mq.manifests_of(folder, project), project)
+
+
 @pytest.fixture(scope="module")
 def server() -> Any:
     """One engine: what is tested here knows of none."""
@@ -213,7 +217,7 @@ async def test_a_broken_file_is_written_anew(
         await in_step(queue, tmp_path)
     (tmp_path / "p" / name).write_bytes(content)
     with pytest.raises(mq.Refused, match=name):
-        mq.read_manifests(tmp_path, "p")
+        read_back(tmp_path, "p")
     await queue.claim("A", "alice")
     async with following(queue, follower):
         await in_step(queue, tmp_path)
@@ -280,9 +284,9 @@ async def test_killed_at_every_write(
         follower = mq.Manifests(tmp_path)
         monkeypatch.setattr(asyncio, "to_thread", inline)
         with pytest.raises(KeyboardInterrupt):
-            await mq.caught_up(queue, follower, "p", since)
+            await mq.catch_up(queue, follower, "p", since)
         left = 0
-        _meta, records = mq.read_manifests(tmp_path, "p")
+        _, _meta, records = read_back(tmp_path, "p")
         found = [one["taskId"] async for part in records for one in part]
         assert sorted(set(found)) == ["a1", "b1", "c1"], "restore would have each of them"
         async with following(queue, mq.Manifests(tmp_path)):
@@ -329,7 +333,7 @@ async def test_a_flushed_project_comes_back_from_manifests(
         await in_step(queue, tmp_path)
         before = await queue.records("p", ["A", "B", "C"])
         db.flushall()
-        meta, source = mq.read_manifests(tmp_path, "p")
+        _, meta, source = read_back(tmp_path, "p")
         assert await mq.enter_records(queue, "p", meta, source) == 3
         assert await queue.records("p", ["A", "B", "C"]) == before
         await queue.complete("A", agent="alice")
@@ -340,8 +344,8 @@ async def test_a_flushed_project_comes_back_from_manifests(
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("m.jsonl", {"epoch": "other"}, "m.jsonl: epoch is 'other'"),
-        ("m.jsonl", {"project": "q"}, "m.jsonl: project is 'q'; accepted: p"),
+        ("m.jsonl", {"epoch": "other"}, "m.jsonl: its epoch is 'other'"),
+        ("m.jsonl", {"project": "q"}, "m.jsonl: its project is 'q', not p"),
         ("m.jsonl", {"v": 2}, "version 2; this program knows version 1"),
         ("m.jsonl", [{"taskId": "A"}], "m.jsonl: mission is missing"),
         ("m.jsonl", [7], "m.jsonl: a record is '7'"),
@@ -361,7 +365,7 @@ async def test_what_is_refused_is_said_with_its_path(
     new = [head | change, *records] if isinstance(change, dict) else [head, *change]
     path.write_text("".join(json.dumps(line) + "\n" for line in new))
     with pytest.raises(mq.Refused) as refused:
-        mq.read_manifests(tmp_path, "p")
+        read_back(tmp_path, "p")
     assert said in refused.value.message
     assert str(path) in refused.value.message
 
@@ -399,7 +403,7 @@ async def test_manifests_of_an_older_program(
         (folder / f"{mission}.json").write_text(text)
     (folder / "project.json").write_text(json.dumps(head | meta | {"cursor": meta["rev"]}))
     db.flushall()
-    its_meta, source = mq.read_manifests(tmp_path, "p")
+    _, its_meta, source = read_back(tmp_path, "p")
     assert await mq.enter_records(queue, "p", its_meta, source) == 3
     assert await queue.records("p", ["A", "B", "C"]) == (meta, tasks)
     async with following(queue, mq.Manifests(tmp_path)):
@@ -412,12 +416,12 @@ async def test_manifests_of_an_older_program(
     (folder / "m.json").write_text(json.dumps(head | {"mission": "m", "tasks": []}))
     await create(queue, "X")
     with pytest.raises(mq.Refused, match="of another epoch"):
-        await mq.caught_up(queue, mq.Manifests(tmp_path), "p", None)
+        await mq.catch_up(queue, mq.Manifests(tmp_path), "p", None)
 
 
 async def test_a_project_without_manifests(tmp_path: Path) -> None:
     with pytest.raises(mq.Refused, match="has no record of none") as refused:
-        mq.read_manifests(tmp_path, "none")
+        read_back(tmp_path, "none")
     assert refused.value.code == "NOT_FOUND"
 
 

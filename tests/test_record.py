@@ -138,7 +138,7 @@ async def recording(queue: mq.Queue, config: mq.Config) -> AsyncIterator[None]:
 async def follow(queue: mq.Queue, postgres: mq.Postgres, project: str = "p") -> None:
     """Until nothing is new."""
     since = await postgres.cursor(project)
-    while (reached := await mq.caught_up(queue, postgres, project, since)) != since:
+    while (reached := await mq.catch_up(queue, postgres, project, since)) != since:
         since = reached
 
 
@@ -1521,7 +1521,7 @@ async def test_lag_is_shown(
     (found,) = [one for one in (await mq.doctor(queue))["findings"] if "append-only" not in one]
     assert found == "postgres has nothing of project p: run mosaic-queue monitor"
     await follow(queue, postgres)
-    await mq.caught_up(queue, postgres, "p", await postgres.cursor("p"))
+    await mq.catch_up(queue, postgres, "p", await postgres.cursor("p"))
     assert [one for one in (await mq.doctor(queue))["findings"] if "append-only" not in one] == []
     await queue.claim("T", "bob")
     status = await mq.status(queue, project="p")

@@ -369,7 +369,7 @@ def exported(config: mq.Config, tmp_path: Path) -> tuple[Path, list[Any]]:
     async def lines() -> list[Any]:
         async with mq.Queue(config) as queue:
             await populate(queue)
-            return [line async for line in mq.exported(queue, "p")]
+            return [line async for line in mq.export_values(queue, "p")]
 
     found, path = asyncio.run(lines()), tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in found))
@@ -530,7 +530,7 @@ async def test_export_while_the_project_lives(queue: mq.Queue, db: redis.Redis) 
 
     working = asyncio.create_task(works())
     found = []
-    async for line in mq.exported(queue, "p"):
+    async for line in mq.export_values(queue, "p"):
         found.append(line)
         await asyncio.sleep(0.001)
     await working
@@ -573,7 +573,7 @@ async def test_a_file_does_not_enter_anew_what_was_lost(
     async with mq.Queue(config) as queue:
         await mq.sync_file(queue, board, "p")
         await queue.claim("A", "al")
-        await mq.caught_up(queue, mq.Manifests(mq.manifest_folder(config)), "p", None)
+        await mq.catch_up(queue, mq.Manifests(mq.manifest_folder(config)), "p", None)
         db.flushall()
         with pytest.raises(mq.Refused, match="it was lost") as refused:
             await mq.sync_file(queue, board, "p")
@@ -592,7 +592,7 @@ async def test_a_record_comes_back_beside_the_project_that_took_its_place(
     config.set("manifests", str(tmp_path / "manifests"), "t")
     async with mq.Queue(config) as queue:
         await queue.create("p", "m", "A", title="the old one")
-        await mq.caught_up(queue, mq.Manifests(mq.manifest_folder(config)), "p", None)
+        await mq.catch_up(queue, mq.Manifests(mq.manifest_folder(config)), "p", None)
         db.flushall()
         await queue.create("p", "m", "A", title="the new one")
         with pytest.raises(mq.Refused, match="with another epoch") as refused:

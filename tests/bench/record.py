@@ -68,13 +68,13 @@ async def measured(config: mq.Config, url: str, count: int) -> dict[str, Any]:
     postgres = mq.Postgres(config)
     async with mq.Queue(config) as queue:
         await queue.create_all([{"mission": "m", "taskId": "T", "title": "t"}], project="p")
-        await mq.caught_up(queue, postgres, "p", None)  # from now on events wait for it
+        await mq.catch_up(queue, postgres, "p", None)  # from now on events wait for it
         began = time.perf_counter()
         await asyncio.gather(*(transitions(config, f"a{n}", share) for n in range(AGENTS)))
         found["load_alone_per_s"] = round(count / (time.perf_counter() - began))
         began = time.perf_counter()
         since = await postgres.cursor("p")
-        while (reached := await mq.caught_up(queue, postgres, "p", since)) != since:
+        while (reached := await mq.catch_up(queue, postgres, "p", since)) != since:
             since = reached
         found["catching_up_per_s"] = round(count / (time.perf_counter() - began))
         await compared(queue, postgres, url, count + 1)
