@@ -35,8 +35,7 @@ that stands in a later one.
 
   TWO, what is kept in step with it
     FOLLOWERS        one loop over the events, for whatever is kept in step with them
-    RESTORE          a project written out, and made again from its records
-    MANIFESTS        the record as JSON files, one for each mission
+    RECORD FILES     a project written out, as an export or as manifests, and made again
     OPENBRAIN        what agents found out, told to OpenBrain
     EDITS            what somebody outside wants a task to be, as operations
     SCHEMA           the record's tables, in SQL, and a task as a row
