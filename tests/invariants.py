@@ -339,8 +339,9 @@ def of_edges(found: Project) -> Iterator[str]:
 
     expected: dict[str, dict[str, int]] = {}
     for task in found.unfinished():
-        for other in found.of("waits").get(task, set()):
-            expected.setdefault(other, {})[task] = 0
+        waits = found.of("waits").get(task, set())
+        for other in found.tasks.keys() & {*graph[task], *waits}:
+            expected.setdefault(other, {})[task] = 0 if other in waits else 1
     for other in expected.keys() | found.of("dependents").keys():
         has, wanted = found.of("dependents").get(other, {}), expected.get(other, {})
         if has.keys() != wanted.keys() or (other not in unsettled and has != wanted):

@@ -242,14 +242,49 @@ async def test_what_create_refuses(
     assert sound(db, shim) == []
 
 
-async def test_whoever_waits_protects_what_it_waits_for(
+@pytest.mark.parametrize("then", ["freed", "reopened", "created after", "updated", "purged"])
+async def test_an_unfinished_task_protects_what_it_depends_on(
+    queue: mq.Queue, db: redis.Redis, server: Server, shim: Shim, then: str
+) -> None:
+    """Whether it waits for it or was freed by it: until it is done, or names it no more."""
+    if then == "created after":
+        await queue.complete("other", force=True)
+        await create(queue, "T", dependencies=["other"])
+    else:
+        await reach(queue, "blocked")
+        assert await refused(server, queue.delete("other")) == "HAS_DEPENDENTS"
+        await queue.complete("other", force=True)
+    if then == "reopened":
+        await queue.complete("T", force=True)
+        await queue.reopen("T", reason="not done")
+    if then == "updated":
+        await create(queue, "another")
+        await queue.update("T", dependencies=["another", "other"])
+    assert await refused(server, queue.delete("other")) == "HAS_DEPENDENTS"
+    assert await queue.purge(older=0) == {"purged": 0, "kept": 1}
+    assert sound(db, shim) == []
+    if then == "updated":
+        await queue.update("T", dependencies=["another"])
+    else:
+        await queue.complete("T", force=True)
+    if then == "purged":
+        assert (await queue.purge(older=0)) == {"purged": 2, "kept": 0}
+    else:
+        await queue.delete("other")
+    assert sound(db, shim) == []
+
+
+async def test_doctor_misses_whoever_depends_and_repair_enters_it(
     queue: mq.Queue, db: redis.Redis, server: Server, shim: Shim
 ) -> None:
+    """Projects of earlier days have none of those that a completion freed."""
     await reach(queue, "blocked")
-    assert await refused(server, queue.delete("other")) == "HAS_DEPENDENTS"
     await queue.complete("other", force=True)
-    await queue.delete("other")  # nobody waits for it any more
-    assert (await queue.get("T"))["dependencies"] == ["other"]
+    db.delete("mosaic:queue:project:{p}:dependents:other")
+    found = (await mq.doctor(queue, project="p"))["findings"]
+    assert "p/T is missing among the dependents of other" in found
+    await mq.repair(queue, project="p")
+    assert await refused(server, queue.delete("other")) == "HAS_DEPENDENTS"
     assert sound(db, shim) == []
 
 

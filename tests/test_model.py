@@ -197,7 +197,8 @@ class History(RuleBasedStateMachine):
                 one.status = "failed"
 
     def dependents(self, task: str) -> list[Model]:
-        return [one for one in self.tasks.values() if task in one.waits]
+        unfinished = (one for one in self.tasks.values() if one.status != "completed")
+        return [one for one in unfinished if task in one.dependencies]
 
     # ---- the call and its comparison ----
 

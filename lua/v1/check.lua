@@ -55,22 +55,23 @@ local function check(id, task, indexes)
   local needs = 0
   for other in dependencies:gmatch('%S+') do
     looked = looked + 1
-    if read('SISMEMBER', key('waits', id), other) == 1 then
-      needs = needs + 1
-      local dependency = fields(other)
-      if not dependency then
-        problem(id, 'waits for ' .. other .. ', which is gone')
-      elseif dependency.status == 'completed' and not read('ZSCORE', root .. ':unsettled', other) then
-        problem(id, 'waits for ' .. other .. ', which is completed')
-      elseif read('ZSCORE', key('dependents', other), id) ~= '0' then
-        problem(id, 'is missing among the dependents of ' .. other)
-      end
+    local waits = read('SISMEMBER', key('waits', id), other) == 1
+    local dependency = fields(other)
+    if waits then needs = needs + 1 end
+    if waits and not dependency then
+      problem(id, 'waits for ' .. other .. ', which is gone')
+    elseif waits and dependency.status == 'completed' and
+           not read('ZSCORE', root .. ':unsettled', other) then
+      problem(id, 'waits for ' .. other .. ', which is completed')
+    elseif dependency and task.status ~= 'completed' and
+           read('ZSCORE', key('dependents', other), id) ~= (waits and '0' or '1') then
+      problem(id, 'is missing among the dependents of ' .. other)
     end
   end
-  for _, other in ipairs(waiting_for(id, BATCH)) do
+  for _, other in ipairs(read('ZRANGE', key('dependents', id), 0, BATCH)) do
     looked = looked + 1
-    if read('SISMEMBER', key('waits', other), id) == 0 then
-      problem(id, 'has ' .. other .. ' among its dependents, which does not wait for it')
+    if not depends_on(fields(other, 'edges'), id) then
+      problem(id, 'has ' .. other .. ' among its dependents, which does not depend on it')
     end
   end
   if read('SCARD', key('waits', id)) ~= needs then problem(id, 'waits for what it does not depend on') end

@@ -34,7 +34,7 @@ if arg.summary ~= '' then write('SET', key('summary', task.id), arg.summary) end
 local past = {}
 if late ~= '' then past = {'late', late, 'reaped', ''} end
 move(task, 'completed', '', 'completedAt', at, unpack(past))
-if task.edges ~= '' then wait_no_more(task) end
+if task.edges ~= '' then depend_no_more(task) end
 local freed, more = {}, false
 if read('EXISTS', key('dependents', task.id)) == 1 then freed, more = free_dependents(task) end
 local texts = {key('work', task.id)}

@@ -66,7 +66,7 @@ end
 local seen = {}
 for _, new in ipairs(batch) do
   local dependencies = new.known and '' or new.dependencies
-  new.edges, new.needs = require_dependencies(new.task, dependencies, by_id, seen)
+  new.edges, new.scores, new.waits = require_dependencies(new.task, dependencies, by_id, seen)
 end
 local sorted = #batch == 1 and batch or require_order(batch, by_id)
 
@@ -86,10 +86,13 @@ for _, new in ipairs(sorted) do
     if new.delay ~= '' and new.delay ~= '0' then
       task.notBefore = string.format('%d', now + new.delay * 1000)
     end
-    local status = next(new.needs) and 'blocked' or 'pending'
+    local status = new.waits and 'blocked' or 'pending'
     emit(task, 'create', status)
     write('SET', key('text', task.id), text_of(new, table.concat(new.edges, ' ')))
-    if #new.edges > 0 then wait_for(task, new.needs) end
+    if #new.edges > 0 then
+      wait_for(task, new.scores)
+      depend_on(task, new.scores)
+    end
     write('ZADD', key('mission', new.mission), task.order, task.id)
     place(task, status)
     local rare = {}

@@ -18,10 +18,7 @@ if done and (not again or tonumber(again.rev) > tonumber(done.rev)) then
   return {'REPEATED', row('taskId', done.task, 'rev', done.rev)}
 end
 local task = load(arg.task, 'fence', 'mission', 'notBefore', 'edges')
-local dependents = {}
-for _, id in ipairs(waiting_for(task.id, BATCH + 1)) do
-  if read('EXISTS', key('task', id)) == 1 then dependents[#dependents + 1] = id end
-end
+local dependents = unfinished_dependents(task.id)
 if arg.force ~= '1' then
   if held(task) then reject('HELD', name_of(task, true), due(task.lane)) end
   if #dependents > 0 then

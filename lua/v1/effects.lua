@@ -187,37 +187,57 @@ local function pick_up(task, ttl) -- seldom
   task.claimTTL = ttl
 end
 
--- What a task waits for: `waits` says it, and `dependents` of each of those says who.
-local function wait_for(task, needs) -- seldom
-  for id in pairs(needs) do
-    write('SADD', key('waits', task.id), id)
-    write('ZADD', key('dependents', id), 0, task.id)
-  end
-end
-
--- Leaves of what a task waits for those in `needs`; with `needs` nil none.
-local function wait_no_more(task, needs) -- seldom
-  for _, id in ipairs(read('SMEMBERS', key('waits', task.id))) do
-    if not (needs and needs[id]) then
-      write('ZREM', key('dependents', id), task.id)
-      write('SREM', key('waits', task.id), id)
+-- What a task depends on: `waits` has what it waits for (score 0), and `dependents` of each
+-- dependency has the task with its score.  Both are said again from the text when a call is cut
+-- off, so what the text does not name yet is waited for before it changes, and the rest follows.
+local function wait_for(task, scores) -- seldom
+  for id, score in pairs(scores) do
+    if score == 0 then
+      write('SADD', key('waits', task.id), id)
+      write('ZADD', key('dependents', id), 0, task.id)
     end
   end
 end
 
--- Says the same in both again, of dependencies that are there and not completed.
-local function mend_waits(task) -- seldom
-  local needs, count = {}, 0
+-- Before the text changes: takes a task out of the dependents of what it names, but for `scores`.
+local function leave_dependents(task, scores) -- seldom
+  for id in dependencies_of(task.id):gmatch('%S+') do
+    if not scores[id] then write('ZREM', key('dependents', id), task.id) end
+  end
+end
+
+-- After the text has changed: leaves what the task waits for no more.
+local function depend_on(task, scores) -- seldom
+  for _, id in ipairs(read('SMEMBERS', key('waits', task.id))) do
+    if not scores[id] then write('ZREM', key('dependents', id), task.id) end
+    if scores[id] ~= 0 then write('SREM', key('waits', task.id), id) end
+  end
+  for id, score in pairs(scores) do
+    if score == 1 then write('ZADD', key('dependents', id), 1, task.id) end
+  end
+end
+
+-- For a task that is done, or gone.
+local function depend_no_more(task) -- seldom
+  leave_dependents(task, {})
+  depend_on(task, {})
+end
+
+-- Says both again from the text; what a completion freed stays free.
+local function mend_dependencies(task) -- seldom
+  local scores, count = {}, 0
   for id in dependencies_of(task.id):gmatch('%S+') do
     count = count + 1
-    if read('SISMEMBER', key('waits', task.id), id) == 1 or
-       read('ZSCORE', key('dependents', id), task.id) == '0' then
-      local other = fields(id)
-      needs[id] = other and other.status ~= 'completed' and true or nil
+    local other = fields(id)
+    if other then
+      local waits = other.status ~= 'completed' and
+                    (read('SISMEMBER', key('waits', task.id), id) == 1 or
+                     read('ZSCORE', key('dependents', id), task.id) == '0')
+      scores[id] = waits and 0 or 1
     end
   end
-  wait_for(task, needs)
-  wait_no_more(task, needs)
+  wait_for(task, scores)
+  depend_on(task, scores)
   task.edges = count > 0 and count or ''
   write('HSET', task.key, 'edges', task.edges)
 end
@@ -242,19 +262,23 @@ local function free_dependents(task) -- seldom
     local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
     write('SREM', key('waits', id), task.id)
     if dependent and free(dependent, 'free', task.id) then freed[#freed + 1] = id end
-    write('ZREM', key('dependents', task.id), id)
+    if dependent then
+      write('ZADD', key('dependents', task.id), 1, id)
+    else
+      write('ZREM', key('dependents', task.id), id)
+    end
   end
   return freed, false
 end
 
 -- Takes a task out of everything.  Once its status is `deleted` reap finishes what is cut off; its
--- hash goes last.  Tasks that waited for it do not depend on it any more; BATCH of them at most.
+-- hash goes last.  Unfinished tasks do not depend on it any more; BATCH of them at most.
 local function bury(task) -- seldom
   displace(task)
   write('HSET', task.key, 'status', 'deleted')
-  for _, id in ipairs(waiting_for(task.id, BATCH + 1)) do
+  for _, id in ipairs(read('ZRANGE', key('dependents', task.id), 0, BATCH)) do
     local dependent = fields(id, 'fence', 'priority', 'order', 'notBefore', 'blocked', 'edges')
-    if dependent then
+    if is_open(dependent) then
       local others = {}
       for other in dependencies_of(id):gmatch('%S+') do
         if other ~= task.id then others[#others + 1] = other end
@@ -270,7 +294,7 @@ local function bury(task) -- seldom
     end
     write('ZREM', key('dependents', task.id), id)
   end
-  if task.edges ~= '' then wait_no_more(task) end
+  if task.edges ~= '' then depend_no_more(task) end
   write('ZREM', key('mission', task.mission), task.id)
   for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents'}) do
     write('DEL', key(kind, task.id))
@@ -305,7 +329,7 @@ local function heal(task)
   for _, index in ipairs({'delayed', 'blocked', 'failed', 'completed'}) do
     write('ZREM', root .. ':' .. index, task.id)
   end
-  if task.status ~= 'completed' and task.status ~= 'deleted' then mend_waits(task) end
+  if task.status ~= 'completed' and task.status ~= 'deleted' then mend_dependencies(task) end
   if held(task) then return false end
   write('DEL', key('lock', task.id))
   if task.status == 'deleted' then
@@ -319,7 +343,7 @@ local function heal(task)
   end
   if task.status ~= 'completed' then return false end
   write('DEL', key('work', task.id))
-  wait_no_more(task)
+  depend_no_more(task)
   local _, more = free_dependents(task)
   return more
 end

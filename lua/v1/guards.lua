@@ -168,10 +168,11 @@ local function require_claimable(task)
   end
 end
 
--- The dependencies of a new task: each once, and those that are not completed, as a set.
+-- The dependencies of a new task: a list in which each stands once, and by name whether it has to be
+-- waited for (0) or is completed (1), as `dependents` has it; then whether the task waits at all.
 -- `batch` has the tasks that the same call creates, `looked` what it has looked at.
 local function require_dependencies(id, dependencies, batch, looked) -- seldom
-  local edges, needs, seen = {}, {}, {}
+  local edges, scores, waits = {}, {}, false
   for other in dependencies:gmatch('%S+') do
     require_id(other, 'dependency')
     if other == id then reject('CYCLE', 'task ' .. id .. ' depends on itself') end
@@ -180,14 +181,14 @@ local function require_dependencies(id, dependencies, batch, looked) -- seldom
       reject('NOT_FOUND', 'there is no task ' .. root:match('{(.*)}') .. '/' .. other ..
              ', which ' .. id .. ' depends on', 0, 'dependency')
     end
-    if known.status ~= 'completed' then needs[other] = true end
-    if not seen[other] then edges[#edges + 1] = other end
-    seen[other], looked[other] = true, known
+    if not scores[other] then edges[#edges + 1] = other end
+    scores[other], looked[other] = known.status == 'completed' and 1 or 0, known
+    waits = waits or scores[other] == 0
   end
   if #edges > 200 then
     reject('TOO_LARGE', 'task ' .. id .. ' has ' .. #edges .. ' dependencies; accepted: up to 200')
   end
-  return edges, needs
+  return edges, scores, waits
 end
 
 -- New tasks in an order in which each stands behind those it depends on.
@@ -261,7 +262,7 @@ local function give_ids(batch, done) -- seldom
 end
 
 -- What a task would wait for may not wait for it.
-local function require_no_path(task, needs) -- seldom
+local function require_no_path(task, scores) -- seldom
   if not waiting_for(task.id, 1)[1] then return end
   local seen, todo, edges = {}, {}, 0
   local function look_at(id)
@@ -276,7 +277,9 @@ local function require_no_path(task, needs) -- seldom
       end
     end
   end
-  for id in pairs(needs) do look_at(id) end
+  for id, score in pairs(scores) do
+    if score == 0 then look_at(id) end
+  end
   local i = 1
   while todo[i] do
     local further = read('SMEMBERS', key('waits', todo[i]))

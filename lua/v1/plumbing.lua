@@ -24,8 +24,8 @@
 --   <root>:summary:<id>     string  what the last completion said
 --   <root>:notes:<id>       string  JSON array of the last notes: agent at (ms) text
 --   <root>:waits:<id>       set     the dependencies that a task waits for
---   <root>:dependents:<id>  zset    who waits for it; score 0 (an older program keeps those that it
---                                   has freed, with 1)
+--   <root>:dependents:<id>  zset    unfinished tasks that depend on it; score 0: they wait for it,
+--                                   1: they do not
 --   <root>:ready:<lane>     zset    pending and due, by priority, then age
 --   <root>:delayed          zset    pending and not due, by notBefore (ms)
 --   <root>:running:<lane>   zset    claimed and in-progress, by the end of the lease (ms)
@@ -264,6 +264,25 @@ end
 -- Who waits for work, in `waiting` or in `claimers`.
 local function those_in(name)
   return read('ZRANGEBYSCORE', root .. ':' .. name, now, '+inf', 'LIMIT', 0, LOOK)
+end
+
+local function is_open(task) -- seldom
+  return task and task.status ~= 'completed' and task.status ~= 'deleted'
+end
+
+local function depends_on(task, id) -- seldom
+  return is_open(task) and
+         (' ' .. dependencies_of(task.id) .. ' '):find(' ' .. id .. ' ', 1, true) and true
+end
+
+-- The unfinished tasks that depend on one, BATCH + 1 of them at most.  A call that was cut off may
+-- have left others in the index.
+local function unfinished_dependents(id) -- seldom
+  local found = {}
+  for _, other in ipairs(read('ZRANGE', key('dependents', id), 0, BATCH)) do
+    if depends_on(fields(other, 'edges'), id) then found[#found + 1] = other end
+  end
+  return found
 end
 
 local function append(list, ...)

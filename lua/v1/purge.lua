@@ -20,7 +20,7 @@ local old = read('ZRANGEBYSCORE', root .. ':' .. arg.status, '-inf', now - older
 local purged, kept = 0, 0
 for _, id in ipairs(old) do
   if purged == BATCH then break end
-  if #waiting_for(id, 1) > 0 then
+  if #unfinished_dependents(id) > 0 then
     kept = kept + 1
   else
     local task = fields(id, 'mission', 'notBefore', 'edges')

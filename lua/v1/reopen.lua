@@ -13,19 +13,22 @@ local done = recall(task, anonymous)
 if done then return replay(done) end
 require_status(task, 'completed')
 -- A dependency that is gone was completed, and a new task of its name is another.
-local edges, needs = {}, {}
+local edges, scores, waits = {}, {}, false
 for id in (task.edges == '' and '' or dependencies_of(task.id)):gmatch('%S+') do
   local other = fields(id)
-  if other then edges[#edges + 1] = id end
-  if other and other.status ~= 'completed' then needs[id] = true end
+  if other then
+    edges[#edges + 1], scores[id] = id, other.status == 'completed' and 1 or 0
+    waits = waits or scores[id] == 0
+  end
 end
 local text = tostring(#edges) ~= task.edges and task.edges ~= '' and
              with_dependencies(task.id, table.concat(edges, ' '))
-local status = next(needs) and 'blocked' or 'pending'
+local status = waits and 'blocked' or 'pending'
 
 emit(task, 'reopen', status, arg.reason)
 begin(task)
-wait_for(task, needs)
+wait_for(task, scores)
+depend_on(task, scores)
 if text then write('SET', key('text', task.id), text) end
 move(task, status, '', 'completedAt', '', 'late', '', 'blocked', '',
      'edges', #edges > 0 and #edges or '')

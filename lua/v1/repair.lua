@@ -24,7 +24,7 @@ for id in arg.ids:gmatch('%S+') do
     write('ZREM', root .. ':' .. name, id)
   end
   if not task then
-    wait_no_more({id = id})
+    depend_no_more({id = id})
     for _, kind in ipairs({'text', 'work', 'summary', 'notes', 'waits', 'dependents', 'lock'}) do
       write('DEL', key(kind, id))
     end
@@ -34,9 +34,11 @@ for id in arg.ids:gmatch('%S+') do
       text.title = id
       write('SET', key('text', id), cjson.encode(text))
     end
-    for _, other in ipairs(waiting_for(id, BATCH)) do
-      if read('SISMEMBER', key('waits', other), id) == 0 then
+    for _, other in ipairs(read('ZRANGE', key('dependents', id), 0, BATCH)) do
+      if not depends_on(fields(other, 'edges'), id) then
         write('ZREM', key('dependents', id), other)
+      elseif read('SISMEMBER', key('waits', other), id) == 0 then
+        write('ZADD', key('dependents', id), 1, other)
       end
     end
     write('ZADD', key('mission', task.mission), task.order, id)

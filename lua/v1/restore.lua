@@ -124,9 +124,9 @@ local function enter(task)
   if task.new.summary ~= '' then write('SET', key('summary', task.id), task.new.summary) end
   if task.new.notes ~= '' then write('SET', key('notes', task.id), task.new.notes) end
   write('ZADD', key('mission', task.mission), task.order, task.id)
-  local needs = {}
-  for id in task.new.waits:gmatch('%S+') do needs[id] = true end
-  wait_for(task, needs)
+  local scores = {}
+  for id in task.new.waits:gmatch('%S+') do scores[id] = 0 end
+  wait_for(task, scores)
   write('HSET', task.key, unpack(task.fields))
   if held(task) then
     lease_again(task)
@@ -136,7 +136,7 @@ local function enter(task)
 end
 
 local function settle(task)
-  mend_waits(task)
+  mend_dependencies(task)
   if task.status == 'pending' or task.status == 'blocked' then settle_again(task) end
 end
 

@@ -33,14 +33,14 @@ if arg.ifRev ~= '' and arg.ifRev ~= task.rev then
   reject('STALE_REV', name_of(task) .. ' has rev ' .. task.rev .. ', not ' .. arg.ifRev:sub(1, 40))
 end
 local text = cjson.decode(read('GET', key('text', task.id)) or '{}')
-local edges, needs
+local edges, scores, waits
 if changes('dependencies') then
-  edges, needs = require_dependencies(task.id, arg.dependencies, {}, {})
-  require_no_path(task, needs)
+  edges, scores, waits = require_dependencies(task.id, arg.dependencies, {}, {})
+  require_no_path(task, scores)
 end
 local status = task.status
 if status == 'pending' or status == 'blocked' then
-  status = (edges and (next(needs) or task.blocked ~= '') or not edges and settled(task) == 'blocked')
+  status = (edges and (waits or task.blocked ~= '') or not edges and settled(task) == 'blocked')
            and 'blocked' or 'pending'
 end
 
@@ -48,14 +48,17 @@ emit(task, 'update', status, arg.given)
 begin(task)
 local marks = edges and held(task)
 if marks then write('ZADD', root .. ':unsettled', at, task.id) end
-if edges then wait_for(task, needs) end
+if edges then
+  wait_for(task, scores)
+  leave_dependents(task, scores)
+end
 local values = {title = changes('title') and arg.title or text.title or task.id}
 for name, value in pairs({description = arg.description, metadata = arg.metadata}) do
   values[name] = changes(name) and value or not changes(name) and text[name] or ''
 end
 write('SET', key('text', task.id),
       text_of(values, edges and table.concat(edges, ' ') or text.dependencies or ''))
-if edges then wait_no_more(task, needs) end
+if edges then depend_on(task, scores) end
 local mission = changes('mission') and arg.mission or task.mission
 if mission ~= task.mission then write('ZADD', key('mission', mission), task.order, task.id) end
 local notBefore = task.notBefore
