@@ -1020,7 +1020,8 @@ async def locked(path: Path) -> AsyncIterator[None]:
             raise Refused("HELD", said, "wait until it ends")
         await asyncio.sleep(0.02)
     try:
-        sign_lock(lock, os.getpid())
+        with writing(file):
+            sign_lock(lock, os.getpid())
         yield
     finally:
         os.close(lock)
@@ -10122,7 +10123,8 @@ async def mission_init(
         title = ARGUMENTS["title"].check("name of a milestone", title.strip())
         data["milestones"].append({"id": own, "name": title, "status": "pending"})
     file = folder / ORCHESTRATOR / "mission.json"
-    real_path(file, folder).parent.mkdir(parents=True, exist_ok=True)
+    with writing(file):
+        real_path(file, folder).parent.mkdir(parents=True, exist_ok=True)
     async with locked(file.parent):
         if os.path.lexists(file):
             raise Refused("EXISTS", f"{file} is there already", "mosaic-queue mission status")

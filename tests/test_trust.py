@@ -48,6 +48,11 @@ def bounded() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
 
 
+def without_room() -> None:
+    """A process that can make files and write nothing into them."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
 @pytest.fixture
 def tell(server: Server, db: redis.Redis, folder: Path) -> Tell:
     """Runs a command line in the clone."""
@@ -56,10 +61,11 @@ def tell(server: Server, db: redis.Redis, folder: Path) -> Tell:
     environ |= {"MOSAIC_PROJECT": "p"}
 
     def run(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        given = {"cwd": folder, "env": environ | more.pop("env", {}), **more}
+        given = {"cwd": folder, "preexec_fn": bounded, **more}
+        given["env"] = environ | more.get("env", {})
         done = subprocess.run(
             [*PROGRAM, *words], text=True, timeout=60, capture_output=True, check=False,
-            stdin=subprocess.DEVNULL, preexec_fn=bounded, **given,
+            stdin=subprocess.DEVNULL, **given,
         )  # fmt: skip
         assert "Traceback" not in done.stderr, done.stderr
         return done
@@ -118,6 +124,28 @@ def require_refused(done: subprocess.CompletedProcess[str], file: Path) -> None:
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert done.stderr.startswith("INVALID: "), done.stderr
     assert file.name in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sync", "docs/TASKS.md"),
+        ("trust",),
+        ("mission", "init"),
+        ("mcp-config", "generic", "--write", "--file", "mcp.json"),
+        ("mcp-config", "--agents-md", "--write"),
+    ],
+    ids=" ".join,
+)
+def test_a_disk_that_takes_nothing_is_told(
+    tell: Tell, folder: Path, words: tuple[str, ...]
+) -> None:
+    tell("create", "p", "m", "T1", "--title", "t")
+    (folder / "docs/TASKS.md").write_text(BOARD)
+    (folder / ".mosaic/queue.yaml").write_text("project: p\n")
+    done = tell(*words, preexec_fn=without_room)
+    assert done.returncode == 6, done
+    assert "cannot be written: File too large" in done.stderr
 
 
 @pytest.mark.parametrize("place", PLACES)
