@@ -378,21 +378,34 @@ def say_json(value: Any, stream: IO[str] | None = None) -> None:
 @dataclass
 class Progress:
     """How far long work is, on stderr: a line that is redrawn on a terminal, and elsewhere one
-    every 5 s and at the end."""
+    every 5 s and at the end.  A `silent` one says nothing."""
 
     what: str
-    total: int
+    total: int = 0  # 0: nobody knows how much there is
+    silent: bool = False
     told: float = field(default_factory=time.monotonic)
+    drawn: bool = False
+
+    def __enter__(self) -> Progress:
+        return self
 
     def tell(self, done: int) -> None:
         """Say how much is done."""
-        line, ends = f"{self.what} {done} of {self.total}", done >= self.total
+        line = f"{self.what} {done}" + (f" of {self.total}" if self.total else "")
+        if self.silent:
+            return
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[K{line}" + "\n" * ends)
+            self.drawn = True
+            sys.stderr.write(f"\r\x1b[K{line}")
             sys.stderr.flush()
-        elif ends or time.monotonic() >= self.told + 5:
+        elif 0 < self.total <= done or time.monotonic() >= self.told + 5:
             self.told = time.monotonic()
             say(line, sys.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the line that was redrawn: what is said next stands below it."""
+        if self.drawn:
+            say("", sys.stderr)
 
 
 def log(event: str, **facts: Any) -> None:
@@ -4343,12 +4356,14 @@ class Queue:
         """
         project = self.own(project)
         answer: Purged = {"purged": 0, "kept": 0}
-        while True:
-            reply = await self.call("purge", project, {"status": status, "older": older})
-            answer["purged"] += reply[2]
-            answer["kept"] = reply[4]
-            if reply[2] < PURGE:
-                return answer
+        with Progress("purged", silent=not self.reader.prog) as progress:
+            while True:
+                reply = await self.call("purge", project, {"status": status, "older": older})
+                answer["purged"] += reply[2]
+                answer["kept"] = reply[4]
+                if reply[2] < PURGE:
+                    return answer
+                progress.tell(answer["purged"])
 
     @operation(tool="orchestrator", group="operators")
     async def pause(self, *, project: str | None = None) -> Paused:
@@ -4982,22 +4997,28 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
         if repairs:
             await queue.link.send("SADD", REGISTRY, one)
     faults = len(unlisted)
-    for one in [project] if project else sorted({*await queue.projects(), *unlisted}):
-        try:
-            faults += await examine_project(queue, one, answer, repairs)
-        except Refused as problem:
-            if problem.code == "UNREACHABLE" or (project and problem.code == "NOT_FOUND"):
-                raise
-            answer["findings"].append(f"project {one} cannot be examined: {problem.message}")
+    projects = [project] if project else sorted({*await queue.projects(), *unlisted})
+    with Progress("checked", silent=not queue.reader.prog) as progress:
+        for one in projects:
+            try:
+                faults += await examine_project(queue, one, answer, repairs, progress)
+            except Refused as problem:
+                if problem.code == "UNREACHABLE" or (project and problem.code == "NOT_FOUND"):
+                    raise
+                answer["findings"].append(f"project {one} cannot be examined: {problem.message}")
     answer["repaired" if repairs else "repairable"] = faults
     return queue.overview(project, answer)
 
 
-async def examine_project(queue: Queue, project: str, answer: Findings, repairs: bool) -> int:
+async def examine_project(
+    queue: Queue, project: str, answer: Findings, repairs: bool, progress: Progress
+) -> int:
     """Hold one project against the rules; how many tasks `repair` helps, or has helped."""
     faults = 0
     async for ids, problems in problems_in(queue, project):
         answer["checked"] += len(ids)
+        if answer["checked"] > FOLLOW:
+            progress.tell(answer["checked"])
         answer["findings"] += [
             f"{project}/{task} {sentence}" if task else f"project {project} {sentence}"
             for task, sentence in problems
@@ -5537,10 +5558,9 @@ def read_project(paths: Sequence[Path], project: str | None = None) -> tuple[str
 async def pages_of(records: Mapping[str, Record]) -> Records:
     """Records that are all here, and how far they are entered, on stderr."""
     found = [*records.values()]
-    progress = Progress("entered", len(found))
-    for at in range(0, len(found), FOLLOW):
-        yield found[at : at + FOLLOW]
-        if len(found) > FOLLOW:
+    with Progress("entered", len(found), silent=len(found) <= FOLLOW) as progress:
+        for at in range(0, len(found), FOLLOW):
+            yield found[at : at + FOLLOW]
             progress.tell(min(at + FOLLOW, len(found)))
 
 
@@ -5554,16 +5574,20 @@ def header_for(project: str, meta: Meta, **more: Any) -> dict[str, Any]:
     return {"v": VERSION, "project": project, **more, **meta}
 
 
-async def export_values(queue: Queue, project: str) -> AsyncIterator[dict[str, Any]]:
+async def export_values(
+    queue: Queue, project: str, quiet: bool = False
+) -> AsyncIterator[dict[str, Any]]:
     """A project as the lines of an export: the header, then each task as it was at one moment.  The
     header's rev is the project's before the first of them."""
     meta, _ = await queue.records(project, [])
     yield header_for(project, meta, exportedAt=round(time.time() * 1000))
     ids = await queue.ids(project)
-    for start in range(0, len(ids), RECORDS):
-        _, found = await queue.records(project, ids[start : start + RECORDS])
-        for record in found.values():
-            yield dict(record)
+    with Progress("exported", len(ids), silent=quiet or len(ids) <= FOLLOW) as progress:
+        for start in range(0, len(ids), RECORDS):
+            _, found = await queue.records(project, ids[start : start + RECORDS])
+            for record in found.values():
+                yield dict(record)
+            progress.tell(min(start + RECORDS, len(ids)))
 
 
 class Exported(TypedDict):
@@ -5585,7 +5609,8 @@ async def export(
     project, count = queue.own(project), -1
     to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
     with to_file as file:
-        async for value in export_values(queue, project):
+        quiet = not output and sys.stdout.isatty()  # the lines themselves are seen
+        async for value in export_values(queue, project, quiet):
             file.write(record_line(value))
             count += 1
     return {"project": project, "exported": count, "file": output} if output else None
@@ -12825,23 +12850,26 @@ async def create_groups(
         left = [row for row in rows if row[1].get("taskId") not in there]
         wanted += [(project, left[at : at + BATCH]) for at in range(0, len(left), BATCH)]
     answer, total = Batch(tasks=[]), sum(len(rows) for _, rows in wanted)
-    progress = Progress("created", total)
-    for project, rows in wanted:
-        done = f"{len(answer['tasks'])} of {total} were created before"
-        named = all("taskId" in task for _, task in rows)
-        rest = "the same command with --skip-existing" if named else f"from line {rows[0][0]} on"
-        try:
-            answer["tasks"] += await queue.create_all([task for _, task in rows], project=project)
-        except Refused as refusal:
-            if answer["tasks"] or (named and refusal.code == "EXISTS"):
-                refusal.message += f"; {done}"
-                refusal.hint = f"go on with the rest: {rest}"
-            raise
-        except asyncio.CancelledError:
-            said = f"interrupted; at least {done}; go on with the rest: {rest}"
-            say(f"mosaic-queue: {said}", sys.stderr)
-            raise
-        if total > BATCH:
+    with Progress("created", total, silent=total <= BATCH) as progress:
+        for project, rows in wanted:
+            done = f"{len(answer['tasks'])} of {total} were created before"
+            named = all("taskId" in task for _, task in rows)
+            rest = (
+                "the same command with --skip-existing" if named else f"from line {rows[0][0]} on"
+            )
+            try:
+                answer["tasks"] += await queue.create_all(
+                    [task for _, task in rows], project=project
+                )
+            except Refused as refusal:
+                if answer["tasks"] or (named and refusal.code == "EXISTS"):
+                    refusal.message += f"; {done}"
+                    refusal.hint = f"go on with the rest: {rest}"
+                raise
+            except asyncio.CancelledError:
+                said = f"interrupted; at least {done}; go on with the rest: {rest}"
+                say(f"mosaic-queue: {said}", sys.stderr)
+                raise
             progress.tell(len(answer["tasks"]))
     return answer
 

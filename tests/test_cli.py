@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -377,6 +378,35 @@ def test_over_200_lines_go_in_chunks_and_tell_how_far(run: Run) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "created 450 of 450"
     assert len(json.loads(done.stdout)["tasks"]) == 450
+
+
+def test_long_work_redraws_a_line_on_a_terminal(
+    run: Run, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """And leaves it before anything else is said; elsewhere only the end is told, where known."""
+    tasks = lines(*(new(f"N{i:04}") for i in range(1200)))
+    assert run([*PYTHON, "create", "--from", "-"], tasks).returncode == 0
+    file = str(tmp_path / "web.jsonl")
+    for words, drawn, last in (
+        (["export", "--project", "web", "--output", file], "exported 1200 of 1200", True),
+        (["import", file, "--project", "new"], "entered 1200 of 1200", True),
+        (["doctor", "--project", "web"], "checked 1200", False),
+        (["repair", "--project", "web"], "checked 1200", False),
+    ):
+        ours, theirs = os.openpty()
+        with subprocess.Popen([*PYTHON, *words], env=environ, stdout=-1, stderr=theirs):
+            os.close(theirs)
+            told = b""
+            with contextlib.suppress(OSError):  # how a terminal ends
+                while part := os.read(ours, 4096):
+                    told += part
+        os.close(ours)
+        *redrawn, rest = told.decode().split("\r\x1b[K")
+        assert rest == drawn + "\r\n"
+        assert len(redrawn) >= 2
+        if words[0] != "import":  # it is there already
+            said = run([*PYTHON, *words]).stderr.splitlines()
+            assert [line for line in said if drawn in line] == ([drawn] if last else [])
 
 
 def test_two_projects_in_one_file(run: Run) -> None:
