@@ -284,15 +284,41 @@ async def test_who_waits_for_a_mission_gets_nothing_of_another(
         assert await handed(queue, "alice", mission="mine") == "M1"
 
 
-LATE = 30  # s; a second waiter of one name may miss the bell of its inbox, and looks again
-
-
 async def test_two_of_one_name_get_a_task_each(queue: mq.Queue, assigning: mq.Config) -> None:
     """Sub-agents of one client share its name."""
     await create(queue, "T1", "T2")
     async with watching(assigning, assign=True):
         both = asyncio.gather(handed(queue, "alice"), handed(queue, "alice"))
-        assert sorted(map(str, await asyncio.wait_for(both, LATE))) == ["T1", "T2"]
+        assert sorted(map(str, await asyncio.wait_for(both, AT_ONCE))) == ["T1", "T2"]
+
+
+async def test_who_was_assigned_a_task_by_hand_waits_no_more(
+    queue: mq.Queue, assigning: mq.Config, db: redis.Redis
+) -> None:
+    """The monitor would give the next task to an agent that does not ask for any."""
+    await create(queue, "T1")
+    waiting = asyncio.create_task(handed(queue, "alice"))
+    await until(lambda: db.zcard(f"{ROOT}:waiting") == 1)
+    await queue.assign("T1", agent="alice")
+    assert await asyncio.wait_for(waiting, AT_ONCE) == "T1"
+    assert not db.exists(f"{ROOT}:waiting")
+
+
+async def test_one_of_two_of_one_name_waits_on(
+    queue: mq.Queue, assigning: mq.Config, db: redis.Redis
+) -> None:
+    """Whoever of them is given the one task, the other is still among those that wait."""
+    await create(queue, "T0", delay=604800)
+    async with watching(assigning, assign=True):
+        two = [asyncio.create_task(handed(queue, "alice", wait=60 - 50 * n)) for n in range(2)]
+        await until(lambda: db.zcard(f"{ROOT}:waiting") == 2)
+        await create(queue, "T1")
+        done, _ = await asyncio.wait(two, return_when=asyncio.FIRST_COMPLETED)
+        (other,) = set(two) - done
+        await until(lambda: db.zcard(f"{ROOT}:waiting") == 1, AT_ONCE)
+        await create(queue, "T2")
+        assert await asyncio.wait_for(other, AT_ONCE) == "T2"
+        assert not db.exists(f"{ROOT}:waiting")
 
 
 async def test_who_gave_up_is_assigned_nothing(

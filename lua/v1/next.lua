@@ -154,6 +154,11 @@ if task then
     drop_stale()
   end
   if wait > 0 then write('ZREM', root .. ':claimers', claimer) end
+  -- Who is still among those that wait was given what was meant for another of its name, if for
+  -- anybody that waits: that one asks again.
+  if served and write('ZREM', root .. ':waiting', arg.waiter) == 1 then
+    write('RPUSH', key('inbox', arg.agent), '1')
+  end
   -- One token wakes one waiter: whoever was woken by one wakes the next if there is more.
   for _, lane in ipairs(wait > 0 and lanes or {}) do
     local ahead = heads[lane]
