@@ -10508,12 +10508,15 @@ def leader_lines(answer: QueueStatus | Findings) -> list[str]:
         return []
     lines = []
     for one in answer["leaders"]:
-        line = f"monitor: {one['part']} is led by process {one['process']} on {one['host']}"
+        line = f"monitor: process {one['process']} on {one['host']} leads in {one['part']}"
         if "version" in one:
             line += f", version {one['version']}, with {', '.join(one['parts'])}"
         lines.append(line)
     if "watchdog" not in [one["part"] for one in answer["leaders"]]:
-        lines.append("no monitor leads: nobody ends leases by itself; mosaic-queue monitor")
+        lines.append(
+            "no monitor runs: a lease that ran out ends when somebody asks for work; "
+            "mosaic-queue monitor"
+        )
     return lines
 
 
