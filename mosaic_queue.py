@@ -54,6 +54,7 @@ that stands in a later one.
     MISSION FILES    what the file-based coordinator keeps; who works on a mission, or died over it
     MISSIONS         how a mission stands, what a new session is told, the coordinator's commands
     SURFACES         what the surfaces share
+    BOARD            the page that the person looks at who supervises a fleet
     MCP              the tools of an agent
     HTTP             REST, MCP, events and metrics for many hosts, from one process
     AGENT HOSTS      entries in the files of MCP clients, the start of a session, completion
@@ -1728,6 +1729,8 @@ class Explanation(TypedDict, total=False):
     why: list[str]
     todo: list[str]
     events: list[Event]
+    dependencies: list[Task]  # taskId and status, 200 at most
+    dependents: list[Task]  # those that wait for it, the same
 
 
 class Leader(TypedDict, total=False):
@@ -1827,6 +1830,8 @@ class ProjectStatus(TypedDict, total=False):
     followers: list[Lag]
     waiting: list[Claimer]  # 2,000 at most
     captures: bool  # with openbrain.autoCapture: whether a monitor does it
+    lastHour: dict[str, list[int]]  # completed and failed tasks by five minutes, the last one last
+    alerts: list[str]  # what somebody should look at, as sentences
 
 
 class Server(TypedDict):
@@ -4862,7 +4867,9 @@ async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
         why, todo = why_it_stands(shown, waits, reply[3], holders, claimers, facts)
     events = await queue.events(project=project, task=name, limit=5)
     steps = queue.steps(todo, task=shown["id"], project=project)
-    return {"task": shown, "why": why, "todo": steps, "events": events["events"]}
+    told: Explanation = {"task": shown, "why": why, "todo": steps, "events": events["events"]}
+    near = {"dependencies": reply[8], "dependents": reply[9]}
+    return told | cast(Explanation, {name: [*map(paired, rows)] for name, rows in near.items()})
 
 
 async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanation:
@@ -4933,6 +4940,25 @@ def unfollowed(project: ProjectStatus, config: Config) -> list[str]:
     if config["postgres.url"] and "postgres" not in known:
         found.append(f"postgres has nothing of project {name}: run mosaic-queue monitor")
     return found
+
+
+def alerts_of(project: ProjectStatus, config: Config) -> list[str]:
+    """What somebody should look at in a project."""
+    found = []
+    if "pausedAt" in project:
+        found.append(f"paused since {moment(project['pausedAt'])}")
+    else:
+        found += [
+            f"nobody works on lane {lane['lane']}: {lane['ready']} ready"
+            for lane in project["lanes"]
+            if lane["ready"] and not lane["held"] and lane.get("maxConcurrent") != 0
+            and not waiting_in(lane["lane"], project["waiting"])
+        ]  # fmt: skip
+    if project["due"]:
+        found.append(f"{project['due']} leases have ended or transitions were cut off")
+    if not project.get("captures", True):
+        found.append("openbrain.autoCapture is on, and no monitor runs that captures")
+    return found + unfollowed(project, config)
 
 
 async def setting_of(queue: Queue, name: str) -> str:
@@ -5079,7 +5105,7 @@ async def project_status(queue: Queue, project: str) -> ProjectStatus:
 
 
 def _project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
-    counts, facts, lanes, expiring, policy, followers, *waiting = reply[1:]
+    counts, facts, lanes, expiring, policy, followers, hour, *waiting = reply[1:]
     tasks = {name: int(count) for name, count in cells(counts).items()}
     status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
     status["lanes"] = [paired(lane) for lane in lanes]
@@ -5090,6 +5116,8 @@ def _project_status(queue: Queue, project: str, reply: Sequence[Any]) -> Project
     if queue.config["openbrain.autoCapture"]:
         heard = {one["follower"]: one["lastHeard"] for one in status["followers"]}
         status["captures"] = status["now"] - heard.get("openbrain", 0) < CAPTURE_HEARD
+    status["lastHour"] = {name: [*map(int, counts.split())] for name, counts in cells(hour).items()}
+    status["alerts"] = alerts_of(cast(ProjectStatus, status), queue.config)
     return cast(ProjectStatus, status)
 
 
@@ -10651,6 +10679,1221 @@ def for_people(kind: Any, result: Any) -> str:
     return RENDERINGS.get(kind, Rendering(facts_text)).text(result)
 
 
+# ==== BOARD ==================================================================================
+#
+# One page for the person who supervises a fleet.  It has all its data from REST and the stream of
+# events, and no markup from anybody: what users wrote becomes text nodes.
+
+BOARD_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>mosaic-queue</title>
+<link rel="icon" href="data:image/svg+xml,
+%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 9 9'%3E
+%3Cpath fill='%232f6fed' d='M0 0h4v4H0zM5 5h4v4H5z'/%3E%3C/svg%3E">
+<style>
+:root {
+  --page: #f4f5f7; --sheet: #fff; --text: #171a1f; --quiet: #59636e; --line: #dde1e6;
+  --link: #1f57c8; --soft: #eaf0fd; --warn: #fff4dc; --warn-line: #d9a021;
+  --pending: #1f57c8; --held: #8a5a00; --blocked: #6d47b5; --failed: #bb2430; --completed: #187544;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #0f1216; --sheet: #181c22; --text: #e7eaee; --quiet: #9ba6b2; --line: #2b323b;
+    --link: #86aeff; --soft: #1e2a40; --warn: #2e2612; --warn-line: #a87b1a;
+    --pending: #86aeff; --held: #eeb654; --blocked: #bda2ff; --failed: #ff8087;
+    --completed: #62d193;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--text); accent-color: var(--link);
+  font: 14px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1, h2, h3, h4, p, ul, ol, dl, dd, figure { margin: 0; padding: 0; }
+ul.plain, ol.plain { list-style: none; }
+h1 { font-size: 20px; line-height: 1.3; } h2 { font-size: 14px; } h3 { font-size: 13px; }
+a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+code, pre, .id { font: 12px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 3px; }
+button, input, select, textarea { font: inherit; color: inherit; background: var(--sheet);
+  border: 1px solid var(--line); border-radius: 6px; padding: 5px 10px; max-width: 100%; }
+button { cursor: pointer; } button:hover { border-color: var(--link); }
+button.first { background: var(--link); border-color: var(--link); color: var(--sheet); }
+button.grave { color: var(--failed); }
+.skip { position: absolute; left: -999px; } .skip:focus { left: 8px; top: 8px; z-index: 9; }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+.quiet { color: var(--quiet); } .right { margin-left: auto; } .row { display: flex; gap: 8px;
+  align-items: center; flex-wrap: wrap; } .wrap { overflow-wrap: anywhere; }
+.number { font-variant-numeric: tabular-nums; }
+
+#top { position: sticky; top: 0; z-index: 3; display: flex; flex-wrap: wrap; gap: 4px 16px;
+  align-items: center; padding: 8px 20px; background: var(--sheet);
+  border-bottom: 1px solid var(--line); }
+#top .brand { font-weight: 650; color: var(--text); }
+#top nav { display: flex; gap: 2px; flex-wrap: wrap; }
+#top nav a { padding: 4px 10px; border-radius: 6px; color: var(--quiet); }
+#top nav a[aria-current] { background: var(--soft); color: var(--link); font-weight: 600; }
+.live { color: var(--quiet); }
+.live::before { content: "●"; margin-right: 5px; color: var(--completed); }
+.live.away::before { content: "○"; color: var(--failed); }
+main { padding: 16px 20px 40px; } main:focus { outline: none; }
+main > * + * { margin-top: 14px; }
+.sheet { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px;
+  padding: 14px 16px; }
+.alerts { display: grid; gap: 6px; }
+.alert { background: var(--warn); border-left: 3px solid var(--warn-line); border-radius: 4px;
+  padding: 6px 12px; overflow-wrap: anywhere; }
+.alert.grave { border-color: var(--failed); }
+
+.projects { display: grid; gap: 14px;
+  grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); }
+.projects > * + *, .sheet > * + * { margin-top: 10px; } .projects > * { margin-top: 0; }
+.counts { display: flex; flex-wrap: wrap; gap: 4px 18px; }
+.counts div { display: flex; flex-direction: column-reverse; }
+.counts dd { font-size: 22px; font-weight: 600; line-height: 1.2; }
+.counts dt { color: var(--quiet); font-size: 12px; }
+.none { color: var(--quiet); font-weight: 400 !important; }
+.spark { display: block; width: 100%; height: 38px; }
+.spark .completed { fill: var(--completed); } .spark .failed { fill: var(--failed); }
+.spark .base { stroke: var(--line); }
+.lanes { display: flex; flex-wrap: wrap; gap: 8px; }
+.lane { display: grid; gap: 3px; min-width: 128px; padding: 6px 10px; border-radius: 8px;
+  border: 1px solid var(--line); background: var(--sheet); font-size: 12px; color: var(--text); }
+.lane[aria-current] { border-color: var(--link); }
+.drop { outline: 2px dashed var(--link); outline-offset: 2px; }
+
+.pending { color: var(--pending); } .claimed, .in-progress, .held { color: var(--held); }
+.blocked { color: var(--blocked); } .failed { color: var(--failed); }
+.completed { color: var(--completed); }
+.columns { display: grid; gap: 12px; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(230px, 1fr)); }
+.column > h2 { display: flex; gap: 6px; padding: 4px 2px 8px; align-items: baseline; }
+.column > h2 .number { color: var(--quiet); font-weight: 400; }
+.cards { display: grid; gap: 8px; }
+.card { position: relative; background: var(--sheet); border: 1px solid var(--line);
+  border-left: 3px solid currentColor; border-radius: 8px; padding: 8px 10px; font-size: 13px;
+  content-visibility: auto; contain-intrinsic-height: auto 74px; overflow-wrap: anywhere; }
+.card > * { color: var(--text); } .card > .quiet { color: var(--quiet); font-size: 12px; }
+.card > a { display: block; font-weight: 550; color: var(--text); }
+.card > a::after { content: ""; position: absolute; inset: 0; }
+.card:hover { border-top-color: var(--link); border-right-color: var(--link);
+  border-bottom-color: var(--link); }
+.card.open { box-shadow: 0 0 0 2px var(--link); }
+.card.ghost { border-style: dashed; opacity: .8; }
+.tag { display: inline-block; border: 1px solid var(--line); border-radius: 9px; padding: 0 7px;
+  font-size: 11px; line-height: 17px; color: var(--quiet); white-space: nowrap; }
+.tag.critical, .tag.high { color: var(--failed); border-color: currentColor; font-weight: 600; }
+meter { display: block; width: 100%; height: 6px; margin: 4px 0; border: 0; }
+meter::-webkit-meter-inner-element { display: block; }
+meter::-webkit-meter-bar { background: var(--line); border: 0; border-radius: 3px; height: 6px; }
+meter::-webkit-meter-optimum-value { background: var(--held); border-radius: 3px; }
+meter::-webkit-meter-suboptimum-value { background: var(--failed); border-radius: 3px; }
+meter::-webkit-meter-even-less-good-value { background: var(--failed); border-radius: 3px; }
+
+.filter { display: flex; flex-wrap: wrap; gap: 8px; align-items: end; }
+.filter label, .fields label { display: grid; gap: 2px; font-size: 12px; color: var(--quiet); }
+.filter label > *, .fields label > * { font-size: 14px; color: var(--text); }
+.filter input { width: 128px; } .filter input[type=search] { width: 190px; }
+.check { grid-auto-flow: column; justify-content: start; }
+.filter label.check { display: flex; align-items: center; gap: 6px; padding-bottom: 6px; }
+input[type=checkbox] { width: auto !important; }
+.split { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); align-items: start; }
+@media (min-width: 1000px) {
+  .split.with { grid-template-columns: minmax(0, 1fr) minmax(380px, 36%); }
+  .task { position: sticky; top: 62px; max-height: calc(100vh - 78px); overflow: auto; }
+}
+@media (max-width: 999px) { .split.with > :first-child { display: none; } }
+.task h1 { overflow-wrap: anywhere; } .task:focus { outline: none; }
+.task dl.facts { display: grid; grid-template-columns: auto 1fr; gap: 2px 14px; }
+.task dl.facts dt { color: var(--quiet); } .task dl.facts dd { overflow-wrap: anywhere; }
+.task h2 { border-top: 1px solid var(--line); padding-top: 10px; }
+.markdown > * + * { margin-top: 8px; } .markdown ul, .markdown ol { padding-left: 22px; }
+.markdown { overflow-wrap: anywhere; }
+pre { margin: 0; background: var(--page); border-radius: 6px; padding: 8px 10px; overflow: auto; }
+.markdown blockquote { margin: 0; padding-left: 10px; border-left: 3px solid var(--line); }
+.line { border-left: 2px solid var(--line); padding-left: 14px; display: grid; gap: 8px; }
+.line li { position: relative; overflow-wrap: anywhere; }
+.line li::before { content: ""; position: absolute; left: -19px; top: 6px; width: 8px; height: 8px;
+  border-radius: 50%; background: currentColor; } .line li > * { color: var(--text); }
+.graph { overflow: auto; } .graph svg { display: block; }
+.graph .edge { fill: none; stroke: var(--quiet); opacity: .55; }
+.graph .edge.critical { stroke: var(--failed); stroke-width: 2.5; opacity: 1; }
+.graph .shape { fill: var(--sheet); stroke: currentColor; stroke-width: 1.5; }
+.graph a:focus-visible .shape { stroke-width: 4; }
+.graph text { fill: var(--text); font-size: 12px; }
+.graph .mark { fill: currentColor; } .graph .critical .shape { stroke-width: 3; }
+table { border-collapse: collapse; width: 100%; }
+td, th { padding: 5px 10px 5px 0; text-align: left;
+  border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--quiet);
+  font-weight: 500; font-size: 12px; }
+.scroll { overflow-x: auto; }
+dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--sheet);
+  color: var(--text); width: min(560px, calc(100vw - 24px)); padding: 18px 20px; }
+dialog::backdrop { background: rgb(0 0 0 / .45); }
+.fields { display: grid; gap: 10px; margin: 12px 0; } .fields textarea { min-height: 110px; }
+#said { position: fixed; right: 16px; bottom: 16px; z-index: 5; display: grid; gap: 8px;
+  max-width: min(460px, calc(100vw - 32px)); }
+#said p { background: var(--text); color: var(--page); border-radius: 8px; padding: 10px 14px;
+  overflow-wrap: anywhere; }
+@media (max-width: 480px) { main { padding: 12px 12px 40px; } #top { padding: 8px 12px; }
+  .projects { grid-template-columns: minmax(0, 1fr); } .filter label { flex: 1 1 40%; }
+  .filter input, .filter input[type=search], .filter select { width: 100%; } }
+@media (prefers-reduced-motion: no-preference) { .card.new { animation: new 1.2s; }
+  @keyframes new { from { background: var(--soft); } } }
+</style>
+</head>
+<body>
+<a class="skip" href="#" data-do="skip">Skip to the content</a>
+<header id="top"></header>
+<main id="main" tabindex="-1"><p class="quiet">Loading …</p></main>
+<div id="said" role="status"></div>
+<dialog id="dialog" aria-labelledby="dialog-title"></dialog>
+<script>
+"use strict";
+
+// ---- elements: what users wrote becomes text nodes, and never markup ----
+
+function h(kind, attributes, ...children) {
+  const [tag, ...classes] = kind.split(".");
+  const drawn = tag.startsWith("svg:") && "http://www.w3.org/2000/svg";
+  const made = drawn ? document.createElementNS(drawn, tag.slice(4)) : document.createElement(tag);
+  if (classes.length) made.setAttribute("class", classes.join(" "));
+  for (const [name, value] of Object.entries(attributes ?? {})) {
+    if (value !== undefined && value !== null && value !== false) {
+      made.setAttribute(name, value === true ? "" : value);
+    }
+  }
+  const shown = (child) => child || child === 0;
+  made.append(...children.flat(Infinity).filter(shown));
+  return made;
+}
+
+// Make an old tree like a new one, and keep what is the same: its focus, its place, its input.
+function morph(old, made) {
+  if (old.nodeName !== made.nodeName || old.dataset?.key !== made.dataset?.key) {
+    old.replaceWith(made);
+  } else if (old.nodeType === Node.TEXT_NODE) {
+    if (old.data !== made.data) old.data = made.data;
+  } else {
+    for (const {name} of [...old.attributes]) {
+      if (!made.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+    }
+    for (const {name, value} of made.attributes) {
+      if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    }
+    morphChildren(old, made);
+    if (old !== document.activeElement && "value" in old && old.nodeName !== "METER") {
+      [old.value, old.checked] = [made.value, made.checked];
+    }
+  }
+}
+
+function morphChildren(old, made) {
+  const known = new Map();
+  for (const child of old.children) if (child.dataset.key) known.set(child.dataset.key, child);
+  let at = old.firstChild;
+  for (const next of [...made.childNodes]) {
+    const key = next.dataset?.key;
+    const same = key ? known.get(key) : at && !at.dataset?.key ? at : undefined;
+    if (same && same === at) at = at.nextSibling;
+    else if (same) old.insertBefore(same, at);
+    if (same) morph(same, next);
+    else old.insertBefore(next, at);
+  }
+  while (at) {
+    const gone = at;
+    at = at.nextSibling;
+    gone.remove();
+  }
+}
+
+function show(id, ...children) {
+  const focus = document.activeElement;
+  morphChildren(document.getElementById(id), h("div", {}, children));
+  if (focus?.isConnected && focus !== document.activeElement) focus.focus({preventScroll: true});
+}
+
+// ---- Markdown: the part of it that people write in tasks ----
+
+const INLINE = new RegExp([/`([^`\n]+)`/, /\*\*([^*\n]+)\*\*/, /\*([^*\n]+)\*/,
+  /\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/, /(https?:\/\/[^\s<>"')\]]+)/]
+  .map((one) => one.source).join("|"), "g");
+
+function inline(text) {
+  const parts = [];
+  let from = 0;
+  for (const found of text.matchAll(INLINE)) {
+    const [all, code, strong, slanted, words, address, plain] = found;
+    parts.push(text.slice(from, found.index));
+    from = found.index + all.length;
+    if (code) parts.push(h("code", {}, code));
+    else if (strong) parts.push(h("strong", {}, strong));
+    else if (slanted) parts.push(h("em", {}, slanted));
+    else parts.push(outside(address ?? plain, words ?? plain));
+  }
+  return [...parts, text.slice(from)];
+}
+
+function outside(address, words) {
+  return h("a", {href: address, rel: "noopener noreferrer nofollow", target: "_blank"}, words);
+}
+
+function markdown(text) {
+  const blocks = [];
+  for (const [place, part] of text.split(/^```.*$/m).entries()) {
+    if (place % 2) blocks.push(h("pre", {tabindex: 0}, part.replace(/^\n|\n$/g, "")));
+    else for (const block of part.split(/\n\s*\n/)) if (block.trim()) blocks.push(paragraph(block));
+  }
+  return h("div.markdown", {}, blocks);
+}
+
+function paragraph(block) {
+  const lines = block.trim().split("\n");
+  const heading = lines[0].match(/^#{1,6} +(.*)/);
+  if (heading) {
+    const rest = lines.slice(1).join("\n");
+    return [h("h3", {}, inline(heading[1])), rest.trim() && paragraph(rest)];
+  }
+  for (const [mark, tag] of [[/^\s*[-*+] +/, "ul"], [/^\s*\d+[.)] +/, "ol"]]) {
+    if (mark.test(lines[0])) {
+      const items = [];
+      for (const line of lines) {
+        if (mark.test(line) || !items.length) items.push(line.replace(mark, ""));
+        else items.push(`${items.pop()} ${line.trim()}`);
+      }
+      return h(tag, {}, items.map((item) => h("li", {}, inline(item))));
+    }
+  }
+  if (lines.every((line) => line.startsWith(">"))) {
+    return h("blockquote", {}, inline(lines.map((line) => line.replace(/^> ?/, "")).join("\n")));
+  }
+  return h("p", {}, lines.map((line, place) => [place > 0 && h("br"), inline(line)]));
+}
+
+// ---- words ----
+
+const STATUSES = ["pending", "in-progress", "claimed", "blocked", "failed", "completed"];
+const MARKS = {pending: "○", claimed: "◐", "in-progress": "◐", held: "◐", blocked: "◇",
+  failed: "✕", completed: "✓"};
+const PRIORITIES = ["critical", "high", "medium", "low"];
+let ahead = 0;  // ms by which the server's clock is ahead of ours
+
+const now = () => Date.now() + ahead;
+
+function lasting(ms) {
+  const s = Math.max(0, Math.round(ms / 1000));
+  const units = [[100, 1, "s"], [6000, 60, "min"], [172_800, 3600, "h"], [Infinity, 86_400, "d"]];
+  const [, size, unit] = units.find(([below]) => s < below);
+  return `${Math.round(s / size)} ${unit}`;
+}
+
+function moment(at) {
+  return new Date(at).toLocaleString(undefined, {dateStyle: "medium", timeStyle: "medium"});
+}
+
+// A length of time that goes on: `tick` writes it anew.
+function since(at) {
+  return h("time.number", {"data-since": at, title: moment(at)}, lasting(now() - at));
+}
+
+function until(at) {
+  return h("time.number", {"data-until": at, title: moment(at)}, lasting(at - now()));
+}
+
+function tick() {
+  for (const one of document.querySelectorAll("[data-since]")) {
+    one.textContent = lasting(now() - one.dataset.since);
+  }
+  for (const one of document.querySelectorAll("[data-until]")) {
+    if (one.nodeName === "METER") one.value = one.dataset.until - now();
+    else one.textContent = lasting(one.dataset.until - now());
+  }
+}
+
+const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
+const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const mark = (status) => h(`span.${status}`, {"aria-hidden": "true"}, MARKS[status]);
+
+// ---- where we are: all of it is in the address ----
+
+let at = {};  // project, view, task, mission, lane, agent, priority, text, hide, do, and more
+
+function place() {
+  return Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+}
+
+function link(changes) {
+  const query = new URLSearchParams();
+  for (const [name, value] of Object.entries({...at, ...changes})) {
+    if (value) query.set(name, value);
+  }
+  return `#${query}`;
+}
+
+function only(project, more) {
+  const nothing = Object.fromEntries(Object.keys(at).map((name) => [name, ""]));
+  return link({...nothing, project, ...more});
+}
+
+const inProject = (rest) => `/projects/${encodeURIComponent(at.project)}${rest}`;
+const inTask = (name, rest) => inProject(`/tasks/${encodeURIComponent(name)}${rest}`);
+const nameOf = (task) => task.taskId;
+
+// ---- the server ----
+
+let me = {operations: {}};  // who we are to the server, and what it lets us do
+const may = (operation) => operation in me.operations;
+const token = () => sessionStorage.getItem("token");
+
+async function request(path, how = {}) {
+  const headers = {...how.headers};
+  if (token()) headers.authorization = `Bearer ${token()}`;
+  const answer = await fetch(`api${path}`, {...how, headers});
+  if (answer.ok) return answer;
+  const told = await answer.json().catch(() => ({detail: `the server answered ${answer.status}`}));
+  throw Object.assign(new Error(told.detail ?? told.title), told);
+}
+
+async function get(path, query = {}) {
+  const given = new URLSearchParams(Object.entries(query).filter(([, value]) => value));
+  return (await request(given.size ? `${path}?${given}` : path)).json();
+}
+
+async function send(method, path, body, rev) {
+  const headers = {"content-type": "application/json"};
+  if (rev) headers["if-match"] = `"${rev}"`;
+  return (await request(path, {method, headers, body: JSON.stringify(body ?? {})})).json();
+}
+
+// ---- what is shown, and how it is kept fresh ----
+
+const COLUMNS = {
+  ready: {title: "Ready", mark: "pending", statuses: ["pending"]},
+  held: {title: "Held", mark: "held", statuses: ["in-progress", "claimed"], full: true},
+  blocked: {title: "Blocked", mark: "blocked", statuses: ["blocked"], full: true},
+  dead: {title: "Dead letters", mark: "failed", statuses: ["failed"], full: true},
+  done: {title: "Completed", mark: "completed", statuses: ["completed"]},
+};
+const FILTERS = ["text", "agent", "lane", "mission", "priority"];
+const PAGE = 40;  // cards of a column at first
+
+let data = {};  // what the server said last
+let stale = new Set();  // the statuses whose tasks have changed since
+let connected = false;
+
+const shownOf = (name) => Math.min(1000, Number(at[name]) || PAGE);
+
+async function page(status, limit, full) {
+  const filter = Object.fromEntries(FILTERS.map((name) => [name, at[name]]));
+  return get(inProject("/tasks"), {...filter, status, limit, full: full && "true"});
+}
+
+async function loadColumn(name) {
+  const {statuses, full} = COLUMNS[name];
+  const pages = await Promise.all(statuses.map((status) => page(status, shownOf(name), full)));
+  const known = pages.every((one) => "total" in one && !("cursor" in one && filtered()));
+  data.columns[name] = {
+    tasks: pages.flatMap((one) => one.tasks),
+    total: known ? sum(pages.map((one) => one.total)) : undefined,
+    more: pages.some((one) => "cursor" in one),
+  };
+}
+
+const filtered = () => FILTERS.some((name) => at[name]);
+
+async function loadTask() {
+  const name = at.task;
+  const [task, told, events] = await Promise.all([
+    get(inTask(name, "")), get(inTask(name, "/explain")),
+    get(inProject("/events"), {task: name, limit: 1000}),
+  ]);
+  data.task = {...told, task, events: events.events};
+}
+
+const VIEWS = {
+  board: {title: "Board", draw: drawBoard, load: (changed) => Promise.all(Object.keys(COLUMNS)
+    .filter((name) => !changed || COLUMNS[name].statuses.some((one) => changed.has(one)))
+    .filter((name) => name !== "blocked" || !at.hide).map(loadColumn))},
+  graph: {title: "Graph", draw: drawGraph, load: loadGraph},
+  dead: {title: "Dead letters", draw: drawDead, load: loadDead},
+};
+const view = () => VIEWS[at.view] ?? VIEWS.board;
+
+async function load(changed) {
+  if (!Object.keys(me.operations).length) me = await get("");
+  const status = get(at.project ? inProject("") : "/projects");
+  const parts = at.project ? [view().load(changed), at.task && loadTask()] : [];
+  const began = Date.now();
+  data.status = await status;
+  const one = data.status.projects[0];
+  if (one) ahead = one.now - (began + Date.now()) / 2;
+  await Promise.all(parts);
+}
+
+async function refresh(changed) {
+  const here = location.hash;
+  try {
+    await load(changed);
+    data.problem = undefined;
+  } catch (problem) {
+    data.problem = problem;
+  }
+  if (here === location.hash) draw();
+}
+
+async function keepFresh() {
+  for (;;) {
+    const changed = stale;
+    stale = new Set();
+    const began = performance.now();
+    if (changed.size) await refresh(changed);
+    await new Promise((done) => setTimeout(done, 200 + 3 * (performance.now() - began)));
+  }
+}
+
+// Read the changes as they come; whoever comes back after a while reads all anew.
+async function listen(signal) {
+  for (let pause = 500; !signal.aborted; pause = Math.min(15_000, pause * 2)) {
+    try {
+      const from = at.project ? data.status?.projects[0]?.rev : Math.round(now());
+      const path = `${at.project ? inProject("") : ""}/events?since=${from ?? ""}`;
+      const headers = {accept: "text/event-stream"};
+      const stream = (await request(path, {headers, signal})).body;
+      if (!connected || pause > 500) stale = new Set(STATUSES);
+      [connected, pause] = [true, 500];
+      drawTop();
+      await readEvents(stream.pipeThrough(new TextDecoderStream()).getReader());
+    } catch (problem) {
+      if (signal.aborted || problem.status === 401) return;
+    }
+    connected = false;
+    drawTop();
+    await new Promise((done) => setTimeout(done, pause));
+  }
+}
+
+async function readEvents(reader) {
+  let text = "";
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    text += value;
+    const blocks = text.split("\n\n");
+    text = blocks.pop();
+    for (const block of blocks) noteEvent(block);
+  }
+}
+
+function noteEvent(block) {
+  const line = block.split("\n").find((one) => one.startsWith("data: "));
+  if (!line) return;
+  const event = JSON.parse(line.slice(6));
+  for (const status of event.op && !("lost" in event) ? [event.from, event.to] : STATUSES) {
+    stale.add(status ?? "gone");
+  }
+}
+
+let listening;  // what ends the stream of the project at which we were
+
+async function go() {
+  const before = at;
+  at = place();
+  const moved = !listening || before.project !== at.project;
+  if (moved) {
+    listening?.abort();
+    data = {columns: {}};
+    show("main", h("p.quiet", {}, "Loading …"));
+  }
+  await refresh();
+  drawDialog();
+  if (before.task !== at.task) focusOn(at.task, before.task);
+  if (moved && data.problem?.status !== 401) {
+    listening = new AbortController();
+    listen(listening.signal);
+  }
+}
+
+function focusOn(task, before) {
+  const card = before && document.querySelector(`li[data-key="${CSS.escape(before)}"] a`);
+  (task ? document.getElementById("task") : card)?.focus({preventScroll: true});
+}
+
+// ---- the top of the page ----
+
+function drawTop() {
+  const views = at.project ? Object.entries(VIEWS) : [];
+  const tabs = views.map(([name, one]) => {
+    const current = one === view() && "page";
+    const address = link({view: name === "board" ? "" : name, task: "", do: ""});
+    return h("a", {href: address, "aria-current": current}, one.title);
+  });
+  show("top",
+    h("a.brand", {href: "#"}, "mosaic-queue"),
+    at.project && h("strong.wrap", {}, at.project),
+    tabs.length > 0 && h("nav", {"aria-label": "Views"}, tabs),
+    h("span.row.right", {},
+      h(connected ? "span.live" : "span.live.away", {}, connected ? "live" : "not live"),
+      me.caller && h("span.quiet.wrap", {}, `${me.caller}, ${me.role}`),
+      token() && h("button", {"data-do": "leave"}, "Log out"),
+      at.project && may("create") && h("button.first", {"data-do": "open", "data-dialog": "create"},
+        "New task")));
+}
+
+function drawProblem(problem) {
+  return h("div.alert.grave", {role: "alert"}, h("strong", {}, problem.message),
+    problem.hint && h("p", {}, problem.hint));
+}
+
+function draw() {
+  document.title = [at.task, at.project, "mosaic-queue"].filter(Boolean).join(" · ");
+  drawTop();
+  if (data.problem?.status === 401) return drawLogin();
+  const parts = [data.problem && drawProblem(data.problem)];
+  if (data.status) parts.push(at.project ? drawProject() : drawOverview());
+  show("main", parts);
+  tick();
+}
+
+function drawLogin() {
+  show("main", h("form.sheet", {"data-form": "login"},
+    h("h1", {}, "Log in"),
+    h("p.quiet", {}, token() ? `The token is not accepted: ${data.problem.message}.`
+      : "This server asks for a token. It is kept until you close this tab."),
+    h("label.row", {}, "Token ", h("input", {type: "password", name: "token", required: true,
+      autocomplete: "off", autofocus: true})),
+    h("button.first", {}, "Log in")));
+}
+
+// ---- all projects ----
+
+function drawOverview() {
+  const {projects, leaders, unreadable} = data.status;
+  const alerts = [
+    leaders && !leaders.some((one) => one.part === "watchdog") && h("p.alert", {},
+      h("strong", {}, "No monitor leads: "), "no lease is ended in time. Start one: ",
+      h("code", {}, "mosaic-queue monitor")),
+    (unreadable ?? []).map((said) => h("p.alert.grave", {}, said)),
+    projects.flatMap((one) => one.alerts.map((said) => h("p.alert", {},
+      h("a", {href: only(one.project)}, one.project), `: ${said}`))),
+  ];
+  const worst = (one) => one.alerts.length + one.tasks.failed / 1e6;
+  const ordered = [...projects].sort((a, b) => worst(b) - worst(a));
+  return [
+    h("h1", {}, counted(projects.length, "project")),
+    h("div.alerts", {}, alerts),
+    projects.length === 0 && h("p.sheet.quiet", {},
+      "There is no project yet. The first task makes one: ",
+      h("code", {}, 'mosaic-queue create web launch T1 --title "Write the page"')),
+    h("div.projects", {}, ordered.map(projectSheet)),
+  ];
+}
+
+function projectSheet(one) {
+  return h("section.sheet", {"data-key": one.project, "aria-label": `project ${one.project}`},
+    h("h2.row", {}, h("a.wrap", {href: only(one.project)}, one.project),
+      "pausedAt" in one && h("span.tag.high", {}, "paused")),
+    drawCounts(one),
+    sparkline(one.lastHour),
+    drawLanes(one, true),
+    one.expiring.length > 0 && h("p.quiet", {}, "lease about to end: ", one.expiring.map((task) =>
+      [h("a", {href: only(one.project, {task: task.taskId})}, task.taskId),
+        ` of ${task.claimedBy}, `, until(task.leaseExpiresAt), " "])));
+}
+
+function drawCounts(one) {
+  const held = one.tasks.claimed + one.tasks["in-progress"];
+  const counts = [["ready", one.ready, "pending"], ["not due", one.delayed, "pending"],
+    ["held", held, "held"], ["blocked", one.tasks.blocked, "blocked"],
+    ["dead letters", one.tasks.failed, "failed"], ["completed", one.tasks.completed, "completed"]];
+  return h("dl.counts", {}, counts
+    .filter(([title, count]) => count || title !== "not due")
+    .map(([title, count, status]) => h("div", {}, h("dt", {}, title),
+      h(count ? `dd.number.${status}` : "dd.number.none", {}, count))));
+}
+
+// Completed and dead letters of the last hour, a bar for each five minutes.
+function sparkline(hour) {
+  const most = Math.max(4, ...hour.completed, ...hour.failed);
+  const bar = (kind, aside) => hour[kind].map((count, place) => count > 0 && h(`svg:rect.${kind}`,
+    {x: place * 25 + aside, width: 10, y: 34 - 32 * count / most, height: 32 * count / most}));
+  const [done, dead] = [sum(hour.completed), counted(sum(hour.failed), "dead letter")];
+  return h("figure", {},
+    h("svg:svg.spark", {viewBox: "0 0 300 36", preserveAspectRatio: "none", "aria-hidden": "true"},
+      h("svg:line.base", {x1: 0, x2: 300, y1: 35, y2: 35}), bar("completed", 2), bar("failed", 13)),
+    h("figcaption.quiet", {}, `last hour: ${done} completed, ${dead}`));
+}
+
+function drawLanes(one, brief) {
+  const busy = one.lanes.filter((lane) => lane.ready || lane.held || "maxConcurrent" in lane);
+  return busy.length > 0 && h("div.lanes", {}, busy.map((lane) => {
+    const cap = lane.maxConcurrent;
+    const used = cap === undefined ? `${lane.held} held` : `${lane.held} of ${cap} held`;
+    const current = !brief && at.lane === lane.lane;
+    return h("a.lane", {href: brief ? only(one.project, {lane: lane.lane})
+      : link({lane: current ? "" : lane.lane}), "aria-current": current && "true",
+      "data-drop": brief ? undefined : "lane", "data-value": lane.lane},
+      h("strong", {}, lane.lane), h("span.number", {}, `${lane.ready} ready, ${used}`),
+      cap > 0 && h("meter", {max: cap, value: lane.held, "aria-label": `lane ${lane.lane}`}));
+  }));
+}
+
+// ---- a project ----
+
+function drawProject() {
+  const one = data.status.projects[0];
+  if (!one) return h("p.sheet", {}, `There is no project ${at.project}. `);
+  const paused = "pausedAt" in one;
+  const [word, operation] = paused ? ["Go on", "unpause"] : ["Pause", "pause"];
+  return [
+    h("div.row", {}, h("h1", {}, at.project), paused && h("span.tag.high", {}, "paused since ",
+      since(one.pausedAt)), may(operation) && h("button.right", {"data-do": "project",
+      "data-operation": operation}, `${word}`)),
+    h("div.alerts", {}, one.alerts.map((said) => h("p.alert", {}, said))),
+    h(at.task ? "div.split.with" : "div.split", {},
+      h("div", {"data-key": `view-${at.view}`}, view().draw(one)),
+      at.task && drawTask()),
+  ];
+}
+
+function drawBoard(one) {
+  const columns = Object.entries(COLUMNS).filter(([name]) => name !== "blocked" || !at.hide);
+  return [drawLanes(one), drawFilter(one), h("div.columns", {}, columns.map(drawColumn))];
+}
+
+function drawFilter(one) {
+  const field = (name, label, rest) => h("label", {}, label,
+    h("input", {name, value: at[name] ?? "", ...rest}));
+  const choice = (name, label, values) => h("label", {}, label, h("select", {name},
+    h("option", {value: ""}, "all"), values.map((value) => h("option", {value,
+      selected: at[name] === value}, value))));
+  return h("form.filter", {"data-form": "filter", role: "search", "aria-label": "Filter the tasks"},
+    field("text", "Words", {type: "search", placeholder: "in id, title, description"}),
+    choice("lane", "Lane", one.lanes.map((lane) => lane.lane)),
+    choice("priority", "Priority", PRIORITIES),
+    field("agent", "Agent"), field("mission", "Mission"),
+    h("label.check", {}, h("input", {type: "checkbox", name: "hide", value: "blocked",
+      checked: !!at.hide}), "hide blocked"),
+    h("button", {}, "Filter"),
+    (filtered() || at.hide) && h("a", {href: link(Object.fromEntries([...FILTERS, "hide"]
+      .map((name) => [name, ""])))}, "show all"),
+    may("update") && h("span.row.right", {},
+      h("span.quiet", {}, "drag a card onto a lane, or onto"),
+      PRIORITIES.map((name) => h(`span.tag.${name}`, {"data-drop": "priority", "data-value": name},
+        name))));
+}
+
+function drawColumn([name, column]) {
+  const {tasks, total, more} = data.columns?.[name] ?? {tasks: []};
+  const count = total ?? (more ? `${tasks.length} or more` : tasks.length);
+  return h("section.column", {"data-key": name, "aria-labelledby": `column-${name}`},
+    h("h2", {id: `column-${name}`}, mark(column.mark), column.title, " ",
+      h("span.number", {}, count)),
+    tasks.length === 0 && h("p.quiet", {}, "none"),
+    h("ol.plain.cards", {}, tasks.map((task) =>
+      h("li", {"data-key": task.taskId}, drawCard(task)))),
+    more && (shownOf(name) < 1000
+      ? h("p", {}, h("a", {href: link({[name]: Math.min(1000, shownOf(name) * 3)})}, "show more"))
+      : h("p.quiet", {}, "There are more than 1,000: filter them.")));
+}
+
+function drawCard(task) {
+  const classes = `article.card.${task.status}${task.orphaned ? ".ghost" : ""}`;
+  const open = at.task === task.taskId;
+  return h(classes + (open ? ".open" : ""), {draggable: may("update") && task.status !== "completed"
+    && "true", "data-task": task.taskId, "data-rev": task.rev},
+    h("a", {href: link({task: open ? "" : task.taskId}), draggable: "false"}, task.title),
+    h("div.row.quiet", {}, h("span.id", {}, task.taskId),
+      task.priority !== "medium" && h(`span.tag.${task.priority}`, {}, task.priority),
+      task.lane !== "any" && h("span.tag", {}, task.lane)),
+    CARDS[task.status](task));
+}
+
+const CARDS = {  // what a card says besides, by the status of its task
+  pending: (task) => [attempt(task), task.notBefore > now()
+    ? h("p.quiet", {}, "due in ", until(task.notBefore))
+    : h("p.quiet", {}, "waits for ", since(task.createdAt))],
+  claimed: heldCard,
+  "in-progress": heldCard,
+  blocked: (task) => h("p.quiet", {}, task.blockedReason ? `by hand: ${task.blockedReason}`
+    : `after ${task.dependencies.join(", ")}`),
+  failed: (task) => [h("p.quiet", {}, "for ", since(task.failedAt)),
+    h("p.quiet", {}, firstLine(task.failureReason ?? "no reason"))],
+  completed: (task) => h("p.quiet", {}, task.claimedBy && `${task.claimedBy}, `,
+    since(task.updatedAt), " ago"),
+};
+
+function heldCard(task) {
+  const heard = task.leaseExpiresAt - 1000 * task.claimTTL;
+  const length = 1000 * task.claimTTL;
+  const said = task.progress ?? task.notes?.at(-1)?.text;
+  return [
+    h("p.quiet", {}, `${task.claimedBy}, `, since(task.claimedAt),
+      task.orphaned ? "; its session has ended" : ["; heard ", since(heard), " ago"]),
+    h("meter", {max: length, low: length / 6, optimum: length, "data-until": task.leaseExpiresAt,
+      value: task.leaseExpiresAt - now(), "aria-label": "what is left of the lease"}),
+    attempt(task),
+    said && h("p.quiet", {}, firstLine(said)),
+  ];
+}
+
+function attempt(task) {
+  const most = data.status.projects[0].policy.maxRetries + 1;
+  const place = (task.retryCount ?? 0) + 1;
+  return place > 1 && h("p.quiet", {}, `attempt ${place} of ${most}`);
+}
+
+function firstLine(text) {
+  const line = text.trim().split("\n")[0];
+  return line.length > 140 ? `${line.slice(0, 140)} …` : line;
+}
+
+// ---- a task ----
+
+const ACTIONS = {  // what an operator does with a task, by its status
+  pending: ["edit", "block", "delete"], blocked: ["edit", "unblock", "delete"],
+  claimed: ["release", "edit", "block", "delete"],
+  failed: ["redrive", "edit", "delete"], completed: ["reopen", "delete"],
+};
+ACTIONS["in-progress"] = ACTIONS.claimed;
+const offered = (name) => may(name === "edit" ? "update" : name);
+
+function drawTask() {
+  const found = data.task?.task;
+  const panel = {id: "task", tabindex: -1, "data-key": at.task, "aria-label": `task ${at.task}`};
+  if (found?.taskId !== at.task) return h("aside.task.sheet", panel, "Loading …");
+  const {why, todo, events, dependencies = [], dependents = []} = data.task;
+  const actions = ACTIONS[found.status].filter(offered);
+  return h("aside.task.sheet", panel,
+    h("div.row", {}, h(`span.tag.${found.status}`, {}, MARKS[found.status], ` ${found.status}`),
+      h("span.id", {}, found.id), h("a.right", {href: link({task: "", do: ""})}, "close")),
+    h("h1", {}, found.title),
+    h("div.row", {}, actions.map((name) => h(name === "delete" ? "button.grave" : "button",
+      {"data-do": "open", "data-dialog": name}, name[0].toUpperCase() + name.slice(1)))),
+    h("ul.plain", {}, why.slice(1).map((one) => h("li", {}, one)),
+      todo.map((one) => h("li.quiet", {}, `→ ${one}`))),
+    found.description && [h("h2", {}, "Description"), markdown(found.description)],
+    ["progress", "checkpoint", "summary", "failureReason"].filter((name) => found[name])
+      .map((name) => [h("h2", {}, WORDS[name]), markdown(found[name])]),
+    drawNeighbours("Depends on", dependencies), drawNeighbours("Needed by", dependents),
+    found.notes && [h("h2", {}, "Notes"), h("ol.plain.line", {}, found.notes.map((note) =>
+      h("li", {}, h("p.quiet", {}, `${note.agent}, `, since(note.at), " ago"),
+        markdown(note.text))))],
+    h("h2", {}, "All fields"), drawFacts(found),
+    h("h2", {}, "What happened"), drawTimeline(found, events));
+}
+
+const WORDS = {progress: "Progress", checkpoint: "Checkpoint", summary: "Summary",
+  failureReason: "Why it failed"};
+
+function drawNeighbours(title, tasks) {
+  return tasks.length > 0 && [h("h2", {}, title), h("ul.plain", {}, tasks.map((one) => h("li", {},
+    mark(one.status), " ", h("a", {href: link({task: one.taskId})}, one.taskId),
+    h("span.quiet", {}, ` ${one.status}`))))];
+}
+
+function drawFacts(task) {
+  const told = ["id", "project", "taskId", "title", "description", "notes", "dependencies",
+    ...Object.keys(WORDS)];
+  const facts = Object.entries(task).filter(([name]) => !told.includes(name));
+  const text = (name, value) => name.endsWith("At") || name === "notBefore" ? moment(value)
+    : typeof value === "object" ? h("pre", {tabindex: 0}, JSON.stringify(value, undefined, 1))
+      : String(value);
+  return h("dl.facts", {}, facts.flatMap(([name, value]) => [h("dt", {}, name),
+    h("dd", {}, text(name, value))]));
+}
+
+function drawTimeline(task, events) {
+  const lasted = {};
+  events.forEach((event, place) => {
+    const end = events[place + 1]?.at ?? (["completed"].includes(event.to) ? event.at : now());
+    if (event.to) lasted[event.to] = (lasted[event.to] ?? 0) + end - event.at;
+  });
+  const lengths = Object.entries(lasted).filter(([, ms]) => ms > 0);
+  return [
+    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${lasting(ms)}`).join(", ")),
+    h("ol.plain.line", {}, [...events].reverse().map((event) => h(`li.${event.to ?? "gone"}`, {},
+      h("p", {}, h("strong", {}, event.op), event.agent && ` by ${event.agent}`, ", ",
+        h("time", {title: moment(event.at)}, moment(event.at)),
+        event.to && event.from !== event.to && h("span.quiet", {}, ` → ${event.to}`)),
+      event.text && h("p.quiet", {}, firstLine(event.text))))),
+  ];
+}
+
+// ---- the dependencies of a mission, in layers ----
+
+const NODE = {width: 172, height: 40, across: 232, down: 54};
+
+async function loadGraph() {
+  const pages = await get(inProject("/tasks"), {mission: at.mission, limit: 1000});
+  data.graph = {tasks: pages.tasks, more: "cursor" in pages};
+}
+
+function drawGraph() {
+  if (!data.graph) return h("p.quiet", {}, "Loading …");
+  const count = {};
+  for (const task of data.graph.tasks) count[task.mission] = (count[task.mission] ?? 0) + 1;
+  const missions = Object.keys(count).sort((a, b) => count[b] - count[a]);
+  const mission = at.mission || missions[0];
+  const tasks = data.graph.tasks.filter((task) => task.mission === mission);
+  const {nodes, left, width, height} = layered(tasks);
+  return [
+    h("nav.row", {"aria-label": "Missions"},
+      missions.map((name) => h("a.tag.wrap", {href: link({mission: name}),
+        "aria-current": name === mission && "true"}, `${name} (${count[name]})`)),
+      at.mission && h("a", {href: link({mission: ""})}, "all missions")),
+    data.graph.more && h("p.alert", {}, "These are the first 1,000 tasks."),
+    h("p.quiet", {}, `${counted(tasks.length, "task")} of ${mission ?? "no mission"}; `,
+      left.length ? [h("strong.failed", {}, "the longest way left: "), left.join(" → ")]
+        : "nothing is left to do"),
+    h("p.row.quiet", {}, STATUSES.filter((one) => one !== "claimed").map((one) => h("span", {},
+      mark(one), ` ${one}`))),
+    h("div.graph.sheet", {tabindex: 0, role: "group", "aria-label": `dependencies of ${mission}`},
+      h("svg:svg", {width, height}, edges(nodes, left),
+        [...nodes.values()].map((node) => drawNode(node, left)))),
+  ];
+}
+
+// Where each task stands: one layer behind the last of its dependencies, near to them.
+function layered(tasks) {
+  const nodes = new Map(tasks.map((task) => [task.taskId, {task, after: [], before: []}]));
+  for (const node of nodes.values()) {
+    node.after = node.task.dependencies.map((name) => nodes.get(name)).filter(Boolean);
+    for (const one of node.after) one.before.push(node);
+  }
+  const all = [...nodes.values()];
+  const linked = all.filter((one) => one.after.length || one.before.length);
+  const layers = [];
+  for (const node of linked) (layers[depth(node, "after", "layer")] ??= []).push(node);
+  for (const layer of layers) {
+    const middle = (node) => sum(node.after.map((one) => one.y)) / (node.after.length || 1);
+    layer.sort((a, b) => middle(a) - middle(b));
+    layer.forEach((node, place) => Object.assign(node, {y: place}));
+  }
+  const below = Math.max(0, ...layers.map((layer) => layer.length));
+  const across = Math.max(4, layers.length);
+  all.filter((one) => !linked.includes(one)).forEach((node, place) => Object.assign(node,
+    {layer: place % across, y: below + Math.floor(place / across)}));
+  const most = (name) => 1 + Math.max(0, ...all.map((one) => one[name]));
+  const [width, height] = [most("layer") * NODE.across, most("y") * NODE.down];
+  return {nodes, left: longestLeft(all), width, height};
+}
+
+function depth(node, side, name) {
+  if (node[name] === undefined) {
+    node[name] = 0;
+    node[name] = Math.max(-1, ...node[side].map((one) => depth(one, side, name))) + 1;
+  }
+  return node[name];
+}
+
+function longestLeft(nodes) {
+  const open = nodes.filter((node) => node.task.status !== "completed");
+  for (const node of open) node.open = node.before.filter((one) => one.task.status !== "completed");
+  const longest = (some) => some.reduce((best, one) => !best || depth(one, "open", "rest")
+    > depth(best, "open", "rest") ? one : best, undefined);
+  const way = [];
+  for (let node = longest(open); node; node = longest(node.open)) way.push(node.task.taskId);
+  return way.length > 1 ? way : [];
+}
+
+function edges(nodes, left) {
+  return [...nodes.values()].flatMap((node) => node.after.map((one) => {
+    const [x1, y1] = [one.layer * NODE.across + NODE.width + 4, one.y * NODE.down + 26];
+    const [x2, y2] = [node.layer * NODE.across + 4, node.y * NODE.down + 26];
+    const place = left.indexOf(one.task.taskId);
+    const critical = place >= 0 && left[place + 1] === node.task.taskId;
+    return h(critical ? "svg:path.edge.critical" : "svg:path.edge",
+      {d: `M${x1} ${y1}C${x1 + 30} ${y1} ${x2 - 30} ${y2} ${x2} ${y2}`});
+  }));
+}
+
+const SHAPES = {  // the outline of a node of a width and a height, by status
+  pending: (w, t) => `M0 0H${w}V${t}H0Z`,
+  claimed: (w, t) => `M20 0H${w - 20}a20 20 0 0 1 0 ${t}H20a20 20 0 0 1 0 -${t}Z`,
+  blocked: (w, t) => `M12 0H${w - 12}L${w} ${t / 2}L${w - 12} ${t}H12L0 ${t / 2}Z`,
+  failed: (w, t) => `M8 0H${w - 8}L${w} 8V${t - 8}L${w - 8} ${t}H8L0 ${t - 8}V8Z`,
+  completed: (w, t) => `M6 0H${w - 6}q6 0 6 6V${t - 6}q0 6 -6 6H6q-6 0 -6 -6V6q0 -6 6 -6Z`,
+};
+SHAPES["in-progress"] = SHAPES.claimed;
+
+function drawNode({task, layer, y}, left) {
+  const short = task.taskId.length > 20 ? `${task.taskId.slice(0, 19)}…` : task.taskId;
+  const said = `${task.taskId}, ${task.status}: ${task.title}`;
+  const critical = left.includes(task.taskId) ? ".critical" : "";
+  const [x, down] = [layer * NODE.across + 4, y * NODE.down + 6];
+  return h(`svg:a.${task.status}${critical}`, {href: link({task: task.taskId}), "aria-label": said,
+    transform: `translate(${x} ${down})`, "data-key": task.taskId},
+    h("svg:title", {}, said),
+    h("svg:path.shape", {d: SHAPES[task.status](NODE.width, NODE.height)}),
+    h("svg:text.mark", {x: 16, y: 25, "aria-hidden": "true"}, MARKS[task.status]),
+    h("svg:text", {x: 34, y: 25}, short));
+}
+
+// ---- dead letters by their reason ----
+
+async function loadDead() {
+  data.dead = await page("failed", 1000, true);
+}
+
+function drawDead(one) {
+  const tasks = data.dead?.tasks ?? [];
+  const groups = new Map();
+  for (const task of tasks) {
+    const reason = firstLine(task.failureReason ?? "no reason");
+    groups.set(reason, [...groups.get(reason) ?? [], task]);
+  }
+  const redrive = (some, words) => may("redrive") && h("button", {"data-do": "redrive",
+    "data-tasks": some.map(nameOf).join(" ")}, words);
+  return [
+    drawFilter(one),
+    tasks.length === 0 ? h("p.sheet.quiet", {}, "There are no dead letters.")
+      : h("div.row", {}, h("span", {}, counted(tasks.length, "dead letter")),
+        redrive(tasks, `Redrive all ${tasks.length}`)),
+    [...groups].sort((a, b) => b[1].length - a[1].length).map(([reason, some]) =>
+      h("section.sheet", {"data-key": reason, "aria-label": reason},
+        h("h2.row", {}, h("span.failed", {}, some.length), h("span.wrap", {}, reason)),
+        redrive(some, some.length > 1 ? `Redrive these ${some.length}` : "Redrive"),
+        drawTable(`dead letters: ${reason}`, ["Task", "Title", "Last holder", "For", "Tries", " "],
+          some.map((task) => [
+            h("a.id", {href: link({task: task.taskId})}, task.taskId), task.title,
+            task.claimedBy, since(task.failedAt), (task.retryCount ?? 0) + 1,
+            redrive([task], "Redrive")])))),
+  ];
+}
+
+function drawTable(title, heads, rows) {
+  return h("div.scroll", {tabindex: 0, role: "group", "aria-label": title}, h("table", {},
+    h("thead", {}, h("tr", {}, heads.map((one) => h(one === " " ? "td" : "th", {}, one)))),
+    h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td.wrap", {}, cell)))))));
+}
+
+// ---- what an operator does ----
+
+const DIALOGS = {
+  create: {title: "New task", word: "Create",
+    fields: ["title", "taskId", "mission", "description", "priority", "lane", "dependencies"]},
+  edit: {title: "Edit", word: "Save",
+    fields: ["title", "description", "priority", "lane", "mission", "dependencies"]},
+  release: {title: "Take it from its holder", word: "Release", fields: ["reason"]},
+  block: {title: "Block it by hand", word: "Block", fields: ["reason"]},
+  unblock: {title: "Take the block away", word: "Unblock", fields: []},
+  redrive: {title: "Give it another life", word: "Redrive", fields: []},
+  reopen: {title: "Do it again", word: "Reopen", fields: ["reason"]},
+  delete: {title: "Delete it for good", word: "Delete", fields: ["reason", "force"]},
+};
+const LABELS = {title: "Title", taskId: "Id (one is made where it is empty)", mission: "Mission",
+  description: "Description (Markdown)", priority: "Priority", lane: "Lane",
+  dependencies: "Depends on (ids, with spaces between them)", reason: "Reason",
+  force: "also when somebody holds it, or other tasks depend on it"};
+
+let draft;  // what the dialog shows: its name, and the task as it was
+
+function drawDialog() {
+  const dialog = document.getElementById("dialog");
+  const kind = DIALOGS[at.do];
+  if (!kind || !data.status) {
+    draft = undefined;
+    return dialog.close();
+  }
+  const name = `${at.do} ${at.task ?? ""}`;
+  if (draft?.name === name) return;
+  const made = {mission: at.mission, lane: at.lane};
+  draft = {name, task: at.do === "create" ? made : data.task?.task ?? {}};
+  dialog.replaceChildren(h("form", {"data-form": "dialog"},
+    h("h2", {id: "dialog-title"}, at.do === "create" ? kind.title : `${kind.title}: ${at.task}`),
+    h("div.fields", {}, kind.fields.map((field) => drawField(field, draft.task))),
+    h("div", {id: "refused"}),
+    h("div.row", {}, h(at.do === "delete" ? "button.grave" : "button.first", {}, kind.word),
+      h("button", {type: "button", "data-do": "cancel"}, "Cancel"))));
+  if (!dialog.open) dialog.showModal();
+}
+
+function drawField(name, task) {
+  const value = name === "dependencies" ? (task.dependencies ?? []).join(" ") : task[name] ?? "";
+  const lanes = data.status.projects[0].lanes.map((one) => one.lane);
+  const options = {priority: PRIORITIES, lane: lanes}[name];
+  const usual = {priority: "medium", lane: "any"}[name];
+  const needed = name === "title" || (name === "reason" && ["block", "reopen"].includes(at.do));
+  const box = () => h("input", {type: "checkbox", name});
+  if (name === "force") return h("label.check", {}, box(), LABELS.force);
+  return h("label", {}, LABELS[name],
+    options ? h("select", {name}, options.map((one) => h("option", {value: one,
+      selected: one === (value || usual)}, one)))
+      : name === "description" ? h("textarea", {name}, value)
+        : h("input", {name, value, required: needed}),
+    h("span", {id: `theirs-${name}`}));
+}
+
+// What the form says that is not as the task was; an empty field takes the value away.
+function changesOf(form) {
+  const changes = {};
+  for (const name of DIALOGS[at.do].fields) {
+    const field = form.elements[name];
+    const before = draft.task[name];
+    let value = field.type === "checkbox" ? field.checked : field.value;
+    if (name === "dependencies") value = value.split(/[\s,]+/).filter(Boolean);
+    if (String(value) !== String(before ?? "")) changes[name] = value === "" ? null : value;
+  }
+  return changes;
+}
+
+async function act() {
+  const form = document.querySelector("[data-form=dialog]");
+  const [operation, name, changes] = [at.do, at.task, changesOf(form)];
+  const rev = draft.task.rev;
+  if (operation === "create") {
+    const made = await send("POST", inProject("/tasks"), changes);
+    say(`${made.taskId} is ${made.status}.`);
+  } else if (operation === "edit") {
+    await send("PATCH", inTask(name, ""), changes, rev);
+  } else if (operation === "delete") {
+    await send("DELETE", inTask(name, ""), changes, rev);
+  } else {
+    const force = ["release", "block"].includes(operation) ? {force: true} : {};
+    await send("POST", inTask(name, `/${operation}`), {...changes, ...force}, rev);
+  }
+  location.hash = link({do: "", task: operation === "delete" ? "" : at.task});
+}
+
+// Somebody else was faster: show what they wrote beside what is written here.
+async function showConflict() {
+  const theirs = await get(inTask(at.task, ""));
+  for (const name of DIALOGS[at.do].fields) {
+    const [before, there] = [draft.task[name] ?? "", theirs[name] ?? ""];
+    const place = document.getElementById(`theirs-${name}`);
+    if (String(before) === String(there)) continue;
+    place?.replaceChildren(h("strong", {}, "now: "), String(there));
+  }
+  draft.task = {...draft.task, rev: theirs.rev};
+}
+
+function say(text) {
+  const line = h("p", {}, text);
+  document.getElementById("said").append(line);
+  setTimeout(() => line.remove(), 8000);
+}
+
+const sayRefusal = (problem) => say([problem.message, problem.hint].filter(Boolean).join(" — "));
+
+async function redriveAll(names) {
+  let done = 0;
+  for (const name of names) {
+    try {
+      await send("POST", inTask(name, "/redrive"));
+      done += 1;
+    } catch (problem) {
+      sayRefusal(problem);
+      if (!problem.code) break;
+    }
+  }
+  say(`${counted(done, "task")} redriven.`);
+}
+
+const DEEDS = {  // of a click, by data-do
+  skip: () => document.getElementById("main").focus(),
+  open: (data) => { location.hash = link({do: data.dialog}); },
+  cancel: () => { location.hash = link({do: ""}); },
+  leave: () => { sessionStorage.removeItem("token"); location.reload(); },
+  project: (data) => send("POST", inProject(`/${data.operation}`)).then(() => refresh(new Set())),
+  redrive: (data) => redriveAll(data.tasks.split(" ")),
+};
+
+const FORMS = {
+  login: (form) => { sessionStorage.setItem("token", form.elements.token.value.trim()); go(); },
+  filter: (form) => {
+    const field = (name) => form.elements[name].type === "checkbox"
+      ? form.elements[name].checked && "blocked" : form.elements[name].value.trim();
+    const given = [...FILTERS, "hide"].map((name) => [name, field(name)]);
+    location.hash = link(Object.fromEntries(given));
+  },
+  dialog: () => act().catch(async (problem) => {
+    document.getElementById("refused").replaceChildren(drawProblem(problem));
+    if (problem.code === "STALE_REV") await showConflict();
+  }),
+};
+
+// ---- what people do with the page ----
+
+addEventListener("hashchange", go);
+
+addEventListener("click", (event) => {
+  const deed = event.target.closest?.("[data-do]");
+  if (!deed) return;
+  event.preventDefault();
+  Promise.resolve(DEEDS[deed.dataset.do](deed.dataset)).catch(sayRefusal);
+});
+
+addEventListener("submit", (event) => {
+  event.preventDefault();
+  FORMS[event.target.dataset.form](event.target);
+});
+
+addEventListener("change", (event) => {
+  const form = event.target.closest("[data-form=filter]");
+  if (form) FORMS.filter(form);
+});
+
+addEventListener("keydown", (event) => {
+  if (event.target.matches("input, textarea, select, dialog *")) return;
+  if (event.key === "Escape" && at.task) location.hash = link({task: ""});
+  if (event.key === "/") {
+    event.preventDefault();
+    document.querySelector("input[type=search]")?.focus();
+  }
+});
+
+document.getElementById("dialog").addEventListener("close", () => {
+  if (at.do) location.hash = link({do: ""});
+});
+
+addEventListener("dragstart", (event) => {
+  const {task, rev} = event.target.dataset ?? {};
+  if (task) event.dataTransfer.setData("application/json", JSON.stringify({task, rev}));
+});
+
+for (const kind of ["dragover", "dragleave", "drop"]) {
+  addEventListener(kind, (event) => {
+    const place = event.target.closest?.("[data-drop]");
+    if (!place) return;
+    place.classList.toggle("drop", kind === "dragover");
+    if (kind !== "dragleave") event.preventDefault();
+    if (kind === "drop") dropOn(place.dataset, event.dataTransfer.getData("application/json"));
+  });
+}
+
+function dropOn({drop, value}, card) {
+  const {task, rev} = JSON.parse(card);
+  send("PATCH", inTask(task, ""), {[drop]: value}, rev).catch(sayRefusal);
+}
+
+setInterval(tick, 1000);
+go();
+keepFresh();
+</script>
+</body>
+</html>
+"""
+
+
+@functools.cache
+def board_policy() -> str:
+    """The content security policy of the page: its own script and style, and nothing else."""
+
+    def digest_of(tag: str) -> str:
+        text = BOARD_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        digest = hashlib.sha256(text.encode()).digest()
+        return f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'"
+
+    return (
+        f"default-src 'none'; script-src {digest_of('script')}; style-src {digest_of('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
 # ==== MCP ====================================================================================
 #
 # The server is a child of the agent's process and lives as long as that holds its standard input
@@ -11416,13 +12659,14 @@ class HttpServer:
         core = mcp_server(self.queue, self.tools, lambda context: self.mcp_queue(context.request))
         manager = StreamableHTTPSessionManager(core, json_response=True, stateless=True)
         fixed = {"/healthz": self.health, "/readyz": self.ready, "/metrics": self.metrics}
-        fixed |= {"/openapi.json": self.openapi}
+        fixed |= {"/openapi.json": self.openapi, "/": self.board, "/api": self.offers}
         routes: list[Any] = [Route(path, answer) for path, answer in fixed.items()]
         by_path: dict[str, dict[str, Any]] = {API + "/tasks/{task}": {"PATCH": self.patch}}
         for of in served_operations():
             for method, path in places_of(of):
                 by_path.setdefault(path, {})[method] = functools.partial(self.answer, of=of)
-        by_path[API + "/events"]["GET"] = self.events
+        for path in (API + "/events", "/api/events"):
+            by_path[path]["GET"] = self.events
         routes += [Route(path, MethodsOf(methods)) for path, methods in by_path.items()]
         routes.append(Mount("/mcp", app=manager.handle_request))
 
@@ -11482,7 +12726,7 @@ class HttpServer:
 
     def caller_of(self, request: Any) -> Caller:
         """Who sends a request; refuses one without a token that is known."""
-        if not self.callers or route_of(request.scope) in ("/healthz", "/readyz"):
+        if not self.callers or route_of(request.scope) in ("/", "/healthz", "/readyz"):
             return Caller()
         now, address = time.monotonic(), request.client.host if request.client else ""
         recent = [at for at in self.failed.get(address, ()) if at > now - LOGINS_WITHIN]
@@ -11631,7 +12875,7 @@ class HttpServer:
         return json_answer(request, of, result)
 
     async def events(self, request: Any) -> Any:
-        """Events of a project: a page as JSON, or a stream of all that come."""
+        """Events of a project, or of all: a page as JSON, or a stream of all that come."""
         of = OPERATIONS["events"]
         if "text/event-stream" not in request.headers.get("accept", ""):
             return await self.answer(request, of)
@@ -11640,9 +12884,11 @@ class HttpServer:
         queue = self.queue_of(request.state.caller)
         since = request.headers.get("last-event-id") or request.query_params.get("since", "")
         start = int(since) if re.fullmatch(r"\d{1,15}", since) else None
-        project = request.path_params["project"]
-        page = await queue.events(project=project, since=start, limit=1000)
-        stream = self.event_stream(queue, project, page)
+        if project := request.path_params.get("project"):
+            page = await queue.events(project=project, since=start, limit=1000)
+            stream = self.event_stream(queue, project, page)
+        else:
+            stream = self.stream_of_all(queue, start or 0)
         return StreamingResponse(stream, media_type="text/event-stream")
 
     async def event_stream(self, queue: Queue, project: str, page: EventList) -> AsyncIterator[str]:
@@ -11664,6 +12910,38 @@ class HttpServer:
                 await asyncio.sleep(1)
             if not page["events"]:
                 yield ": \n\n"
+
+    async def stream_of_all(self, queue: Queue, since: int) -> AsyncIterator[str]:
+        """Server-sent events of all projects, from a moment on (ms); an id is a moment, and who
+        goes on there may see an event again that it has seen, but misses none."""
+        revs: dict[str, int] = {}
+
+        async def look(project: str) -> list[str]:
+            page = await queue.events(project=project, since=revs.get(project), limit=1000)
+            events = page["events"]
+            if project not in revs:
+                events = [event for event in events if event["at"] >= since]
+            revs[project] = page["since"]
+            lost = {"project": project, "lost": page.get("lost", 0)}
+            gap = [f"event: gap\ndata: {compact(lost)}\n\n"] * bool(lost["lost"])
+            return gap + [f"data: {json.dumps(event)}\n\n" for event in events]
+
+        silent = 0
+        while not self.stopping.is_set():
+            lines: list[str] = []
+            with contextlib.suppress(Refused):
+                seconds, micros = await queue.link.send("TIME")
+                names = await queue.projects()
+                found = await asyncio.gather(*map(look, names), return_exceptions=True)
+                lines = [line for one in found if isinstance(one, list) for line in one]
+                since = int(seconds) * 1000 + int(micros) // 1000
+            silent = 0 if lines else silent + 1
+            if lines:
+                yield "".join(lines) + f"id: {since}\n\n"
+            elif silent % BEAT == 0:
+                yield ": \n\n"
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), 1)
 
     # ---- what is told of the server itself ----
 
@@ -11693,6 +12971,21 @@ class HttpServer:
         lines = [*project_metrics(answer), *call_metrics(self.counts)]
         lines += ["# TYPE mosaic_queue_waiting gauge", f"mosaic_queue_waiting {self.waiting}"]
         return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+    async def board(self, _request: Any) -> Any:
+        """The page for people; what it shows it asks for, with its user's token."""
+        from starlette.responses import HTMLResponse
+
+        headers = {"content-security-policy": board_policy(), "cache-control": "no-cache"}
+        return HTMLResponse(BOARD_PAGE, headers=headers)
+
+    async def offers(self, request: Any) -> Any:
+        """Who the caller is, and which operations it may call, with their arguments."""
+        caller: Caller = request.state.caller
+        allowed = http_reader(caller).offers or {}
+        offers = {of: [*map(camel, names)] for of, names in allowed.items()}
+        told = {"caller": caller.name, "role": caller.role, "projects": caller.projects}
+        return json_response({"version": __version__, **told, "operations": offers})
 
     async def openapi(self, _request: Any) -> Any:
         """All this for programs that write clients."""

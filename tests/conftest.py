@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -253,6 +254,72 @@ def db(server: Server) -> Iterator[redis.Redis]:
 def config(server: Server, db: redis.Redis) -> mq.Config:
     """The configuration of a queue on the emptied server, with default project `p`."""
     return mq.Config(environ={}).set("redis.url", server.url, "test").set("project", "p", "test")
+
+
+SECRETS = {"boss": "b" * 40, "ci": "c" * 40, "eye": "e" * 40, "other": "o" * 40}
+TOKENS = f"""
+http:
+  tokens:
+    - {{name: boss, role: operator, token: {SECRETS["boss"]}}}
+    - {{name: ci, role: agent, agent: ci-*, projects: [p], token: {SECRETS["ci"]}}}
+    - {{name: eye, role: read, projects: [p], token: {SECRETS["eye"]}}}
+    - name: other
+      role: agent
+      agent: bob
+      sha256: {hashlib.sha256(SECRETS["other"].encode()).hexdigest()}
+"""
+
+
+class Process:
+    """A process of `serve`, and where it listens."""
+
+    def __init__(self, environ: dict[str, str], folder: Path, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), "serve", "--port", "0", *words],
+            env=environ, cwd=folder, text=True, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stderr
+        said = self.process.stderr.readline()
+        found = re.search(r"https?://\S+", said)
+        assert found, said + self.process.stderr.read()
+        self.url = found[0]
+
+    def stop(self) -> tuple[int, float]:
+        began = time.monotonic()
+        self.process.terminate()
+        self.process.communicate(timeout=30)
+        return self.process.returncode, time.monotonic() - began
+
+
+@pytest.fixture
+def environ(server: Server, db: redis.Redis, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process with a queue on the emptied server, and nothing else."""
+    return {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "XDG_DATA_HOME": str(tmp_path),
+        "MOSAIC_VALKEY_URL": server.url,
+    }
+
+
+Serve = Callable[..., Process]
+
+
+@pytest.fixture
+def serve(environ: dict[str, str], tmp_path: Path) -> Iterator[Serve]:
+    started: list[Process] = []
+
+    def start(*words: str, tokens: bool = False) -> Process:
+        if tokens:
+            (tmp_path / "queue.yaml").write_text(TOKENS)
+            words = (*words, "--config", str(tmp_path / "queue.yaml"))
+        started.append(Process(environ, tmp_path, *words))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
 
 
 @pytest.fixture

@@ -6,89 +6,24 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import redis
-from conftest import PROGRAM, Server, key_space, one_engine
+from conftest import PROGRAM, SECRETS, Process, Serve, Server, key_space, one_engine
 from mcp import Client
 
 import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 server = one_engine()
-SECRETS = {"boss": "b" * 40, "ci": "c" * 40, "eye": "e" * 40, "other": "o" * 40}
-CONFIG = f"""
-http:
-  tokens:
-    - {{name: boss, role: operator, token: {SECRETS["boss"]}}}
-    - {{name: ci, role: agent, agent: ci-*, projects: [p], token: {SECRETS["ci"]}}}
-    - {{name: eye, role: read, projects: [p], token: {SECRETS["eye"]}}}
-    - name: other
-      role: agent
-      agent: bob
-      sha256: {hashlib.sha256(SECRETS["other"].encode()).hexdigest()}
-"""
-
-
-class Process:
-    """A server process, and where it listens."""
-
-    def __init__(self, environ: dict[str, str], folder: Path, *words: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "serve", "--port", "0", *words],
-            env=environ, cwd=folder, text=True, stderr=subprocess.PIPE,
-        )  # fmt: skip
-        assert self.process.stderr
-        said = self.process.stderr.readline()
-        found = re.search(r"https?://\S+", said)
-        assert found, said + self.process.stderr.read()
-        self.url = found[0]
-
-    def stop(self) -> tuple[int, float]:
-        began = time.monotonic()
-        self.process.terminate()
-        self.process.communicate(timeout=30)
-        return self.process.returncode, time.monotonic() - began
-
-
-@pytest.fixture
-def environ(server: Server, db: redis.Redis, tmp_path: Path) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "XDG_DATA_HOME": str(tmp_path),
-        "MOSAIC_VALKEY_URL": server.url,
-    }
-
-
-Serve = Callable[..., Process]
-
-
-@pytest.fixture
-def serve(environ: dict[str, str], tmp_path: Path) -> Iterator[Serve]:
-    started: list[Process] = []
-
-    def start(*words: str, tokens: bool = False) -> Process:
-        if tokens:
-            (tmp_path / "queue.yaml").write_text(CONFIG)
-            words = (*words, "--config", str(tmp_path / "queue.yaml"))
-        started.append(Process(environ, tmp_path, *words))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.process.communicate()
 
 
 @contextlib.asynccontextmanager

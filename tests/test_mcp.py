@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
 from conftest import BINARIES, PROGRAM, Server, key_space, one_engine
 from mcp import Client, MCPError, StdioServerParameters
 
@@ -45,15 +44,9 @@ server = one_engine()
 
 
 @pytest.fixture
-def environ(server: Server, db: redis.Redis, tmp_path: Path) -> dict[str, str]:
+def environ(environ: dict[str, str]) -> dict[str, str]:
     """The environment of an agent with a queue and a default project."""
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "XDG_DATA_HOME": str(tmp_path),
-        "MOSAIC_VALKEY_URL": server.url,
-        "MOSAIC_PROJECT": "p",
-    }
+    return environ | {"MOSAIC_PROJECT": "p"}
 
 
 Connect = Callable[..., Client]

@@ -31,15 +31,8 @@ server = one_engine()
 
 
 @pytest.fixture
-def environ(server: Server, db: redis.Redis, tmp_path: Path) -> dict[str, str]:
-    return {
-        "PATH": os.environ["PATH"],
-        "HOME": str(tmp_path),
-        "XDG_DATA_HOME": str(tmp_path),
-        "MOSAIC_VALKEY_URL": server.url,
-        "MOSAIC_PROJECT": "p",
-        "MOSAIC_AGENT": "alice",
-    }
+def environ(environ: dict[str, str]) -> dict[str, str]:
+    return environ | {"MOSAIC_PROJECT": "p", "MOSAIC_AGENT": "alice"}
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

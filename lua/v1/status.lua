@@ -3,7 +3,7 @@
 -- State    any -> (unchanged)
 -- Args     soon
 -- Returns  the counts, one row per lane, leases that end within `soon` seconds, the policy, the
---          followers, who waits for a task
+--          followers, how many tasks ended in each five minutes of the last hour, who waits
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
@@ -46,6 +46,15 @@ for lane in each_lane() do
     end
   end
 end
+-- How many tasks have ended in each five minutes of the last hour.
+local function last_hour(index)
+  local counts = {}
+  for i = 12, 1, -1 do
+    local from, to = now - i * 300000, now - (i - 1) * 300000
+    counts[#counts + 1] = read('ZCOUNT', root .. ':' .. index, '(' .. decimal(from), decimal(to))
+  end
+  return table.concat(counts, ' ')
+end
 local delayed = read('ZCARD', root .. ':delayed')
 for _, count in pairs(late) do delayed = delayed - count end
 local followers, stored = {}, read('HGETALL', root)
@@ -65,4 +74,5 @@ return {'OK',
          'oldestReady', oldest_id or '',
          'oldestReadySince', oldest and math.floor(oldest / 1000) or ''),
         lanes, expiring,
-        policy(), followers, those_in('waiting'), those_in('claimers')}
+        policy(), followers, row('completed', last_hour('completed'), 'failed', last_hour('failed')),
+        those_in('waiting'), those_in('claimers')}
