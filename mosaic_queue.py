@@ -7041,6 +7041,17 @@ SIGNS = {  # where a cell has no word
     "set aside": "⏸🚫❄🗑🧊💤⏭",
     "blocked": "⛔🔒🛑🔴",
 }
+SHORTCODES = {  # how GitHub spells some of them
+    ":white_check_mark:": "✅",
+    ":heavy_check_mark:": "✔",
+    ":ballot_box_with_check:": "☑",
+    ":white_large_square:": "⬜",
+    ":construction:": "🚧",
+    ":hourglass_flowing_sand:": "⏳",
+    ":arrows_counterclockwise:": "🔄",
+    ":no_entry:": "⛔",
+    ":red_circle:": "🔴",
+}
 BOXES = {" ": "open", "x": "finished", "✓": "finished", "✔": "finished", "✅": "finished"} | {
     "-": "set aside", ">": "set aside", "~": "under way", "/": "under way"
 }  # fmt: skip
@@ -7081,8 +7092,8 @@ EMPTY = ("", "—", "\u2013", "-")
 
 
 def plain(text: str) -> str:
-    """Text without the marks around it: `**T1**`, `[T1](url)`."""
-    return without_links(text).strip(" *`~")
+    """Text without the marks around it and in it: `**T1**`, `[T1](url)`, `T\\_1`."""
+    return without_links(text).strip(" *`~").replace("\\_", "_")
 
 
 def without_links(text: str) -> str:
@@ -7119,7 +7130,8 @@ class Words:
     def status(self, cell: str) -> tuple[str, str]:
         """The meaning of a status cell, '' when it is empty, and the word it was read from."""
         if cell not in self.read:
-            self.read[cell] = self._status(without_links(cell).strip(" *`"))
+            text = re.sub(r":[a-z_]+:", lambda found: SHORTCODES.get(found[0], found[0]), cell)
+            self.read[cell] = self._status(without_links(text).strip(" *`"))
         return self.read[cell]
 
     def _status(self, text: str) -> tuple[str, str]:
@@ -8209,7 +8221,8 @@ class Pair(NamedTuple):
                 tell("written", queue=theirs)
             return wrote
         if found == "conflict" or (found == "ours" and not sync.takes):
-            why = "both have changed" if found == "conflict" else "the queue takes no edits"
+            why = "both have changed" if self.base.met else "they were never in step"
+            why = why if sync.takes or found == "conflict" else "the queue takes no edits"
             tell("conflict", queue=theirs, why=why)
             return False
         if found == "ours":  # what was refused has been put back, where it could be
@@ -8338,6 +8351,7 @@ class Sync:
         if self.whole:
             self.older = {task: cells_of(pair.row) for task, pair in self.rows.items()}
             self.tell("stale", why=f"{self.file.name} is as it was {self.whole}: written anew")
+        before = len(self.findings)
         await self.read()
         self.ready = self.waiting_by_the_file() if self.dry else []
         await self.create()
@@ -8347,6 +8361,8 @@ class Sync:
         self.add_rows()
         self.tell_missing()
         self.tell_words()
+        if self.whole and len(self.findings) == before:
+            self.findings.pop()  # what it says is what the queue says
 
     # -- reading both sides --
 
@@ -8402,6 +8418,8 @@ class Sync:
             elif self.copy and state.get("board") == self.copy.board:
                 self.know_copy(theirs, state)
                 continue
+            elif here and not self.state and not os.path.lexists(path):
+                self.take_over(theirs)  # of a file that was moved here
             if os.path.isfile(path):
                 self.elsewhere |= {task for task, base in theirs.items() if '"status"' in base}
                 self.leave_out([task for task in self.rows if task in theirs], Path(path))
@@ -8430,6 +8448,13 @@ class Sync:
             if not self.base[task].cells:
                 self.base[task] = base = base_from(theirs[task])
                 base.cells, base.was = then.get(task, base.cells), {}
+                self.touched.add(task)
+
+    def take_over(self, theirs: Mapping[str, str]) -> None:
+        """Go on with the bases of a file that was at another place."""
+        for task in self.rows.keys() & theirs.keys():
+            if not self.base[task].cells:
+                self.base[task] = base_from(theirs[task])
                 self.touched.add(task)
 
     async def know_edges(self) -> None:
@@ -8667,12 +8692,14 @@ class Sync:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         copy = self.copy
         past = [one for one in self.state.get("past", []) if one[0] != digest]
-        for old in {self.digest, self.state.get("digest", digest)} - {digest}:
+        # An edit that was refused may be made again.
+        taken = self.digest if not any(one["kind"] in WRONG for one in self.findings) else digest
+        for old in {taken, self.state.get("digest", digest)} - {digest}:
             past = [one for one in past if one[0] != old] + [[old, stamp]]
         facts |= {"digest": digest, "past": past[-PAST:], "open": sorted(self.open)}
+        facts["host"] = socket.gethostname()
         if copy:
             facts |= {"head": copy.head, "top": copy.top, "board": copy.board}
-            facts["host"] = socket.gethostname()
         self.state |= facts
         rows: dict[str, Any] = {STATE: vars(Base()) | {"state": self.state}}
         for task in self.touched.union(self.look):
@@ -8727,14 +8754,14 @@ def order_of_entry(waits: Mapping[str, set[str]]) -> tuple[list[str], dict[str, 
     """Tasks after those that they wait for; and those that wait for themselves, each with the
     circle it is in, of CIRCLES circles.  Who waits for one of those comes last."""
     graph = {task: needs & waits.keys() for task, needs in waits.items()}
-    sorter, order = graphlib.TopologicalSorter(graph), list[str]()
+    sorter, order = graphlib.TopologicalSorter(graph), dict[str, None]()
     circles: dict[str, list[str]] = {}
     with contextlib.suppress(graphlib.CycleError):
         sorter.prepare()
     while ready := sorter.get_ready():
-        order += ready
+        order |= dict.fromkeys(ready)
         sorter.done(*ready)
-    rest = {task: graph[task] for task in graph.keys() - order}
+    rest = {task: needs for task, needs in graph.items() if task not in order}
     for _ in range(CIRCLES):
         try:
             graphlib.TopologicalSorter(rest).prepare()

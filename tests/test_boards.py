@@ -72,7 +72,8 @@ MODEL: dict[str, dict[str, list[str]]] = {
         "unknown": ["相談"],
     },
     "signs": {
-        "open": ["⬜", "☐", "[ ]"], "finished": ["✅", "✔️", "[x]", "☑"],
+        "open": ["⬜", "☐", "[ ]", ":white_large_square:"],
+        "finished": ["✅", "✔️", "[x]", "☑", ":white_check_mark:"],
         "set aside": ["⏸️", "🚫"], "under way": ["🔄", "🚧"], "unknown": ["🟢🔴", "[?]"],
     },
 }  # fmt: skip
@@ -94,7 +95,7 @@ class Made(NamedTuple):
 
 def decorated(word: str, meaning: str, rng: random.Random) -> str:
     """A word as somebody writes it into a cell."""
-    if word.startswith(("~~", "[", "?")) or not any(c.isalpha() for c in word):
+    if word.startswith(("~~", "[", "?", ":")) or not any(c.isalpha() for c in word):
         return word
     forms = [word, word, f"**{word}**", f"`{word}`", f"*{word}*", f"_{word}_", f"{word.upper()}"]
     if meaning == "finished":

@@ -560,6 +560,52 @@ async def test_an_edge_of_existing_tasks_that_closes_a_circle_is_put_back(
     await in_step(queue, board)
 
 
+async def test_an_edit_that_was_refused_may_be_made_again(
+    queue: mq.Queue, config: mq.Config, tmp_path: Path
+) -> None:
+    """The file is then as it was at an earlier sync, and it is no older file."""
+    head = "| id | status | title | lane |\n|---|---|---|---|\n"
+    path = written(tmp_path / "TASKS.md", head + "| A | todo | a | |\n")
+    await sync(queue, path)
+    for _ in range(2):
+        replaced(path, "| a | " + ("" if "any" not in path.read_text() else "any "), "| a | gpu ")
+        assert "there is no lane gpu" in whys(await sync(queue, path), "refused")[0]
+    config.set("lanes.gpu.maxConcurrent", 1, "t")
+    await queue.policy(project="p", apply=True)
+    replaced(path, "| a | any ", "| a | gpu ")
+    assert kinds(await sync(queue, path)) == [("changed", "A")]
+    assert (await queue.get("A", project="p"))["lane"] == "gpu"
+    await in_step(queue, path)
+
+
+async def test_a_file_that_is_moved_goes_on(queue: mq.Queue, board: Path, tmp_path: Path) -> None:
+    await sync(queue, board)
+    await queue.complete("B", project="p", force=True)
+    (tmp_path / "docs").mkdir()
+    moved = board.rename(tmp_path / "docs" / "PLAN.md")
+    replaced(moved, "do A", "do A well")
+    assert kinds(await sync(queue, moved)) == [("changed", "A"), ("written", "B")]
+    await in_step(queue, moved)
+    moved.rename(board)
+    replaced(board, "do A well", "do A better")
+    await queue.update("A", project="p", title="by the queue")
+    (said,) = (await sync(queue, board))["rows"]
+    assert (said["kind"], said["why"]) == ("conflict", "both have changed")
+
+
+async def test_ids_and_words_with_a_backslash_before_the_underscore(
+    queue: mq.Queue, tmp_path: Path
+) -> None:
+    """Some editors write it."""
+    rows = row(r"t\_1", r"in\_progress") + row(r"t\_2", "todo", needs=r"t\_1")
+    path = written(tmp_path / "TASKS.md", HEAD + rows)
+    await sync(queue, path)
+    assert await shown(queue) == {"t_1": "blocked", "t_2": "not-started"}
+    assert (await queue.get("t_2", project="p"))["dependencies"] == ["t_1"]
+    assert path.read_text() == HEAD + rows
+    await in_step(queue, path)
+
+
 async def test_an_edge_stands_in_two_cells(queue: mq.Queue, tmp_path: Path) -> None:
     head = "| id | status | title | depends_on | blocks |\n|---|---|---|---|---|\n"
     body = "| A | not-started | a | | B |\n| B | not-started | b | A | |\n| C | done | c | | |\n"

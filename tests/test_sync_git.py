@@ -135,6 +135,21 @@ async def test_there_and_back(queue: mq.Queue, board: Path) -> None:
         await unharmed(queue)
 
 
+async def test_who_comes_back_to_what_is_right_is_told_nothing(
+    queue: mq.Queue, board: Path
+) -> None:
+    written(board, board.read_text() + row("F"))
+    await worked(queue, board)
+    for _ in range(2):
+        git(board.parents[1], "checkout", "-qf", "HEAD~1")
+        assert {("stale", ""), ("written", "A"), ("missing", "F")} <= {
+            *kinds(await sync(queue, board))
+        }
+        git(board.parents[1], "checkout", "-qf", "main")
+        assert kinds(await sync(queue, board)) == []
+    await unharmed(queue)
+
+
 async def test_a_stash_undoes_nothing(queue: mq.Queue, board: Path) -> None:
     """Before the commit: HEAD has never seen what the queue wrote."""
     await queue.complete("A", project="p", force=True, summary="it works")
