@@ -655,6 +655,20 @@ def test_a_second_signal_does_not_keep_it_from_leaving(
         assert not pipe.ask(1, "tools/call", **call)["result"]["isError"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+def test_its_end_costs_next_to_nothing(environ: dict[str, str], tmp_path: Path) -> None:
+    """Also on a busy machine it leaves at once when all is written."""
+    with piped(environ, tmp_path) as pipe:
+        facts = Path(f"/proc/{pipe.process.pid}/stat").read_text().rpartition(")")[2].split()
+        before = sum(map(int, facts[11:13])) / os.sysconf("SC_CLK_TCK")
+        assert pipe.process.stdin
+        pipe.process.stdin.close()
+        _, status, used = os.wait4(pipe.process.pid, 0)
+        pipe.process.returncode = status
+        assert status == 0
+        assert used.ru_utime + used.ru_stime - before < 0.15
+
+
 PARENT = """
 import subprocess, sys, time
 child = subprocess.Popen(sys.argv[1:])
