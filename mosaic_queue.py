@@ -4354,7 +4354,7 @@ class Queue:
         status: Literal["completed", "failed"] = "completed",
         older: int = 30 * 86400,
     ) -> Purged:
-        """Forget completed tasks, or dead letters, of more than `older` seconds ago.
+        """Forget the tasks that were completed, or became dead letters, longer ago than a time.
 
         What unfinished tasks depend on is kept, and so is the record in Postgres.
 
@@ -4844,7 +4844,7 @@ def why_it_stands(
     why, todo = of_status.get(status, lambda: ([], []))()
     if task["retryCount"] and status != "failed":
         left = facts["maxRetries"] - task["retryCount"]
-        why.append(f"it failed {task['retryCount']} times; {left} retries are left")
+        why.append(f"failures so far: {task['retryCount']}; retries that are left: {left}")
     if dependents:
         why.append(f"waiting for it: {', '.join(dependents)}")
     return [first, *why], todo
@@ -10600,6 +10600,13 @@ def reaped_text(answer: Reaped) -> str:
     return lines_of(lines)
 
 
+@renders(Paused)
+def paused_text(answer: Paused) -> str:
+    """Whether a project grants claims."""
+    paused = f"is paused since {moment(answer['pausedAt'])}" if "pausedAt" in answer else ""
+    return lines_of([f"project {answer['project']} {paused or 'grants claims'}"])
+
+
 @renders(Purged)
 def purged_text(answer: Purged) -> str:
     """How many tasks are forgotten."""
@@ -14088,8 +14095,8 @@ def read_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
     """What a command line gives, as the arguments of its operation, which checks them."""
     for name in given:
         if name not in of.parameters:
-            word = flag(name) if name in ARGUMENTS else f"--{name}"
-            raise Refused("INVALID", f"{word} does not go with {of.command}", "leave one out")
+            said = f"{flag(name)[2:]} does not go with {of.command}"
+            raise Refused("INVALID", said, "leave one out")
     read = {
         name: seconds_of(value, camel(name))
         if (kind := ARGUMENTS[name].kind) == "duration"

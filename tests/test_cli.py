@@ -1138,3 +1138,14 @@ def test_what_is_missing_or_too_much_is_named(run: Run) -> None:
     }.items():
         done = run([*PYTHON, *words.split()])
         assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"INVALID: {said}")
+
+
+def test_pausing_says_what_holds_now(tell: Tell) -> None:
+    tell("create web m T1 --title t")
+    assert tell("pause --project web")[1].startswith("project web is paused since ")
+    assert tell("unpause --project web")[1] == "project web grants claims\n"
+
+
+def test_what_goes_with_another_form_of_a_command_is_named(tell: Tell) -> None:
+    _, _, err = tell("mcp-config claude --agents-md")
+    assert err.startswith("INVALID: client does not go with mcp-config --agents-md\n")
