@@ -8370,11 +8370,13 @@ class Sync:
     def know_older(self) -> None:
         """Find out whether the file, or what of it, is older than the base: it is as it was at an
         earlier sync or as HEAD has it, or HEAD has moved and the file with it.  Then what the last
-        common commit says is no edit."""
+        common commit says is no edit.  Where the queue has written nothing since, somebody has
+        undone an edit of the file, which is another edit."""
         past, copy = dict(self.state.get("past", ())), self.copy
+        undone = self.digest in self.state.get("fresh", ())
         if self.digest == self.state.get("digest", self.digest):
             return
-        if self.digest in past:
+        if self.digest in past and not undone:
             self.whole = f"at {past[self.digest]}"
         if not copy or not copy.head or not (before := self.state.get("head")):
             return
@@ -8383,7 +8385,7 @@ class Sync:
             self.older = self.cells_at(commit)
             if commit == copy.head:
                 self.whole = f"at commit {commit[:10]}"
-        elif self.cells_at(copy.head) == cells_in(self.board):
+        elif not undone and self.cells_at(copy.head) == cells_in(self.board):
             self.whole = f"at commit {copy.head[:10]}"
 
     def cells_at(self, commit: str | None) -> dict[str, dict[str, str]]:
@@ -8697,7 +8699,9 @@ class Sync:
         taken = self.digest if not any(one["kind"] in WRONG for one in self.findings) else digest
         for old in {taken, self.state.get("digest", digest)} - {digest}:
             past = [one for one in past if one[0] != old] + [[old, stamp]]
+        fresh = [*self.state.get("fresh", ()), self.state.get("digest", digest)]
         facts |= {"digest": digest, "past": past[-PAST:], "open": sorted(self.open)}
+        facts["fresh"] = fresh[-PAST:] if digest == self.digest else []
         facts["host"] = socket.gethostname()
         if copy:
             facts |= {"head": copy.head, "top": copy.top, "board": copy.board}

@@ -150,6 +150,16 @@ async def test_who_comes_back_to_what_is_right_is_told_nothing(
     await unharmed(queue)
 
 
+async def test_an_edit_is_taken_back_with_git(queue: mq.Queue, board: Path) -> None:
+    """Nobody but the file has changed anything since."""
+    replaced(board, "do B", "do B well")
+    await sync(queue, board)
+    git(board.parents[1], "checkout", "-q", "--", "docs/TASKS.md")
+    assert kinds(await sync(queue, board)) == [("changed", "B")]
+    assert (await queue.get("B", project="p"))["title"] == "do B"
+    await in_step(queue, board)
+
+
 async def test_a_stash_undoes_nothing(queue: mq.Queue, board: Path) -> None:
     """Before the commit: HEAD has never seen what the queue wrote."""
     await queue.complete("A", project="p", force=True, summary="it works")
