@@ -8305,6 +8305,7 @@ class Sync:
     reopen: Collection[str]  # tasks whose status may go back
     findings: list[Difference]
     changes: Changes | None  # of the queue, where they have been read already
+    quiet: bool  # whether nobody at a shell waits for it
     mission: str = ""
     board: Board = field(default_factory=lambda: Board([]))
     digest: str = ""  # of the file as it was read
@@ -8555,8 +8556,14 @@ class Sync:
             else:
                 known.add(task)
                 batch[task] = waits[task] & known
-        for at in range(0, len(batch), BATCH):
-            await self.enter({task: batch[task] for task in [*batch][at : at + BATCH]})
+        with self.progress("created", len(batch)) as progress:
+            for at in range(0, len(batch), BATCH):
+                await self.enter({task: batch[task] for task in [*batch][at : at + BATCH]})
+                progress.tell(min(at + BATCH, len(batch)))
+
+    def progress(self, what: str, total: int) -> Progress:
+        """How far long work is, for whoever waits for it at a shell."""
+        return Progress(what, total, silent=self.quiet or total <= BATCH)
 
     async def enter(self, batch: Mapping[str, set[str]]) -> None:
         """Create tasks; where one is refused, all the others.  Their base comes first: what is
@@ -8601,14 +8608,16 @@ class Sync:
         able = [self.rows[task] for task in rows if task in self.tasks and self.takes]
         edited = [pair for pair in able if any(one[3] == "ours" for one in pair.comparisons())]
         again: list[str] = []
-        for at in range(0, len(edited), TOGETHER):
-            part = edited[at : at + TOGETHER]
-            work = (pair.apply(last) for pair in part)
-            answers = await asyncio.gather(*work, return_exceptions=True)
-            for pair, answer in zip(part, answers, strict=True):
-                if isinstance(answer, BaseException):
-                    raise answer
-                again += [pair.task] * answer
+        with self.progress("edits made", len(edited)) as progress:
+            for at in range(0, len(edited), TOGETHER):
+                part = edited[at : at + TOGETHER]
+                work = (pair.apply(last) for pair in part)
+                answers = await asyncio.gather(*work, return_exceptions=True)
+                for pair, answer in zip(part, answers, strict=True):
+                    if isinstance(answer, BaseException):
+                        raise answer
+                    again += [pair.task] * answer
+                progress.tell(at + len(part))
         return again
 
     # -- the queue's side --
@@ -8817,6 +8826,7 @@ async def sync_file(
     dry_run: bool = False,
     reopen: Sequence[str] = (),
     changes: Changes | None = None,
+    quiet: bool = True,
 ) -> SyncReport:
     """Bring a TASKS.md and a project in step, once.
 
@@ -8844,6 +8854,7 @@ async def sync_file(
         "writes": direction != "to-queue",
         "reopen": reopen,
         "findings": findings,
+        "quiet": quiet,
     }
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
@@ -9128,7 +9139,7 @@ async def sync(
     Example: mosaic-queue sync docs/TASKS.md --project web
     """
     given: dict[str, Any] = {"mission": mission, "milestones": milestones, "direction": direction}
-    given |= {"dry_run": dry_run or check, "reopen": reopen}
+    given |= {"dry_run": dry_run or check, "reopen": reopen, "quiet": not queue.reader.prog}
     report = await sync_file(queue, file, queue.own(project), **given)
     return {**report, "asked": "check" if check else "dry-run" if dry_run else "sync"}
 

@@ -1149,3 +1149,15 @@ def test_pausing_says_what_holds_now(tell: Tell) -> None:
 def test_what_goes_with_another_form_of_a_command_is_named(tell: Tell) -> None:
     _, _, err = tell("mcp-config claude --agents-md")
     assert err.startswith("INVALID: client does not go with mcp-config --agents-md\n")
+
+
+def test_a_long_sync_says_how_far_it_is(run: Run, tmp_path: Path) -> None:
+    """At a shell, and only where it is long; what it found is on stdout as ever."""
+    for rows, told in ((500, ["created 500 of 500", "edits made 250 of 250"]), (20, [])):
+        board = tmp_path / "TASKS.md"
+        head = "| id | status | description |\n|---|---|---|\n"
+        cells = (f"| X-{i} | {'done' if i % 2 else 'todo'} | t |\n" for i in range(rows))
+        board.write_text(head + "".join(cells))
+        done = run([*PYTHON, "sync", str(board), "--project", f"p{rows}"])
+        assert done.stderr.splitlines() == told
+        assert f"{rows} created" in done.stdout
