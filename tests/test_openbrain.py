@@ -130,6 +130,14 @@ async def create(queue: mq.Queue, *names: str, project: str = "p") -> None:
     await queue.create_all(rows, project=project)
 
 
+@contextlib.asynccontextmanager
+async def in_step(queue: mq.Queue, db: redis.Redis) -> AsyncIterator[mq.OpenBrain]:
+    """A follower that has come to the last change."""
+    async with following(queue) as follower:
+        await until(lambda: at_present(db))
+        yield follower
+
+
 def at_present(db: redis.Redis) -> bool:
     """Whether the follower has come to the last change."""
     cursor = db.hget(ROOT, "follow:openbrain")
@@ -145,8 +153,7 @@ async def test_findings_become_thoughts(
     await create(queue, "A", "B", "C")
     await queue.note("A", "from before")
     long = "ü" * 20_000
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
         await queue.claim("A", "alice")
         await queue.note("A", "needs a key\nof mine", agent="bob")
         await queue.fail("A", agent="alice", reason="no key")
@@ -182,8 +189,8 @@ async def test_a_follower_goes_on_where_the_last_one_was(
 ) -> None:
     """Also with what happened while none ran; a new project is told from its first change."""
     await create(queue, "A")
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
+        pass
     await queue.note("A", "while nobody followed")
     async with following(queue):
         await until(lambda: brain.texts() == ["while nobody followed"])
@@ -205,8 +212,7 @@ async def test_what_passes_is_tried_again(
 ) -> None:
     """In order, and none is lost or told twice that was taken."""
     await create(queue, "A")
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
         brain.answers = [201, status, status, 201, status]
         for n in range(6):
             await queue.note("A", f"note {n}")
@@ -223,8 +229,7 @@ async def test_what_it_will_never_take_is_set_aside(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     await create(queue, "A")
-    async with following(queue) as follower:
-        await until(lambda: at_present(db))
+    async with in_step(queue, db) as follower:
         brain.answers = [422, 201, 422]
         for n in range(4):
             await queue.note("A", f"note {n}")
@@ -249,8 +254,7 @@ async def test_what_a_person_has_to_set_right(
 ) -> None:
     """It is said loudly, asked again ever more seldom, and told everything once it is right."""
     await create(queue, "A")
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
         brain.always = status
         await queue.note("A", "kept")
         await until(lambda: brain.asked)
@@ -279,8 +283,7 @@ async def test_one_that_never_answers_is_no_burden(
     await create(queue, "A")
     brain.always = 0
     manifests = asyncio.create_task(mq.follow(queue, mq.Manifests(tmp_path)))
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
         for n in range(50):
             await queue.note("A", f"note {n}")
         await until(lambda: brain.asked)
@@ -299,8 +302,7 @@ async def test_a_slow_one_gets_all(
 ) -> None:
     await create(queue, "A")
     brain.slow = 0.2
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
         for n in range(5):
             await queue.note("A", f"note {n}")
         await until(lambda: len(brain.taken) == 5)
@@ -311,8 +313,8 @@ async def test_one_that_is_away_and_comes_back(
 ) -> None:
     """Followers come and go meanwhile; the cursor stays in Valkey, and its events with it."""
     await create(queue, "A")
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
+        pass
     port = brain.server_address[1]
     brain.close()
     for n in range(3):
@@ -333,8 +335,8 @@ async def test_killed_while_it_tells(
 ) -> None:
     """At least once: a repeat carries the same key."""
     await create(queue, "A")
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
+        pass
     for n in range(30):
         await queue.note("A", f"note {n}")
     brain.slow = 0.02
@@ -377,8 +379,7 @@ async def test_status_says_that_nobody_captures(
     found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is False
     assert "no monitor runs that captures" in mq.for_people(mq.QueueStatus, found)
-    async with following(queue):
-        await until(lambda: at_present(db))
+    async with in_step(queue, db):
         found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is True
     assert "captures" not in mq.for_people(mq.QueueStatus, found)
@@ -453,8 +454,7 @@ async def test_an_answer_without_an_end(
     """64 KiB of it are read, as it is: it is asked for without an encoding."""
     brain.endless, brain.always = True, status
     await create(queue, "A")
-    async with following(queue) as follower:
-        await until(lambda: at_present(db))
+    async with in_step(queue, db) as follower:
         await queue.note("A", "found")
         await until(lambda: brain.taken or follower.aside or capsys.readouterr().err)
     assert set(brain.encodings) == {"identity"}

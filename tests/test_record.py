@@ -828,24 +828,38 @@ class Proxy:
         to_database.close()
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+CutOff = Callable[[int], contextlib.AbstractAsyncContextManager[tuple[mq.Postgres, Proxy]]]
+
+
+@pytest.fixture(params=[False, True], ids=["before", "after"])
+def late(request: pytest.FixtureRequest) -> bool:
+    """Whether the message at which a connection is cut off has arrived."""
+    return bool(request.param)
+
+
+@pytest.fixture
+def cut_off_at(config: mq.Config, cluster: Cluster, url: str, late: bool) -> CutOff:
+    """As if a monitor had been killed at some message: its record, and what goes between."""
+
+    @contextlib.asynccontextmanager
+    async def cut_off(cut: int) -> AsyncIterator[tuple[mq.Postgres, Proxy]]:
+        async with Proxy(cluster, cut, late) as proxy:
+            config.set("postgres.url", url.replace(cluster.host, proxy.host), "test")
+            postgres = mq.Postgres(config)
+            yield postgres, proxy
+            await postgres.close()
+
+    return cut_off
+
+
 async def test_cut_off_at_every_message(
-    queue: mq.Queue,
-    config: mq.Config,
-    postgres: mq.Postgres,
-    person: Any,
-    cluster: Cluster,
-    url: str,
-    late: bool,
+    queue: mq.Queue, postgres: mq.Postgres, person: Any, cut_off_at: CutOff
 ) -> None:
-    """As if the monitor had been killed there: a first look, then a batch with everything."""
+    """A first look, then a batch with everything."""
     for cut in range(1, 200):
         project = f"p{cut}"
         await create(queue, "T1", "T2", "T3", project=project)
-        async with Proxy(cluster, cut, late) as proxy:
-            way = url.replace(cluster.host, proxy.host)
-            config.set("postgres.url", way, "test")
-            cut_off = mq.Postgres(config)
+        async with cut_off_at(cut) as (cut_off, proxy):
             with contextlib.suppress(mq.Refused):
                 await follow(queue, cut_off, project)
             await queue.claim("T1", "bob", project=project)
@@ -853,7 +867,6 @@ async def test_cut_off_at_every_message(
             await queue.delete("T2", project=project)
             with contextlib.suppress(mq.Refused):
                 await follow(queue, cut_off, project)
-            await cut_off.close()
         await follow(queue, postgres, project)
         await equal(queue, postgres, project)
         assert await events_equal(queue, person, project) == 6
@@ -863,15 +876,8 @@ async def test_cut_off_at_every_message(
     assert await person.fetchval("select count(*) from tasks where gone = 'deleted'") > 9
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 async def test_an_edit_cut_off_acts_once(
-    queue: mq.Queue,
-    config: mq.Config,
-    postgres: mq.Postgres,
-    person: Any,
-    cluster: Cluster,
-    url: str,
-    late: bool,
+    queue: mq.Queue, postgres: mq.Postgres, person: Any, cut_off_at: CutOff, late: bool
 ) -> None:
     for cut in range(1 + late, 200, 2):
         project = f"p{cut}"
@@ -886,13 +892,10 @@ async def test_an_edit_cut_off_acts_once(
             await person.execute(f"{statement} and project = $1", project)
         new = "insert into tasks (project, mission, task_id, title) values ($1, 'm', 'new', 't')"
         await person.execute(new, project)
-        async with Proxy(cluster, cut, late) as proxy:
-            config.set("postgres.url", url.replace(cluster.host, proxy.host), "test")
-            cut_off = mq.Postgres(config)
+        async with cut_off_at(cut) as (cut_off, proxy):
             with contextlib.suppress(mq.Refused):
                 async with cut_off.session() as db:
                     await mq.carry_out_all(queue, db)
-            await cut_off.close()
         async with postgres.session() as db:
             while await db.fetchval("select count(*) from edits where done_at is null"):
                 await mq.carry_out_all(queue, db)  # one may be locked by who was cut off
@@ -1321,14 +1324,15 @@ async def test_missing_rights(
 
 # ---- the schema ----
 
-SHIPPED = Path(__file__).with_name("record_as_shipped.sql").read_text()
-OLDER = SHIPPED.split("-- version")[1:]  # the next migration starts from what these have made
+# What versions 2 and 3 made besides, and the next migration takes away.
+EDITS, VIEWS = Path(__file__).with_name("record_before.sql").read_text().split("-- version 3\n")
+OLDER = (mq.MIGRATIONS[0], mq.MIGRATIONS[1] + EDITS, VIEWS)
 
 
 async def make_older(config: mq.Config, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the schema of an older version."""
     with monkeypatch.context() as older:
-        older.setattr(mq, "MIGRATIONS", ["--" + text for text in OLDER[:version]])
+        older.setattr(mq, "MIGRATIONS", OLDER[:version])
         old = mq.Postgres(config)
         await old.cursor("p")
         await old.close()
