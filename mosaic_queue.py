@@ -1061,6 +1061,8 @@ KEYS: dict[str, tuple[type, Any]] = {
     "defaults.deadLetterAfter": (int, 3),
     "defaults.retryDelay": (int, 30),
     "defaults.assign": (bool, False),
+    "defaults.wait.replicas": (int, 0),
+    "defaults.wait.ms": (int, 500),
     "lanes.*.maxConcurrent": (int, None),
     "watchdog.interval": (int, 60),
     "openbrain.url": (str, None),
@@ -3128,26 +3130,36 @@ class Link:
         """Where Valkey is, without a password."""
         return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
 
-    async def send(self, *command: Any, lua: str = "", at: Place | None = None) -> Any:
+    async def send(
+        self, *command: Any, lua: str = "", at: Place | None = None, writes: bool = False
+    ) -> Any:
         """One command to Valkey, sent again until an answer or the deadline comes.  `lua` is the
-        text of the script that the command names, `at` the server if it matters which.  Refuses
+        text of the script that the command names, `at` the server if it matters which.  What a
+        script `writes` has to be on replicas, where the configuration says so.  Refuses
         UNREACHABLE and UNFIT."""
         give_up = time.monotonic() + self.deadline
-        pauses, starts = Pauses(0.01, 0.5), 0
+        pauses, starts, unheard = Pauses(0.01, 0.5), 0, False
         while True:
             left = give_up - time.monotonic()
             try:
                 wire = await self._wire(at or await self._route.place(command))
-                return await wire.ask(*command)
+                answer = await wire.ask(*command)
+                if writes and self.config["defaults.wait.replicas"]:
+                    await self._replicate(wire)
+                return answer
             except NO_ANSWER as problem:
                 line = str(problem) if isinstance(problem, ErrorReply) else ""
                 fault, refusal = self._refusal(problem, command)
+                unheard = unheard or (writes and not line)
             if command[0] == "EVALSHA" and line.startswith("NOSCRIPT"):
                 command = ("EVAL", lua, *command[2:])
                 continue
             if lua and WRONG_TYPE.match(line):
                 command, lua = ("EVAL", naming_keys(lua), *command[2:]), ""
                 continue
+            if not fault.passes and unheard:
+                said = f"{refusal.message}; the call may have been carried out before"
+                raise Refused("UNREACHABLE", said, refusal.hint) from None
             if not fault.passes or left <= 0:
                 raise refusal from None
             if self.server and starts == 2:
@@ -3163,6 +3175,18 @@ class Link:
             if line.startswith(("READONLY", "MASTERDOWN")):  # the name may lead elsewhere by now
                 wire.close()
             await asyncio.sleep(pauses.begin())
+
+    async def _replicate(self, wire: Wire) -> None:
+        """Wait until as many replicas as the configuration wants have what was written before; that
+        they have not is as good as no answer, since a failover may lose it."""
+        wanted, most = (self.config[f"defaults.wait.{name}"] for name in ("replicas", "ms"))
+        try:
+            count = int(await wire.ask("WAIT", wanted, most))
+        except (ErrorReply, *UNREADABLE) as problem:
+            raise ConnectionError(f"WAIT: {problem}") from None
+        if count < wanted:
+            said = f"{count} of {wanted} replicas have the change after {most} ms"
+            raise ConnectionError(f"{said} (defaults.wait)")
 
     async def _wire(self, place: Place) -> Wire:
         """The connection to a place that all calls share; whoever is the first opens it."""
@@ -3557,7 +3581,9 @@ class Queue:
             used_for = hashlib.blake2b("\0".join(told).encode(), digest_size=6)
             argv[lua.args.index("op")] = f"{mark} {used_for.hexdigest()}"
         root = root or f"mosaic:queue:project:{{{project}}}"
-        reply = await self.link.send("EVALSHA", lua.sha, 1, root, *argv, lua=lua.text)
+        reply = await self.link.send(
+            "EVALSHA", lua.sha, 1, root, *argv, lua=lua.text, writes=lua.writes
+        )
         if reply[0] in CODES:
             code, sentence, due, case = reply
             refused = Refused(code, with_moments(sentence), due=due, case=case)
@@ -4039,7 +4065,12 @@ class Queue:
                 self._looked_back[project, agent] = now
             if reply[0] != "NOTHING":
                 tasks = [task_from(project, one) for one in (reply, *reply[TASK_REPLY:])]
-                return {"tasks": [self.hold(task, agent) for task in tasks]}
+                # A claim that ended before its answer came is no work, unless it is asked about.
+                tasks = [task for task in tasks if op or "superseded" not in task]
+                if tasks:
+                    return {"tasks": [self.hold(task, agent) for task in tasks]}
+                given["op"] = None
+                continue
             _, why, _, due, lanes, assign, missing = reply
             left = give_up - time.monotonic()
             if left <= 0:

@@ -435,3 +435,20 @@ async def test_claim_lost_and_released(
     answer = await far.claim("T", "alice")
     assert answer["superseded"]
     assert answer["status"] == (await queue.get("T"))["status"] == "pending"
+
+
+async def test_next_lost_and_taken_over(
+    far: mq.Queue, queue: mq.Queue, proxy: Proxy, db: redis.Redis
+) -> None:
+    """Whoever wants something to do is given another task, not one that is somebody else's."""
+    for task in ("T", "U"):
+        await create(queue, "p", task)
+
+    async def taken_over() -> None:
+        await queue.release("T", force=True)
+        await queue.claim("T", "bob")
+
+    proxy.lose("next", "closed", taken_over)
+    (task,) = (await far.next("alice"))["tasks"]
+    assert (task["taskId"], task["claimedBy"]) == ("U", "alice")
+    assert (await queue.get("T"))["claimedBy"] == "bob"
