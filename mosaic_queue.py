@@ -10795,11 +10795,13 @@ body { margin: 0; background: var(--page); color: var(--text); accent-color: var
 h1, h2, h3, h4, p, ul, ol, dl, dd, figure { margin: 0; padding: 0; }
 ul.plain, ol.plain { list-style: none; }
 h1 { font-size: 20px; line-height: 1.3; } h2 { font-size: 14px; } h3 { font-size: 13px; }
-a { color: var(--link); text-decoration: none; } a:hover { text-decoration: underline; }
+a { color: var(--link); text-decoration: none; }
+a:hover, p a, li > a { text-decoration: underline; }
 code, pre, .id { font: 12px/1.5 ui-monospace, "SF Mono", "DejaVu Sans Mono", monospace; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 3px; }
 button, input, select, textarea { font: inherit; color: inherit; background: var(--sheet);
   border: 1px solid var(--line); border-radius: 6px; padding: 5px 10px; max-width: 100%; }
+input, select { height: 33px; }
 button { cursor: pointer; } button:hover { border-color: var(--link); }
 button.first { background: var(--link); border-color: var(--link); color: var(--sheet); }
 button.grave { color: var(--failed); }
@@ -10820,7 +10822,7 @@ button.grave { color: var(--failed); }
 .live::before { content: "●"; margin-right: 5px; color: var(--completed); }
 .live.away::before { content: "○"; color: var(--failed); }
 main { padding: 16px 20px 40px; } main:focus { outline: none; }
-main > * + * { margin-top: 14px; }
+main > * + *, .view > * + * { margin-top: 14px; }
 .sheet { background: var(--sheet); border: 1px solid var(--line); border-radius: 10px;
   padding: 14px 16px; }
 .alerts { display: grid; gap: 6px; }
@@ -10904,12 +10906,14 @@ pre { margin: 0; background: var(--page); border-radius: 6px; padding: 8px 10px;
 .graph .shape { fill: var(--sheet); stroke: currentColor; stroke-width: 1.5; }
 .graph a:focus-visible .shape { stroke-width: 4; }
 .graph text { fill: var(--text); font-size: 12px; }
+.graph text.about { fill: var(--quiet); font-size: 11px; }
 .graph .mark { fill: currentColor; } .graph .critical .shape { stroke-width: 3; }
 table { border-collapse: collapse; width: 100%; }
 td, th { padding: 5px 10px 5px 0; text-align: left;
   border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--quiet);
   font-weight: 500; font-size: 12px; }
+td:last-child:has(button) { text-align: right; }
 .scroll { overflow-x: auto; }
 dialog { border: 1px solid var(--line); border-radius: 12px; background: var(--sheet);
   color: var(--text); width: min(560px, calc(100vw - 24px)); padding: 18px 20px; }
@@ -10919,15 +10923,14 @@ dialog::backdrop { background: rgb(0 0 0 / .45); }
   max-width: min(460px, calc(100vw - 32px)); }
 #said p { background: var(--text); color: var(--page); border-radius: 8px; padding: 10px 14px;
   overflow-wrap: anywhere; }
+@media (max-width: 700px) { .cards { max-height: 62vh; overflow: auto; } .drag { display: none; } }
 @media (max-width: 480px) { main { padding: 12px 12px 40px; } #top { padding: 8px 12px; }
   .projects { grid-template-columns: minmax(0, 1fr); } .filter label { flex: 1 1 40%; }
   .filter input, .filter input[type=search], .filter select { width: 100%; } }
-@media (prefers-reduced-motion: no-preference) { .card.new { animation: new 1.2s; }
-  @keyframes new { from { background: var(--soft); } } }
 </style>
 </head>
 <body>
-<a class="skip" href="#" data-do="skip">Skip to the content</a>
+<a class="skip" href="#main" data-do="skip">Skip to the content</a>
 <header id="top"></header>
 <main id="main" tabindex="-1"><p class="quiet">Loading …</p></main>
 <div id="said" role="status"></div>
@@ -11121,7 +11124,6 @@ function only(project, more) {
 
 const inProject = (rest) => `/projects/${encodeURIComponent(at.project)}${rest}`;
 const inTask = (name, rest) => inProject(`/tasks/${encodeURIComponent(name)}${rest}`);
-const nameOf = (task) => task.taskId;
 
 // ---- the server ----
 
@@ -11201,17 +11203,19 @@ const VIEWS = {
   graph: {title: "Graph", draw: drawGraph, load: loadGraph},
   dead: {title: "Dead letters", draw: drawDead, load: loadDead},
 };
-const view = () => VIEWS[at.view] ?? VIEWS.board;
+const view = () => Object.hasOwn(VIEWS, at.view) ? VIEWS[at.view] : VIEWS.board;
 
 async function load(changed) {
   if (!Object.keys(me.operations).length) me = await get("");
-  const status = get(at.project ? inProject("") : "/projects");
   const parts = at.project ? [view().load(changed), at.task && loadTask()] : [];
+  await Promise.all([loadStatus(), ...parts]);
+}
+
+async function loadStatus() {
   const began = Date.now();
-  data.status = await status;
+  data.status = await get(at.project ? inProject("") : "/projects");
   const one = data.status.projects[0];
   if (one) ahead = one.now - (began + Date.now()) / 2;
-  await Promise.all(parts);
 }
 
 async function refresh(changed) {
@@ -11432,9 +11436,9 @@ function drawProject() {
     h("div.row", {}, h("h1", {}, at.project), paused && h("span.tag.high", {}, "paused since ",
       since(one.pausedAt)), may(operation) && h("button.right", {"data-do": "project",
       "data-operation": operation}, `${word}`)),
-    h("div.alerts", {}, one.alerts.map((said) => h("p.alert", {}, said))),
+    one.alerts.length > 0 && h("div.alerts", {}, one.alerts.map((said) => h("p.alert", {}, said))),
     h(at.task ? "div.split.with" : "div.split", {},
-      h("div", {"data-key": `view-${at.view}`}, view().draw(one)),
+      h("div.view", {"data-key": `view-${at.view}`}, view().draw(one)),
       at.task && drawTask()),
   ];
 }
@@ -11456,11 +11460,10 @@ function drawFilter(one) {
     choice("priority", "Priority", PRIORITIES),
     field("agent", "Agent"), field("mission", "Mission"),
     h("label.check", {}, h("input", {type: "checkbox", name: "hide", value: "blocked",
-      checked: !!at.hide}), "hide blocked"),
-    h("button", {}, "Filter"),
+      checked: !!at.hide}), "hide blocked"), h("button.unseen", {tabindex: -1}, "Filter"),
     (filtered() || at.hide) && h("a", {href: link(Object.fromEntries([...FILTERS, "hide"]
       .map((name) => [name, ""])))}, "show all"),
-    may("update") && h("span.row.right", {},
+    may("update") && view() === VIEWS.board && h("span.row.right.drag", {},
       h("span.quiet", {}, "drag a card onto a lane, or onto"),
       PRIORITIES.map((name) => h(`span.tag.${name}`, {"data-drop": "priority", "data-value": name},
         name))));
@@ -11526,10 +11529,8 @@ function attempt(task) {
   return place > 1 && h("p.quiet", {}, `attempt ${place} of ${most}`);
 }
 
-function firstLine(text) {
-  const line = text.trim().split("\n")[0];
-  return line.length > 140 ? `${line.slice(0, 140)} …` : line;
-}
+const clipped = (text, most) => text.length > most ? `${text.slice(0, most - 1)}…` : text;
+const firstLine = (text) => clipped(text.trim().split("\n")[0], 140);
 
 // ---- a task ----
 
@@ -11620,15 +11621,15 @@ function drawGraph() {
   const mission = at.mission || missions[0];
   const tasks = data.graph.tasks.filter((task) => task.mission === mission);
   const {nodes, left, width, height} = layered(tasks);
+  const open = tasks.filter((task) => task.status !== "completed").length;
   return [
     h("nav.row", {"aria-label": "Missions"},
       missions.map((name) => h("a.tag.wrap", {href: link({mission: name}),
         "aria-current": name === mission && "true"}, `${name} (${count[name]})`)),
       at.mission && h("a", {href: link({mission: ""})}, "all missions")),
     data.graph.more && h("p.alert", {}, "These are the first 1,000 tasks."),
-    h("p.quiet", {}, `${counted(tasks.length, "task")} of ${mission ?? "no mission"}; `,
-      left.length ? [h("strong.failed", {}, "the longest way left: "), left.join(" → ")]
-        : "nothing is left to do"),
+    h("p.quiet", {}, `${counted(tasks.length, "task")} of ${mission ?? "none"}, ${open} left. `,
+      left.length > 0 && [h("strong.failed", {}, "The longest way left: "), left.join(" → ")]),
     h("p.row.quiet", {}, STATUSES.filter((one) => one !== "claimed").map((one) => h("span", {},
       mark(one), ` ${one}`))),
     h("div.graph.sheet", {tabindex: 0, role: "group", "aria-label": `dependencies of ${mission}`},
@@ -11701,7 +11702,6 @@ const SHAPES = {  // the outline of a node of a width and a height, by status
 SHAPES["in-progress"] = SHAPES.claimed;
 
 function drawNode({task, layer, y}, left) {
-  const short = task.taskId.length > 20 ? `${task.taskId.slice(0, 19)}…` : task.taskId;
   const said = `${task.taskId}, ${task.status}: ${task.title}`;
   const critical = left.includes(task.taskId) ? ".critical" : "";
   const [x, down] = [layer * NODE.across + 4, y * NODE.down + 6];
@@ -11710,7 +11710,8 @@ function drawNode({task, layer, y}, left) {
     h("svg:title", {}, said),
     h("svg:path.shape", {d: SHAPES[task.status](NODE.width, NODE.height)}),
     h("svg:text.mark", {x: 16, y: 25, "aria-hidden": "true"}, MARKS[task.status]),
-    h("svg:text", {x: 34, y: 25}, short));
+    h("svg:text", {x: 34, y: 17}, clipped(task.taskId, 20)),
+    h("svg:text.about", {x: 34, y: 32}, clipped(task.title, 22)));
 }
 
 // ---- dead letters by their reason ----
@@ -11727,7 +11728,7 @@ function drawDead(one) {
     groups.set(reason, [...groups.get(reason) ?? [], task]);
   }
   const redrive = (some, words) => may("redrive") && h("button", {"data-do": "redrive",
-    "data-tasks": some.map(nameOf).join(" ")}, words);
+    "data-tasks": some.map((task) => task.taskId).join(" ")}, words);
   return [
     drawFilter(one),
     tasks.length === 0 ? h("p.sheet.quiet", {}, "There are no dead letters.")
@@ -11774,7 +11775,7 @@ let draft;  // what the dialog shows: its name, and the task as it was
 
 function drawDialog() {
   const dialog = document.getElementById("dialog");
-  const kind = DIALOGS[at.do];
+  const kind = Object.hasOwn(DIALOGS, at.do) && DIALOGS[at.do];
   if (!kind || !data.status) {
     draft = undefined;
     return dialog.close();
@@ -12699,16 +12700,24 @@ def read_query(of: Operation, given: Mapping[str, str]) -> dict[str, Any]:
     return read
 
 
+async def require_rev(queue: Queue, request: Any, given: Mapping[str, Any]) -> None:
+    """Refuse a call whose If-Match names another state of the task than the present one."""
+    match = request.headers.get("if-match", "*").strip('W/"')
+    if match != "*" and not ANY_NUMBER.fullmatch(match):
+        invalid("If-Match", match, "a task's ETag, which is its rev")
+    if match != "*" and "task" in given:
+        task = await queue.get(given["task"], project=given.get("project"))
+        if task["rev"] != int(match):
+            said = f"task {task['id']} has rev {task['rev']}, not {match}"
+            raise Refused("STALE_REV", said).about("update", {"task": task["id"]}, queue.reader)
+
+
 async def patch_task(
-    queue: Queue, *, project: str, task: str, changes: Mapping[str, Any],
-    if_rev: int | None = None, op: str | None = None,
-) -> Task:  # fmt: skip
+    queue: Queue, *, project: str, task: str, changes: Mapping[str, Any], op: str | None = None
+) -> Task:
     """Change a task by a merge patch: fields by `update`, a wanted status by the operation that
     files and the record use for it, too."""
     theirs: Any = await queue.get(task, project=project)
-    if if_rev not in (None, theirs["rev"]):
-        said = f"task {theirs['id']} has rev {theirs['rev']}, not {if_rev}"
-        raise Refused("STALE_REV", said).about("update", {"task": theirs["id"]}, queue.reader)
     ours = {**theirs, **changes}
     await apply_edit(queue, project, task, theirs, ours, "changed over HTTP", op)
     return await queue.get(task, project=project)
@@ -12871,6 +12880,7 @@ class HttpServer:
             given = await self.arguments_of(request, of)
             many = given.pop("tasks", None)
             queue.guard(of, given)
+            await require_rev(queue, request, given)
             self.renew(caller, queue, given.get("agent") or queue.agent)
             if many is not None:
                 work: Any = self.create_many(queue, given, many)
@@ -12942,15 +12952,12 @@ class HttpServer:
         queue = self.queue_of(caller)
         try:
             queue.guard(of, {"force": True})
-            match = request.headers.get("if-match", "").strip('W/"')
             changes = await body_of(request)
             if not isinstance(changes, dict):
                 invalid("body", type(changes).__name__, "a JSON object")
-            result = await patch_task(
-                queue, **request.path_params, changes=changes,
-                if_rev=int(match) if re.fullmatch(r"\d{1,15}", match) else None,
-                op=request.headers.get("idempotency-key"),
-            )  # fmt: skip
+            await require_rev(queue, request, request.path_params)
+            op = request.headers.get("idempotency-key")
+            result = await patch_task(queue, **request.path_params, changes=changes, op=op)
         except Refused as refusal:
             self.count(of.name, refusal.code, began)
             refusal.reader = queue.reader
