@@ -988,24 +988,24 @@ def put(file: Path, data: bytes, was: object = ANYTHING, mode: int = 0o644) -> N
         out.write(data)
 
 
-def take_lock(path: Path) -> int | None:
+@contextlib.contextmanager
+def lock_of(path: Path) -> Iterator[int | None]:
     """The descriptor of a lock file of ours; None while another process holds the lock, and where
     it has removed the file.  The lock lasts until this process, and each that has inherited the
     descriptor, has closed it or ended."""
     private_folder(path.parent)
     with writing(path):
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, lock)
+    try:
         require_own(path, os.fstat(lock), COORDINATOR)
+        taken = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return None
-        if not os.fstat(lock).st_nlink:
-            return None
-        undo.pop_all()
-    return lock
+            taken = False
+        yield lock if taken and os.fstat(lock).st_nlink else None
+    finally:
+        os.close(lock)
 
 
 def sign_lock(lock: int, pid: int) -> None:
@@ -1029,17 +1029,16 @@ async def locked(path: Path) -> AsyncIterator[None]:
     mark = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).hexdigest()
     file = own_folder("XDG_STATE_HOME", ".local/state") / "locks" / mark
     give_up = time.monotonic() + LOCK_WAIT
-    while (lock := take_lock(file)) is None:
-        if time.monotonic() > give_up:
-            said = f"{path} is held by process {{1}} of {{0}}".format(*lock_owner(file))
-            raise Refused("HELD", said, "wait until it ends")
-        await asyncio.sleep(0.02)
-    try:
+    with contextlib.ExitStack() as stack:
+        while (lock := stack.enter_context(lock_of(file))) is None:
+            stack.close()
+            if time.monotonic() > give_up:
+                said = f"{path} is held by process {{1}} of {{0}}".format(*lock_owner(file))
+                raise Refused("HELD", said, "wait until it ends")
+            await asyncio.sleep(0.02)
         with writing(file):
             sign_lock(lock, os.getpid())
         yield
-    finally:
-        os.close(lock)
 
 
 # ==== CONFIGURATION ==========================================================================
@@ -2395,6 +2394,7 @@ class PrivateServer:
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder or data_folder()
+        self.lock = self.folder / "lock"
         self.socket = self._socket_path()
 
     def _socket_path(self) -> Path:
@@ -2457,7 +2457,7 @@ class PrivateServer:
             elif self._start_if_free():
                 started = True
             else:
-                host, pid = lock_owner(self.folder / "lock")
+                host, pid = lock_owner(self.lock)
                 if pid != "?" and host != socket.gethostname():
                     self._give_up(said)
                 if said is None and waits > GRACE and not looked:
@@ -2474,7 +2474,7 @@ class PrivateServer:
                 f"the private server does not answer on {self.socket}: {said or self.log()}",
                 f"read {self.folder / 'valkey.log'}",
             )
-        host, pid = lock_owner(self.folder / "lock")
+        host, pid = lock_owner(self.lock)
         raise Refused(
             "UNREACHABLE",
             f"{self.folder} belongs to a server that does not answer here: "
@@ -2482,26 +2482,15 @@ class PrivateServer:
             "use it from that host, or set XDG_DATA_HOME to another folder",
         )
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[int | None]:
-        """The lock on the folder, as a descriptor; None while a server, or who starts it, has it.
-        It is the server's as long as that one lives, since it inherits the descriptor."""
-        lock = take_lock(self.folder / "lock")
-        try:
-            yield lock
-        finally:
-            if lock is not None:
-                os.close(lock)
-
     def free(self) -> bool:
-        """Whether no server has the folder."""
-        if not (self.folder / "lock").exists():
+        """Whether no server, and nobody who starts one, has the folder."""
+        if not self.lock.exists():
             return True
-        with self._lock() as lock:
+        with lock_of(self.lock) as lock:
             return lock is not None
 
     def _start_if_free(self) -> bool:
-        with self._lock() as lock:
+        with lock_of(self.lock) as lock:
             if lock is not None:
                 self._require_room()
                 self._start(lock)
@@ -2510,7 +2499,7 @@ class PrivateServer:
     def _end(self) -> bool:
         """End the server that has the lock and cannot be asked, as SHUTDOWN does; False where it
         is not certain which process that is."""
-        host, pid = lock_owner(self.folder / "lock")
+        host, pid = lock_owner(self.lock)
         if host != socket.gethostname() or not pid.isdecimal() or self.free():
             return False
         command = ["ps", "-o", "args=", "-p", pid]
@@ -9585,18 +9574,18 @@ def task_file(task: Task) -> Iterator[Path]:
     except Refused:  # whoever names a server needs no home
         private_folder(folder := Path(tempfile.gettempdir()) / f"mosaic-queue-runs-{os.getuid()}")
     for left in folder.iterdir():
-        if (lock := take_lock(left)) is not None:
-            left.unlink(missing_ok=True)
-            os.close(lock)
-    while (lock := take_lock(file := folder / f"{new_session()}.json")) is None:
-        pass  # another process took it for one that was left
-    try:
-        with writing(file):
-            file.write_text(json.dumps(task))
-        yield file
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(lock)
+        with lock_of(left) as lock:
+            if lock is not None:
+                left.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        while stack.enter_context(lock_of(file := folder / f"{new_session()}.json")) is None:
+            pass  # another process took it for one that was left
+        try:
+            with writing(file):
+                file.write_text(json.dumps(task))
+            yield file
+        finally:
+            file.unlink(missing_ok=True)
 
 
 WATCHER = 'trap "" HUP INT TERM; read -r _ || kill -KILL 0'
