@@ -248,7 +248,7 @@ def lines_of(lines: Iterable[str]) -> str:
     return "\n".join(map(printable, lines))
 
 
-def painted(text: str, word: str = "") -> str:
+def paint(text: str, word: str = "") -> str:
     """A text in the colour of a word, else in its own."""
     colour = COLOURS.get(word or text)
     return f"\0{colour}m{text}\0m" if colour else text
@@ -264,7 +264,7 @@ def width(text: str) -> int:
     )
 
 
-def fitted(line: str, room: int) -> str:
+def fit(line: str, room: int) -> str:
     """A line cut to the columns there are."""
     if width(line) <= room:
         return line
@@ -291,11 +291,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         line = "  ".join(
             c + " " * (w - width(c)) for c, w in zip(row, widths, strict=True)
         ).rstrip()
-        lines.append(fitted(line, room))
+        lines.append(fit(line, room))
     return "\n".join(lines)
 
 
-def lasting(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
     """A length of time in its largest unit: 90 s -> 1 min."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
@@ -307,7 +307,7 @@ def moment(ms: int) -> str:
     """A time that a person and a program can read: 2026-01-31T12:00:00Z (3 min ago)."""
     at, now = ms / 1000, time.time()
     stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-    return f"{stamp} ({lasting(round(abs(now - at)))} {'ago' if at <= now else 'from now'})"
+    return f"{stamp} ({duration_text(round(abs(now - at)))} {'ago' if at <= now else 'from now'})"
 
 
 def with_moments(sentence: str) -> str:
@@ -315,7 +315,7 @@ def with_moments(sentence: str) -> str:
     return re.sub("\0([0-9]{1,15})\0", lambda found: moment(int(found[1])), sentence)
 
 
-def clipped(text: str, size: int, tail: bool = False) -> str:
+def clip(text: str, size: int, tail: bool = False) -> str:
     """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
     data = text.replace("\0", "").encode(errors="replace")
     return (data[-size:] if tail else data[:size]).decode(errors="ignore")
@@ -335,7 +335,7 @@ def escape(problem: Any) -> tuple[str, int]:
 codecs.register_error("escape", escape)
 
 
-def coloured(stream: IO[str]) -> bool:
+def has_colours(stream: IO[str]) -> bool:
     """Whether a stream gets colours: a terminal does, unless NO_COLOR is set or --color says no."""
     if COLOUR["when"] != "auto":
         return COLOUR["when"] == "always"
@@ -350,7 +350,7 @@ def shown(text: str, stream: IO[str]) -> str:
         "\t".join(map(printable, line.split("\t"))) if "\t" in line else printable(line)
         for line in text.split("\n")
     )
-    lines = MARK.sub(lambda found: f"\x1b[{found[1][1:]}" if coloured(stream) else "", lines)
+    lines = MARK.sub(lambda found: f"\x1b[{found[1][1:]}" if has_colours(stream) else "", lines)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return lines.encode(encoding, "escape").decode(encoding)
 
@@ -944,7 +944,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
+def draft_of(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
     """A file to write: whole at the end, or as it was before; only its user may read it.  A link
     is replaced, not followed: a cloned repository must not choose what is written.
 
@@ -974,9 +974,9 @@ def drafted(path: Path, was: object = ANYTHING) -> Iterator[IO[bytes]]:
 
 
 def put(file: Path, data: bytes, was: object = ANYTHING, mode: int = 0o644) -> None:
-    """Replace a file that holds `was` (None: is not there), as `drafted` does; one that is there
+    """Replace a file that holds `was` (None: is not there), as `draft_of` does; one that is there
     keeps its rights and its owner, and is not replaced when it is read-only."""
-    with drafted(file, was) as out:
+    with draft_of(file, was) as out:
         found = file.lstat() if os.path.lexists(file) else None
         if found and stat.S_ISREG(found.st_mode):
             mode = stat.S_IMODE(found.st_mode)
@@ -1023,7 +1023,7 @@ def lock_owner(path: Path) -> tuple[str, str]:
 
 
 @contextlib.asynccontextmanager
-async def locked(path: Path) -> AsyncIterator[None]:
+async def write_lock(path: Path) -> AsyncIterator[None]:
     """Be the one process of this user and host that writes at a path; refuses HELD when another
     does not end.  The lock lies in $XDG_STATE_HOME/mosaic-queue/locks, outside of repositories."""
     mark = hashlib.blake2b(os.fsencode(os.path.realpath(path)), digest_size=8).hexdigest()
@@ -1184,7 +1184,7 @@ class Config:
             try:
                 value = self[key]
                 if value and key.endswith(SECRET):
-                    value = masked(value) if key.endswith("url") else "***"
+                    value = mask_url(value) if key.endswith("url") else "***"
             except ConfigError as problem:
                 value = f"unset: {problem.message.split(' needs ')[-1]}"
             rows[key] = {"value": value, "source": self.source(key)}
@@ -1209,7 +1209,7 @@ SHOWN_OPTIONS = {
 }
 
 
-def masked(url: str) -> str:
+def mask_url(url: str) -> str:
     """A URL as it may be shown: of what is known to be no secret; of all else ***."""
     found = URL.fullmatch(url)
     if not found or not (found["scheme"] or re.search(r":\d", found["place"])):
@@ -1237,7 +1237,7 @@ def has_secret(url: str) -> bool:
     return any(re.search("[^a-z_]|pass|token|secret|key", name) for name in names)
 
 
-def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_keys(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of a YAML tree; a part that is left empty says nothing."""
     if tree is None:
         return
@@ -1249,7 +1249,7 @@ def flattened(tree: Any, source: str, prefix: str = "") -> Iterator[tuple[str, A
         key = f"{prefix}{name}"
         inner = any(known.startswith(key + ".") for known in KEYS)
         if inner or re.fullmatch(r"lanes\.[^.]*", key):
-            yield from flattened(value, source, key + ".")
+            yield from dotted_keys(value, source, key + ".")
         elif value is not None:
             yield key, value
 
@@ -1307,7 +1307,7 @@ def read_project_file(file: Path) -> str:
 
 def project_settings(file: Path, text: str) -> dict[str, Any]:
     """What the text of a project's file sets; refuses what it may not set, and variables."""
-    settings = dict(flattened(parse_yaml(file, text), str(file)))
+    settings = dict(dotted_keys(parse_yaml(file, text), str(file)))
     for key, value in settings.items():
         if key not in OF_A_PROJECT_FILE:
             accepted = ", ".join(OF_A_PROJECT_FILE)
@@ -1375,7 +1375,7 @@ def load_config(
     # Without a home there is none; a folder named `~` is anybody's.
     if named != os.devnull and (named or (str(file)[0] != "~" and os.path.lexists(file))):
         text = read_text(file, SETTINGS, Path("/"))  # it may be a link
-        for key, value in flattened(parse_yaml(file, text), str(file)):
+        for key, value in dotted_keys(parse_yaml(file, text), str(file)):
             config.set(key, value, str(file))
     own = [one for one in map(str, config["trust"]) if one[:1] in ("/", "~")]
     TRUSTED_FOLDERS[:] = [os.path.realpath(os.path.expanduser(one)) for one in own]
@@ -1960,7 +1960,7 @@ ANY_NUMBER = re.compile("[0-9]{1,15}")
 def unreadable(project: str, problem: Exception) -> Refused:
     """The refusal of what a server has of a project, where it is no data of ours: somebody else
     may have written there."""
-    why = f"{type(problem).__name__}: {clipped(str(problem), 200)}"
+    why = f"{type(problem).__name__}: {clip(str(problem), 200)}"
     said = f"what Valkey has of project {project} cannot be read: {why}"
     refused = Refused("UNFIT", said, case="unreadable")
     refused.facts = {"project": project}
@@ -2680,7 +2680,7 @@ def parse_url(url: str) -> Address:
 
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in SCHEMES:
-        invalid("URL scheme", scheme if colon else masked(url), ", ".join(SCHEMES))
+        invalid("URL scheme", scheme if colon else mask_url(url), ", ".join(SCHEMES))
     rest, _, query = rest.partition("?")
     head, slash, path = rest.partition("/")
     login, _, hosts = head.rpartition("@")
@@ -2701,7 +2701,7 @@ def parse_url(url: str) -> Address:
         needs_port = scheme == "redis+sentinel"
         places = [place_of(host, needs_port) for host in hosts.split(",")]
     if None in places or (len(places) > 1 and "+" not in scheme):
-        invalid("URL", masked(url), URL_FORM)
+        invalid("URL", mask_url(url), URL_FORM)
     if not re.fullmatch(r"\d{1,6}", db):
         invalid("database of the URL", db if re.fullmatch(r"\w*", db) else "***", "a number")
     return Address(
@@ -2730,7 +2730,7 @@ def tls_context(url: str, options: Mapping[str, str]) -> Any:
         if "ssl_certfile" in options:
             context.load_cert_chain(options["ssl_certfile"], options.get("ssl_keyfile"))
     except OSError as problem:
-        invalid("URL", masked(url), f"files of TLS that can be used ({problem})")
+        invalid("URL", mask_url(url), f"files of TLS that can be used ({problem})")
     if options.get("ssl_check_hostname", "true").lower() == "false":
         context.check_hostname = False
     if options.get("ssl_cert_reqs") == "none":
@@ -3061,7 +3061,7 @@ end}
 """
 
 
-def naming_keys(lua: str) -> str:
+def with_key_names(lua: str) -> str:
     """The same script, but the error of a command in it ends with the key."""
     shebang, _, rest = lua.partition("\n")
     return shebang + NAMES_KEYS + rest
@@ -3117,7 +3117,7 @@ class Link:
     @property
     def address(self) -> str:
         """Where Valkey is, without a password."""
-        return str(self.server.socket) if self.server else masked(str(self.config["redis.url"]))
+        return str(self.server.socket) if self.server else mask_url(str(self.config["redis.url"]))
 
     async def send(
         self, *command: Any, lua: str = "", at: Place | None = None, writes: bool = False
@@ -3144,7 +3144,7 @@ class Link:
                 command = ("EVAL", lua, *command[2:])
                 continue
             if lua and WRONG_TYPE.match(line):
-                command, lua = ("EVAL", naming_keys(lua), *command[2:]), ""
+                command, lua = ("EVAL", with_key_names(lua), *command[2:]), ""
                 continue
             if not fault.passes and unheard:
                 said = f"{refusal.message}; the call may have been carried out before"
@@ -4956,7 +4956,7 @@ def unfollowed(project: ProjectStatus, config: Config) -> list[str]:
         if silent > SILENT or one["lag"] > BEHIND:
             found.append(
                 f"{one['follower']} is {one['lag']} changes behind in project {name}, and was last "
-                f"heard of {lasting(silent)} ago: run mosaic-queue monitor, and read its log"
+                f"heard of {duration_text(silent)} ago: run mosaic-queue monitor, and read its log"
             )
     if config["postgres.url"] and "postgres" not in known:
         found.append(f"postgres has nothing of project {name}: run mosaic-queue monitor")
@@ -5570,7 +5570,7 @@ def read_records(path: Path, known: Mapping[str, Any] = {}) -> tuple[str, Meta, 
         meta = meta_of({**known, **header} if isinstance(header, dict) else header)
         for name in known.keys() & {"project", "epoch"}:
             if header.get(name) != known[name]:
-                said = f"its {name} is {clipped(str(header.get(name)), 60)!r}, not {known[name]}"
+                said = f"its {name} is {clip(str(header.get(name)), 60)!r}, not {known[name]}"
                 hint = f"mosaic-queue import {path} --project {known['project']}"
                 raise Refused("INVALID", said, hint)
     found: dict[str, Record] = {}
@@ -5656,7 +5656,7 @@ async def export(
     Example: mosaic-queue export --project web > web.jsonl
     """
     project, count = queue.own(project), -1
-    to_file = drafted(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
+    to_file = draft_of(Path(output)) if output else contextlib.nullcontext(sys.stdout.buffer)
     with to_file as file:
         quiet = not output and sys.stdout.isatty()  # the lines themselves are seen
         async for value in export_values(queue, project, quiet):
@@ -5794,7 +5794,7 @@ def update_missions(changes: Changes, missions: Missions) -> set[str]:
 def write_manifest(path: Path, changes: Changes, lines: Sequence[bytes], **more: Any) -> None:
     """Write an export of some of a project's records: whole, or not at all."""
     meta = cast(Meta, {**changes.meta, "epoch": changes.epoch})
-    with drafted(path) as file:
+    with draft_of(path) as file:
         file.write(record_line(header_for(changes.project, meta, **more)))
         file.writelines(lines)
 
@@ -5817,7 +5817,7 @@ def receiver(config: Config) -> tuple[str, dict[str, str]]:
     """Where thoughts go, and the headers that they need; a ConfigError when it is not known."""
     url, token = config["openbrain.url"] or "", config["openbrain.token"] or ""
     if not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", url):
-        is_now = f"is {masked(url)!r}" if url else "is missing"
+        is_now = f"is {mask_url(url)!r}" if url else "is missing"
         raise ConfigError(f"openbrain.url, or $OPENBRAIN_URL, {is_now}; accepted: http(s)://HOST")
     if not re.fullmatch(r"[\x21-\x7e]*", token):
         raise ConfigError("openbrain.token, or $OPENBRAIN_TOKEN, has white space or no ASCII in it")
@@ -5833,7 +5833,7 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
     """
     url, headers = receiver(config)
     thought = {"content": text, "source": "mosaic-queue", "metadata": metadata}
-    said = f"OpenBrain at {masked(url)}"
+    said = f"OpenBrain at {mask_url(url)}"
     body = b""
     try:
         async with (
@@ -5853,11 +5853,11 @@ async def post_thought(client: Any, config: Config, text: str, metadata: Mapping
         said += f" answers {answer.status_code}"
         if code == "INVALID":
             text = body.decode(errors="replace").replace(config["openbrain.token"] or "\0", "***")
-            said += f": it does not take this thought: {clipped(text, 300)}"
+            said += f": it does not take this thought: {clip(text, 300)}"
         raise Refused(code, said, hint)
     with contextlib.suppress(*UNREADABLE):
         found = json.loads(body)
-        return clipped(str(found.get("id") or found.get("thought", {}).get("id") or ""), 300)
+        return clip(str(found.get("id") or found.get("thought", {}).get("id") or ""), 300)
     return ""
 
 
@@ -6471,7 +6471,7 @@ class Postgres:
         self.away = False  # whether it could not be reached when it was last tried
         self._db: Any = None
         if not re.match("postgres(ql)?://", self.url):
-            invalid("postgres.url", masked(self.url), POSTGRES_URL)
+            invalid("postgres.url", mask_url(self.url), POSTGRES_URL)
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", self.schema):
             invalid("postgres.schema", self.schema, "a letter, then up to 62 letters, digits and _")
 
@@ -6485,7 +6485,7 @@ class Postgres:
         try:
             db = await asyncpg.connect(self.url, timeout=DEADLINE, command_timeout=60)
         except ValueError:
-            invalid("postgres.url", masked(self.url), POSTGRES_URL)
+            invalid("postgres.url", mask_url(self.url), POSTGRES_URL)
         self._db, self.away = db, False
         await db.execute(
             f"set search_path = \"{self.schema}\", pg_temp;set application_name = 'mosaic-queue'"
@@ -6516,7 +6516,7 @@ class Postgres:
     def refusal(self, problem: Exception) -> Refused:
         """What Postgres said, or that it said nothing, as a refusal."""
         state = getattr(problem, "sqlstate", None) or ""
-        said = f"{masked(self.url)}: {problem or 'no answer in time'}"
+        said = f"{mask_url(self.url)}: {problem or 'no answer in time'}"
         if state.startswith("28"):
             return Refused("UNREACHABLE", said, "check user and password of postgres.url")
         if not state or state[:2] in ("08", "40", "53", "55", "57"):
@@ -6565,7 +6565,9 @@ class Postgres:
         async with self.session() as db:
             facts = await db.fetchrow("select * from projects where project = $1", project)
             if facts is None or facts["rev"] is None:
-                raise Refused("NOT_FOUND", f"{masked(self.url)} has no record of project {project}")
+                raise Refused(
+                    "NOT_FOUND", f"{mask_url(self.url)} has no record of project {project}"
+                )
             ask = "select record, metadata from records where project = $1 and gone is null"
             rows = await db.fetch(ask, project, timeout=600)
         records: dict[str, Record] = {}
@@ -6736,7 +6738,7 @@ async def carry_out_one(queue: Queue, db: Any, number: int, epoch: str | None) -
         log_fault(problem, follower="postgres", part="edits", id=number)
     if code is None and epoch is not None:
         await record_now(queue, db, project, epoch, [task])
-    message = message and as_ascii(clipped(message, 4 * KIB))
+    message = message and as_ascii(clip(message, 4 * KIB))
     done = "update edits set done_at = now(), code = $2, message = $3 where id = $1"
     await db.execute(done, number, code, message)
     facts = {"code": code, "message": message} if code else {}
@@ -7157,7 +7159,7 @@ class Words:
 
     def _status(self, text: str) -> tuple[str, str]:
         said = phrase(text)
-        word = clipped(said or text, CELL).replace(" ", "-")
+        word = clip(said or text, CELL).replace(" ", "-")
         if text in EMPTY:
             return "", ""
         if len(text.encode(errors="replace")) > CELL or "?" in text:
@@ -7199,11 +7201,11 @@ class Words:
             others -= {"open", "under way", "in review"} if meaning == "finished" else set()
             if others or DOUBT.intersection(rest):
                 meaning = "unknown"
-        return meaning, clipped("-".join(words[:at]), CELL) or clipped(text, CELL)
+        return meaning, clip("-".join(words[:at]), CELL) or clip(text, CELL)
 
     def priority(self, cell: str) -> str:
         """The priority that a cell means; its own words where it means none."""
-        text = clipped(without_links(cell).strip(" *`"), CELL)
+        text = clip(without_links(cell).strip(" *`"), CELL)
         cut = SEPARATOR.search(text)
         for said in (text, text[: cut.start()] if cut else text):
             word = phrase(said) or said.strip(" *`_\ufe0f")
@@ -7554,7 +7556,7 @@ def meaning_of(column: str, text: str, words: Words) -> str:
         return MEANINGS.get(words.status(text)[0], "")
     if column == "priority":
         return words.priority(text)
-    head = clipped(text, CELL)
+    head = clip(text, CELL)
     return plain(text if head == text else head + "...")
 
 
@@ -8203,7 +8205,7 @@ class Pair(NamedTuple):
         """What a cell says, in the file's own words."""
         if kind is STATUS and self.row.held and mine == "blocked":
             return self.row.held
-        return clipped(printable(plain(self.row.said.get(kind.name, ""))), CELL) or mine
+        return clip(printable(plain(self.row.said.get(kind.name, ""))), CELL) or mine
 
     def refuse(self, name: str, problem: Refused, said: str = "") -> None:
         """Report a refusal; the cell gets the queue's value back."""
@@ -8492,7 +8494,7 @@ class Sync:
         for row in rows:
             if row.edges:
                 prose = ", ".join(text for text, ids in row.edges if not known.issuperset(ids))
-                row.prose = clipped(printable(prose), CELL)
+                row.prose = clip(printable(prose), CELL)
                 ids = {one for _, part in row.edges if known.issuperset(part) for one in part}
                 row.cells["depends_on"] = " ".join(sorted(ids))
                 row.held = f"waiting for {row.prose}" if prose else row.held
@@ -8878,7 +8880,7 @@ async def sync_file(
     }
     async with contextlib.AsyncExitStack() as stack:
         if not dry_run:
-            await stack.enter_async_context(locked(file))
+            await stack.enter_async_context(write_lock(file))
             await require_not_lost(queue, project)
         for _ in range(TRIES):
             try:
@@ -9201,7 +9203,7 @@ def sync_text(report: SyncReport) -> str:
         where = f"{file}:{row['line']}: " if "line" in row else f"{file}: "
         text = f"{where}{row['kind']} {row.get('task', '')} {row.get('field', '')}".rstrip()
         values = [(side, row[side]) for side in ("file", "queue") if row.get(side)]
-        shown = ", ".join(f"{side} {clipped(value, 80)!r}" for side, value in values)
+        shown = ", ".join(f"{side} {clip(value, 80)!r}" for side, value in values)
         facts = "; ".join(filter(None, (shown, row.get("why"))))
         lines.append(f"{text}: {facts}" if facts else text)
     kinds = [row["kind"] for row in report["rows"]]
@@ -9465,7 +9467,7 @@ class Runner:
                     await self.supervise(task, {**self.environ, **environ})
         except Refused as problem:
             if not self.started:
-                why = clipped(problem.message, SHORT)
+                why = clip(problem.message, SHORT)
                 await self.queue.release(task["id"], fence=task["fence"], delay=60, reason=why)
             raise
 
@@ -9510,7 +9512,7 @@ class Runner:
     async def tell(self, name: str, fence: int, code: int, out: bytes, err: bytes) -> None:
         """Complete, fail or release the task, as its command ended.  A summary that the queue does
         not take is kept in a file."""
-        summary = clipped((out.strip().splitlines() or [b""])[-1].decode(errors="replace"), LONG)
+        summary = clip((out.strip().splitlines() or [b""])[-1].decode(errors="replace"), LONG)
         try:
             if code == 0:
                 # Also where the lease is lost: it counts while nobody else took the task up.
@@ -9527,7 +9529,7 @@ class Runner:
                 tail = err.decode(errors="replace").strip()
                 tail = tail or f"{self.command[0]} ended with status {code}"
                 self.failed, self.failures = self.failed + 1, self.failures + 1
-                await self.queue.fail(name, fence=fence, reason=clipped(tail, SHORT, tail=True))
+                await self.queue.fail(name, fence=fence, reason=clip(tail, SHORT, tail=True))
         except Refused as problem:
             self.lost += 1
             said = "; ".join(dict.fromkeys([*self.queue.lost, problem.message]))
@@ -9547,7 +9549,7 @@ class Runner:
             await asyncio.sleep(10)
 
 
-def passed_environ(config: Config, secrets: bool) -> dict[str, str]:
+def child_environ(config: Config, secrets: bool) -> dict[str, str]:
     """The environment of a command; without the tokens and passwords by which this program is
     configured, unless `secrets` are wanted."""
     environ = dict(os.environ)
@@ -9557,11 +9559,11 @@ def passed_environ(config: Config, secrets: bool) -> dict[str, str]:
     for key, (value, _) in config.values.items():
         names = {name for name, _ in VARIABLE.findall(str(value))} if key.endswith(SECRET) else ()
         # What may be shown of a URL is no secret: the name of a host.
-        shown = masked(config[key]) if names & environ.keys() and isinstance(value, str) else ""
+        shown = mask_url(config[key]) if names & environ.keys() and isinstance(value, str) else ""
         hidden |= {name for name in names if environ.get(name, "") not in shown}
     for name in ("MOSAIC_VALKEY_URL", "OPENBRAIN_URL"):
         if name in environ and has_secret(environ[name]):
-            environ[name] = masked(environ[name])
+            environ[name] = mask_url(environ[name])
     return {name: value for name, value in environ.items() if name not in hidden}
 
 
@@ -9679,7 +9681,7 @@ async def run_commands(
     config, unsafe = operator.config, operator.link.unsafe
     async with Queue(config, session=session or new_session(), unsafe=unsafe) as queue:
         queue.agent, queue.patience = runner_name(config), math.inf
-        runner = Runner(queue, command, passed_environ(config, secrets), around)
+        runner = Runner(queue, command, child_environ(config, secrets), around)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, runner.signalled, number)
         work = (renew_leases(queue), look_at_changes(queue, queue.own(None)))
@@ -9907,7 +9909,7 @@ def require_ended(lock: Entry, forced: bool = False) -> None:
 async def begin_session(file: Path, facts: Mapping[str, Any], **private: str) -> Entry:
     """Enter a session and take session.lock, which says what is `private` as well; refuses HELD
     where there is one."""
-    async with locked(file.parent):
+    async with write_lock(file.parent):
         if (lock := session_lock(file)) is not None:
             require_ended(lock)
             said = f"{session_description(lock)} has died in this moment"
@@ -9924,7 +9926,7 @@ async def begin_session(file: Path, facts: Mapping[str, Any], **private: str) ->
 async def end_session(file: Path, own: Entry, **facts: Any) -> None:
     """Say how a session ended, and let its lock go, if that is still its own."""
     facts |= {"ended_at": stamp()}
-    async with locked(file.parent):
+    async with write_lock(file.parent):
         if session_lock(file) == own:
             (file.parent / "session.lock").unlink()
         change(file, lambda mission: mission.note_session(own["session_id"], facts))
@@ -9944,7 +9946,7 @@ async def bury_sessions(file: Path, lock: Entry | None) -> list[str]:
         for one in dead:
             one.update(facts)
 
-    async with locked(file.parent):
+    async with write_lock(file.parent):
         if lock is not None and session_lock(file) == lock:
             (file.parent / "session.lock").unlink()
         change(file, edit)
@@ -10091,7 +10093,7 @@ def capsule(now: Standing, runtime: str) -> dict[str, Any]:
 def one_line(text: str, size: int) -> str:
     """A text on one line, cut to `size` bytes."""
     line = printable(" ".join(text.split()))
-    return line if len(line.encode()) <= size else clipped(line, size - 3) + "…"
+    return line if len(line.encode()) <= size else clip(line, size - 3) + "…"
 
 
 def facts_line(of: Mapping[str, Any], fields: Iterable[str]) -> str:
@@ -10119,7 +10121,7 @@ def hand_over(now: Standing) -> str:
         lines += [f"{title}, {len(shown)} of {len(rows)}:", *shown] if rows else []
     loop = f"Give queue_next mission {now.called}. {LOOP}"
     rules = RULES.format(AT_HAND.format(now.mine["id"]) if now.mine else loop)
-    return clipped("\n".join(lines), HAND_OVER - len(rules.encode()) - 1) + "\n" + rules
+    return clip("\n".join(lines), HAND_OVER - len(rules.encode()) - 1) + "\n" + rules
 
 
 def outline(now: Standing) -> Iterator[str]:
@@ -10192,7 +10194,7 @@ async def write_mission_files(
             mission.note_session(text_of(now.lock, "session_id"), {"last_task": now.mine["taskId"]})
 
     try:
-        async with locked(file.parent):
+        async with write_lock(file.parent):
             now = now._replace(mission=change(file, edit))
             if now.mine or now.lock is None or session_state(now.lock) != "alive":
                 put_json(file.parent / "next-task.json", capsule(now, runtime), ANYTHING)
@@ -10241,7 +10243,7 @@ async def mission_init(
     file = folder / ORCHESTRATOR / "mission.json"
     with writing(file):
         real_path(file, folder).parent.mkdir(parents=True, exist_ok=True)
-    async with locked(file.parent):
+    async with write_lock(file.parent):
         if os.path.lexists(file):
             raise Refused("EXISTS", f"{file} is there already", "mosaic-queue mission status")
         put_json(file, data)
@@ -10495,7 +10497,7 @@ async def mission_run(
 def event_line(event: Event) -> str:
     """An event for a person."""
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event["at"] / 1000))
-    moved = f"{event.get('from', '-')} -> {painted(event.get('to', '-'))}"
+    moved = f"{event.get('from', '-')} -> {paint(event.get('to', '-'))}"
     text = event.get("text", "").replace("\n", " ")
     who = f"{event['project']}/{event['task']} {event['op']}"
     said = f": {text}" if text else ""
@@ -10504,7 +10506,7 @@ def event_line(event: Event) -> str:
 
 def ago(at: float) -> str:
     """How long ago a moment was (ms since the epoch)."""
-    return lasting(time.time() - at / 1000)
+    return duration_text(time.time() - at / 1000)
 
 
 ENDED_SESSION = " (its session has ended)"
@@ -10547,8 +10549,8 @@ def task_table(page: TaskList) -> str:
     rows = [
         (
             task["id"],
-            painted(task["status"]),
-            painted(task.get("priority", "")),
+            paint(task["status"]),
+            paint(task.get("priority", "")),
             task.get("lane", ""),
             task.get("claimedBy", "") + ENDED_SESSION * ("orphaned" in task),
             ago(task["createdAt"]) if "createdAt" in task else "",
@@ -10570,7 +10572,7 @@ def batch_text(answer: Batch) -> str:
     tasks = answer["tasks"]
     if not 0 < len(tasks) <= BATCH:
         return f"{len(tasks)} tasks"
-    return lines_of([f"{one['id']} {painted(one['status'])}" for one in tasks])
+    return lines_of([f"{one['id']} {paint(one['status'])}" for one in tasks])
 
 
 @renders(Offer, status=lambda offer: 0 if offer["tasks"] else 5)
@@ -10692,7 +10694,7 @@ def project_lines(one: ProjectStatus) -> list[str]:
     if one["waiting"]:
         lines.append(f"  {waiting_line(one['waiting'])}")
     if "oldestReady" in one:
-        waits = lasting((one["now"] - one["oldestReadySince"]) / 1000)
+        waits = duration_text((one["now"] - one["oldestReadySince"]) / 1000)
         lines.append(f"  oldest ready: {one['oldestReady']}, {waits}")
     for task in one["expiring"]:
         ends = moment(task["leaseExpiresAt"])
@@ -10700,7 +10702,7 @@ def project_lines(one: ProjectStatus) -> list[str]:
     if one["tasks"]["failed"]:
         lines.append(f"  dead letters: {one['tasks']['failed']} (list --status failed)")
     for follower in one["followers"]:
-        heard = lasting((one["now"] - follower["lastHeard"]) / 1000)
+        heard = duration_text((one["now"] - follower["lastHeard"]) / 1000)
         behind = f"{follower['lag']} changes behind, last heard of {heard} ago"
         lines.append(f"  follower {follower['follower']}: {behind}")
     if not one.get("captures", True):
@@ -11056,7 +11058,7 @@ let ahead = 0;  // ms by which the server's clock is ahead of ours
 
 const now = () => Date.now() + ahead;
 
-function lasting(ms) {
+function duration_text(ms) {
   const s = Math.max(0, Math.round(ms / 1000));
   const units = [[100, 1, "s"], [6000, 60, "min"], [172_800, 3600, "h"], [Infinity, 86_400, "d"]];
   const [, size, unit] = units.find(([below]) => s < below);
@@ -11069,20 +11071,20 @@ function moment(at) {
 
 // A length of time that goes on: `tick` writes it anew.
 function since(at) {
-  return h("time.number", {"data-since": at, title: moment(at)}, lasting(now() - at));
+  return h("time.number", {"data-since": at, title: moment(at)}, duration_text(now() - at));
 }
 
 function until(at) {
-  return h("time.number", {"data-until": at, title: moment(at)}, lasting(at - now()));
+  return h("time.number", {"data-until": at, title: moment(at)}, duration_text(at - now()));
 }
 
 function tick() {
   for (const one of document.querySelectorAll("[data-since]")) {
-    one.textContent = lasting(now() - one.dataset.since);
+    one.textContent = duration_text(now() - one.dataset.since);
   }
   for (const one of document.querySelectorAll("[data-until]")) {
     if (one.nodeName === "METER") one.value = one.dataset.until - now();
-    else one.textContent = lasting(one.dataset.until - now());
+    else one.textContent = duration_text(one.dataset.until - now());
   }
 }
 
@@ -11584,7 +11586,7 @@ function drawTimeline(task, events) {
   });
   const lengths = Object.entries(lasted).filter(([, ms]) => ms > 0);
   return [
-    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${lasting(ms)}`).join(", ")),
+    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${duration_text(ms)}`).join(", ")),
     h("ol.plain.line", {}, [...events].reverse().map((event) => h(`li.${event.to ?? "gone"}`, {},
       h("p", {}, h("strong", {}, event.op), event.agent && ` by ${event.agent}`, ", ",
         h("time", {title: moment(event.at)}, moment(event.at)),
@@ -13431,7 +13433,7 @@ def own_command() -> list[str]:
 def queue_environment(config: Config) -> dict[str, str]:
     """The variables that decide which queue a program serves; a password is refused."""
     url = config["redis.url"] if config.source("redis.url").startswith(("$", "flag")) else None
-    if url and masked(url) != url:
+    if url and mask_url(url) != url:
         hint = "put redis.url into ~/.config/mosaic/queue.yaml, which every client's server reads"
         said = "the URL has a password, which a client's file must not show"
         raise Refused("INVALID", said, hint)
@@ -13478,7 +13480,7 @@ AUTHORIZATION = {  # how a client names it in a header
 def http_entry(client: str, url: str) -> dict[str, Any]:
     """The entry of a `serve` among a client's servers; its token stands in no file."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
-        invalid("--http", masked(url), "http(s)://HOST:PORT, as serve prints it")
+        invalid("--http", mask_url(url), "http(s)://HOST:PORT, as serve prints it")
     entry: dict[str, Any] = {**CLIENTS[client].extra, "url": url.rstrip("/")}
     if not entry["url"].endswith("/mcp"):
         entry["url"] += "/mcp"
@@ -13544,7 +13546,7 @@ def replaced(path: Path, before: str, text: str) -> Path | None:
     backup = None
     if before:
         backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
-        with drafted(backup) as file:
+        with draft_of(backup) as file:
             file.write(before.encode())
     put(path, text.encode(), before.encode() if path.exists() else None, 0o600)
     return backup
@@ -14430,10 +14432,10 @@ def summary_line(project: ProjectStatus, events: EventList) -> str:
     least = "at least " if len(late) == 1000 else ""
     facts = [f"{project['ready']} ready", f"{project['held']} held"]
     facts += [
-        painted(f"{counts[word]} {word}", word) for word in ("blocked", "failed") if counts[word]
+        paint(f"{counts[word]} {word}", word) for word in ("blocked", "failed") if counts[word]
     ]
-    facts += [painted("paused", "blocked")] if "pausedAt" in project else []
-    ended = painted(f"{done[1]} failed", "failed") if done[1] else "0 failed"
+    facts += [paint("paused", "blocked")] if "pausedAt" in project else []
+    ended = paint(f"{done[1]} failed", "failed") if done[1] else "0 failed"
     return (
         f"{project['project']}: {', '.join(facts)}; last hour {least}{done[0]} completed, {ended}"
     )
@@ -14455,7 +14457,7 @@ def draw(text: str) -> None:
     """Put a text over the whole screen: line over line, so that nothing flickers."""
     columns, rows = shutil.get_terminal_size()
     lines = text.split("\n")[:rows]
-    kept = [shown(fitted(line, columns), sys.stdout) + "\x1b[K" for line in lines]
+    kept = [shown(fit(line, columns), sys.stdout) + "\x1b[K" for line in lines]
     # Terminals that know it show the frame at once.
     sys.stdout.write("\x1b[?2026h\x1b[H" + "\r\n".join(kept) + "\x1b[J\x1b[?2026l")
     sys.stdout.flush()
@@ -14559,7 +14561,7 @@ def trust(queue: Queue, *, path: str | None = None, revoke: bool = False) -> Tru
     if revoke:
         mark.unlink(missing_ok=True)
     else:
-        with drafted(mark) as out:
+        with draft_of(mark) as out:
             out.write(f"{file}\n".encode(errors="surrogateescape"))
     return {"file": str(file), "sets": settings, "trusted": not revoke}
 
@@ -14682,7 +14684,7 @@ def print_refusal(refusal: Refused, prog: str, in_json: bool) -> None:
         error = {"code": code, "message": message, "hint": hint}
         say_json({"v": 1, "error": error}, sys.stderr)
     else:
-        lines = [f"{painted(code, 'late')}: {message}", *([f"hint: {hint}"] if hint else [])]
+        lines = [f"{paint(code, 'late')}: {message}", *([f"hint: {hint}"] if hint else [])]
         say(lines_of(lines), sys.stderr)
 
 

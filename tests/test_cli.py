@@ -965,10 +965,10 @@ def test_colour_is_for_terminals(tell: Tell, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_line_is_cut_in_columns_and_not_in_marks() -> None:
-    line = mq.painted("failed") + " 語語語語"
-    assert mq.fitted(line, 15) == line
-    assert mq.fitted(line, 11) == "\x0031mfailed\0m 語…\0m"
-    assert mq.width(mq.fitted(line, 4)) <= 4
+    line = mq.paint("failed") + " 語語語語"
+    assert mq.fit(line, 15) == line
+    assert mq.fit(line, 11) == "\x0031mfailed\0m 語…\0m"
+    assert mq.width(mq.fit(line, 4)) <= 4
 
 
 def test_purge_offers_what_it_takes(tell: Tell, capsys: pytest.CaptureFixture[str]) -> None:

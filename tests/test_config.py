@@ -363,8 +363,8 @@ def test_every_form_of_a_url_is_masked(files: Files, command: Command, url: str)
     ],
 )  # fmt: skip
 def test_what_is_not_known_to_be_no_secret_is_not_shown(url: str) -> None:
-    assert "hunter2" not in mq.masked(url)
-    assert "ter2" not in mq.masked(url)
+    assert "hunter2" not in mq.mask_url(url)
+    assert "ter2" not in mq.mask_url(url)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +376,7 @@ def test_what_is_not_known_to_be_no_secret_is_not_shown(url: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_no_secret_is_shown(url: str) -> None:
-    assert mq.masked(url) == url
+    assert mq.mask_url(url) == url
 
 
 def test_a_variable_with_a_secret_is_masked(files: Files, command: Command) -> None:

@@ -160,7 +160,7 @@ async def test_a_busy_mission_is_written_now_and_then(
     queue: mq.Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[tuple[float, str]] = []
-    drafted = mq.drafted
+    drafted = mq.draft_of
 
     def counted(path: Path) -> Any:
         written.append((asyncio_time(), path.name))

@@ -364,7 +364,7 @@ def test_a_read_only_file_is_not_replaced(tell: Tell, server: Server, folder: Pa
 def add_sessions(file: Path, mark: str) -> None:
     async def add(n: int) -> None:
         edit = functools.partial(mq.Mission.note_session, name=f"{mark}-{n}", facts={"pid": n})
-        async with mq.locked(file.parent):
+        async with mq.write_lock(file.parent):
             mq.change(file, edit)
 
     for n in range(5):

@@ -1153,7 +1153,7 @@ async def test_one_of_two_syncs_waits(
     reports = await asyncio.gather(*(sync(queue, board) for _ in range(4)))
     assert sorted(len(report["rows"]) for report in reports) == [0, 0, 0, 2]
     monkeypatch.setattr(mq, "LOCK_WAIT", 0.1)
-    async with mq.locked(board):
+    async with mq.write_lock(board):
         with pytest.raises(mq.Refused, match=f"held by process {os.getpid()} of"):
             await sync(queue, board)
     await in_step(queue, board)
