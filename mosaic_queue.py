@@ -11058,7 +11058,7 @@ let ahead = 0;  // ms by which the server's clock is ahead of ours
 
 const now = () => Date.now() + ahead;
 
-function duration_text(ms) {
+function lasting(ms) {
   const s = Math.max(0, Math.round(ms / 1000));
   const units = [[100, 1, "s"], [6000, 60, "min"], [172_800, 3600, "h"], [Infinity, 86_400, "d"]];
   const [, size, unit] = units.find(([below]) => s < below);
@@ -11071,20 +11071,20 @@ function moment(at) {
 
 // A length of time that goes on: `tick` writes it anew.
 function since(at) {
-  return h("time.number", {"data-since": at, title: moment(at)}, duration_text(now() - at));
+  return h("time.number", {"data-since": at, title: moment(at)}, lasting(now() - at));
 }
 
 function until(at) {
-  return h("time.number", {"data-until": at, title: moment(at)}, duration_text(at - now()));
+  return h("time.number", {"data-until": at, title: moment(at)}, lasting(at - now()));
 }
 
 function tick() {
   for (const one of document.querySelectorAll("[data-since]")) {
-    one.textContent = duration_text(now() - one.dataset.since);
+    one.textContent = lasting(now() - one.dataset.since);
   }
   for (const one of document.querySelectorAll("[data-until]")) {
     if (one.nodeName === "METER") one.value = one.dataset.until - now();
-    else one.textContent = duration_text(one.dataset.until - now());
+    else one.textContent = lasting(one.dataset.until - now());
   }
 }
 
@@ -11586,7 +11586,7 @@ function drawTimeline(task, events) {
   });
   const lengths = Object.entries(lasted).filter(([, ms]) => ms > 0);
   return [
-    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${duration_text(ms)}`).join(", ")),
+    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${lasting(ms)}`).join(", ")),
     h("ol.plain.line", {}, [...events].reverse().map((event) => h(`li.${event.to ?? "gone"}`, {},
       h("p", {}, h("strong", {}, event.op), event.agent && ` by ${event.agent}`, ", ",
         h("time", {title: moment(event.at)}, moment(event.at)),

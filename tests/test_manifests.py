@@ -168,7 +168,7 @@ async def test_a_busy_mission_is_written_now_and_then(
 
     loop = asyncio.get_running_loop()
     asyncio_time = loop.time
-    monkeypatch.setattr(mq, "drafted", counted)
+    monkeypatch.setattr(mq, "draft_of", counted)
     await create(queue, "A")
     await create(queue, "quiet", mission="n")
     async with following(queue, mq.Manifests(tmp_path)):
