@@ -5403,20 +5403,22 @@ RECORDED_IN = {
     "failed": ("failedAt",),
 }
 NUMBER = Argument("int", "", 0, 2**51 - 1)
-RECORD_RULES: dict[str, Argument | str] = {  # what a value may be; a pattern is one for its JSON
-    **{name: ARGUMENTS[name] for name in Record.__annotations__ if name in ARGUMENTS},
-    **dict.fromkeys(INTEGERS & Record.__annotations__.keys(), NUMBER),
-    **dict.fromkeys(("order", "createdAt"), NUMBER),
-    **dict.fromkeys(("taskId", "claimedBy"), ARGUMENTS["agent"]),
-    **dict.fromkeys(("failureReason", "blockedReason"), ARGUMENTS["reason"]),
-    **dict.fromkeys(("blocked", "assigned", "orphaned", "late"), '1|true|"1"'),
-    **dict.fromkeys(("waits", "freed"), rf'\[("{ID.pattern}",?)*\]'),
+KIND_RULES: dict[str, Argument | str] = {  # what a value may be; a pattern is one for its JSON
+    **dict.fromkeys(("count", "ms", "s"), NUMBER),
+    "id": ARGUMENTS["agent"],
+    "text": ARGUMENTS["reason"],
+    "ids": rf'\[("{ID.pattern}",?)*\]',
+    "mark": '1|true|"1"',
+}
+RECORD_RULES: dict[str, Argument | str] = {
+    **{name: KIND_RULES[one.kind] for name, one in FIELDS.items() if one.kind in KIND_RULES},
+    **{name: ARGUMENTS[name] for name in FIELDS.keys() & ARGUMENTS.keys()},
     **dict.fromkeys(("epoch", "limits", "lanes"), '"[ -~]*"'),
+    **dict.fromkeys(("id", "project"), ".*"),  # a project may be entered under another name
+    "waits": KIND_RULES["ids"],
     "reaped": r'"\d{1,15} \S{0,128} \S{1,128}"',
     "hidden": r"\{.*\}",
     "notes": r"\[\{.*\}\]",
-    "id": ".*",
-    "project": ".*",  # one may be entered under another name
 }
 
 
