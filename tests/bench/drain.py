@@ -10,7 +10,8 @@ counted: starts are not.  CPU is that of the server and of the workers, round tr
 server reads from its sockets, bytes what it reads and writes, all of them for each task.
 
 `floor` is bare Lua that does the least over our own connection: no events, fences of sessions,
-dependencies, lanes or receipts.  `ours in tens` asks for ten tasks at once.  rq and celery do one
+dependencies, lanes or receipts.  `ours in tens` asks for ten tasks at a time,
+by one worker where the others have ten.  rq and celery do one
 task at a time in a process.  Figures of one run compare sides; two runs do not compare.
 
 Linux only: the CPU of a process is read from /proc.
@@ -184,11 +185,13 @@ class Bench:
         return spent | {"tasks/s": 1 / spent["tasks/s"]}
 
 
-def measure(sides: Iterable[str], quick: bool, tasks: int, rounds: int) -> dict[Key, Any]:
+def measure(
+    sides: Iterable[str], shapes_of: Mapping[str, Any], tasks: int, rounds: int
+) -> dict[Key, Any]:
     """The drains of all sides in turns: by key the measures of each round."""
     keys: list[Key] = [
         (side, fsync, *shape)
-        for fsync, shapes in (QUICK if quick else SHAPES).items()
+        for fsync, shapes in shapes_of.items()
         for shape in shapes
         for side in sides
         if side not in ONE_BY_ONE or shape == shapes[0] or shape[0] > 1
@@ -301,6 +304,7 @@ def main() -> None:
     parser.add_argument("--install", action="store_true", help="install the peers, and end")
     parser.add_argument("--quick", action="store_true", help="one shape, few tasks, one round")
     parser.add_argument("--sides", help="only these, between commas")
+    parser.add_argument("--fsync", default="no,always", help="appendfsync, between commas")
     parser.add_argument("--tasks", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures; or read them")
@@ -315,7 +319,8 @@ def main() -> None:
         found = {tuple(key): rounds for key, rounds in json.loads(given.json.read_text())}
     else:
         tasks, rounds = (1000, 1) if given.quick else (given.tasks, given.rounds)
-        found = measure(sides, given.quick, tasks, rounds)
+        shapes = {fsync: SHAPES[fsync] for fsync in given.fsync.split(",")}
+        found = measure(sides, QUICK if given.quick else shapes, tasks, rounds)
         if given.json:
             given.json.write_text(json.dumps(list(found.items())))
     print(table(found))

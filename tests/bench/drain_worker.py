@@ -58,7 +58,8 @@ def ours() -> tuple[Work, Work]:
                 await asyncio.sleep(0 if found else 0.01)
 
         async with mq.Queue(config, session=f"s{SLOT}") as queue:
-            await asyncio.gather(*(work(f"a{SLOT}.{k}") for k in range(concurrency)))
+            workers = max(1, concurrency // ours.at_once)
+            await asyncio.gather(*(work(f"a{SLOT}.{k}") for k in range(workers)))
 
     return fill, drain
 
