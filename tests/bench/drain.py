@@ -10,9 +10,9 @@ counted: starts are not.  CPU is that of the server and of the workers, round tr
 server reads from its sockets, bytes what it reads and writes, all of them for each task.
 
 `floor` is bare Lua that does the least over our own connection: no events, fences of sessions,
-dependencies, lanes or receipts.  `ours in tens` asks for ten tasks at a time,
-by one worker where the others have ten.  rq and celery do one
-task at a time in a process.  Figures of one run compare sides; two runs do not compare.
+dependencies, lanes or receipts.  `ours in tens` asks for ten tasks at a time, by one worker where
+the others have ten.  rq and celery do one task at a time in a process.  Figures of one run compare
+sides; two runs do not compare.
 
 Linux only: the CPU of a process is read from /proc.
 """
