@@ -594,3 +594,26 @@ async def test_who_waits_and_dies_is_forgotten(queue: mq.Queue, db: redis.Redis)
 
 async def queue_explain(queue: mq.Queue) -> mq.Explanation:
     return await mq.explain(queue, project="p")
+
+
+async def test_a_claim_costs_by_the_lanes_that_have_work(
+    server: Server, config: mq.Config, db: redis.Redis
+) -> None:
+    """Of 32 lanes with caps three have ready tasks, which come by priority and age; a lane whose
+    cap is reached is passed over, and said when nothing else is left."""
+    for n in range(29):
+        config.set(f"lanes.l{n}.maxConcurrent", 2, "file")
+    async with mq.Queue(config) as queue:
+        for n, lane in enumerate(("l28", "l3", "l28", "l17", "l28")):
+            priority = "high" if lane == "l17" else "medium"
+            await queue.create("p", "m", f"T{n}", title="t", lane=lane, priority=priority)
+        assert (await queue.next("alice"))["tasks"][0]["taskId"] == "T3"
+        db.config_resetstat()
+        got = [(await queue.next("alice"))["tasks"][0]["taskId"] for _ in range(3)]
+        calls = {name: row["calls"] for name, row in db.info("commandstats").items()}
+        assert got == ["T0", "T1", "T2"]
+        own = ("cmdstat_evalsha", "cmdstat_config|resetstat", "cmdstat_info")
+        assert sum(count for name, count in calls.items() if name not in own) <= 3 * 40
+        answer = await queue.next("alice")
+        assert answer["tasks"] == []
+        assert answer["why"].startswith("lane l28 has its 2 held tasks: T0 of alice, T2 of alice")

@@ -45,15 +45,38 @@ end
 local rare = read('EXISTS', root .. ':delayed', key('assigned', arg.agent)) > 0
 if rare then promote() end
 
-local lanes, heads, full, stale, turn, passed = {}, {}, {}, {}, nil, nil
+local asked = {}
 for lane in each_lane() do
-  if arg.lane == '' or lane == arg.lane or lane == 'any' then
-    local most = cap(lane)
-    if most and read('ZCARD', key('running', lane)) >= most then
-      if read('ZCARD', key('ready', lane)) > 0 then full[#full + 1] = lane end
-    else
-      lanes[#lanes + 1] = lane
-    end
+  if arg.lane == '' or lane == arg.lane or lane == 'any' then asked[#asked + 1] = lane end
+end
+
+local function ready_among(first, last)
+  local indexes = {}
+  for i = first, last do indexes[#indexes + 1] = key('ready', asked[i]) end
+  return read('EXISTS', unpack(indexes))
+end
+
+-- Finds the `count` lanes that have ready tasks among those asked for, by halves, so that a claim
+-- costs by the lanes that have work and not by those that are declared.
+local function find_ready(first, last, count, found)
+  if count == 0 then return found end
+  if count > last - first then
+    for i = first, last do found[#found + 1] = asked[i] end
+    return found
+  end
+  local middle = math.floor((first + last) / 2)
+  local left = ready_among(first, middle)
+  return find_ready(middle + 1, last, count - left, find_ready(first, middle, left, found))
+end
+
+local lanes, heads, full, stale, turn, passed = {}, {}, {}, {}, nil, nil
+local few = #asked <= 4        -- which are asked for one by one
+for _, lane in ipairs(few and asked or find_ready(1, #asked, ready_among(1, #asked), {})) do
+  local most = cap(lane)
+  if not (most and read('ZCARD', key('running', lane)) >= most) then
+    lanes[#lanes + 1] = lane
+  elseif read('ZCARD', key('ready', lane)) > 0 then
+    full[#full + 1] = lane
   end
 end
 
@@ -195,9 +218,5 @@ end
 local wake = turn and math.min(turn, due_at or turn) or due_at
 local expired = due()
 if expired > 0 then why = why .. grace() end
-local bells = {}
-for lane in each_lane() do
-  if arg.lane == '' or lane == arg.lane or lane == 'any' then bells[#bells + 1] = lane end
-end
-return {'NOTHING', why, expired, wake and wake - now or '', table.concat(bells, ' '),
+return {'NOTHING', why, expired, wake and wake - now or '', table.concat(asked, ' '),
         limit('assign'), 0}

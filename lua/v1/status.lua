@@ -37,11 +37,12 @@ for lane in each_lane() do
   for i = 1, #held_here, 2 do
     if looked < LOOK then
       looked = looked + 1
-      local task = fields(held_here[i], 'claimedBy')
-      if task and task.status == 'claimed' then claimed = claimed + 1 end
-      if task and tonumber(held_here[i + 1]) <= soon and #expiring < 10 then
-        expiring[#expiring + 1] = row('taskId', task.id, 'claimedBy', task.claimedBy,
-                                      'leaseExpiresAt', held_here[i + 1])
+      local id, ends = held_here[i], held_here[i + 1]
+      if read('HGET', key('task', id), 'status') == 'claimed' then claimed = claimed + 1 end
+      local task = #expiring < 10 and tonumber(ends) <= soon and fields(id, 'claimedBy')
+      if task then
+        expiring[#expiring + 1] = row('taskId', id, 'claimedBy', task.claimedBy,
+                                      'leaseExpiresAt', ends)
       end
     end
   end
