@@ -315,6 +315,12 @@ def with_moments(sentence: str) -> str:
     return re.sub("\0([0-9]{1,15})\0", lambda found: moment(int(found[1])), sentence)
 
 
+def nearest(word: str, known: Iterable[str], least: float = 0.6) -> str:
+    """An end of a sentence with the known word that may be meant, or nothing."""
+    close = difflib.get_close_matches(word, [*known], 1, least)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def clip(text: str, size: int, tail: bool = False) -> str:
     """As much of a text as fits into `size` bytes, from its head or its tail, without NUL."""
     data = text.replace("\0", "").encode(errors="replace")
@@ -1118,7 +1124,7 @@ class Config:
         if key not in KEYS:
             lane = re.fullmatch(r"lanes\.([^.]*)\.maxConcurrent", key)
             if not lane or not ID.fullmatch(lane[1]):
-                raise ConfigError(f"{source}: there is no key {key!r}{nearest(key)}")
+                raise ConfigError(f"{source}: there is no key {key!r}{nearest(key, KEYS, 0.5)}")
         kind = KEYS.get(key, (int, None))[0]
         text = isinstance(value, str) and VARIABLE.search(value)
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -1189,12 +1195,6 @@ class Config:
                 value = f"unset: {problem.message.split(' needs ')[-1]}"
             rows[key] = {"value": value, "source": self.source(key)}
         return rows
-
-
-def nearest(key: str) -> str:
-    """The hint of the nearest known key, or nothing."""
-    close = difflib.get_close_matches(key, KEYS, 1, 0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 HOST = r"(?:[\w.%-]*|\[[\w.:%]+\])(?::\d{0,5})?"
@@ -3770,12 +3770,8 @@ class Queue:
 
     async def _like(self, project: str) -> str:
         """The question whether another project was meant; '' where none has a name like it."""
-        import difflib
-
         with contextlib.suppress(Refused):
-            names = [name for name in await self.projects() if name != project]
-            close = difflib.get_close_matches(project, names, 1)
-            return f"; did you mean {close[0]}?" if close else ""
+            return nearest(project, {*await self.projects()} - {project})
         return ""
 
     async def everywhere(
@@ -10748,9 +10744,9 @@ def status_text(answer: QueueStatus) -> str:
 RENDERINGS[str] = Rendering(lambda text: text.rstrip("\n"))
 
 
-def for_people(kind: Any, result: Any) -> str:
-    """A result of a type as people read it."""
-    return RENDERINGS.get(kind, Rendering(facts_text)).text(result)
+def rendering_of(kind: Any) -> Rendering:
+    """How a result of a type is shown."""
+    return RENDERINGS.get(kind, Rendering(facts_text))
 
 
 # ==== BOARD ==================================================================================
@@ -13951,16 +13947,8 @@ def no_such_command(word: str, actions: Sequence[str]) -> Refused:
     if word in ALIASES:
         said = f"there is no command {word!r}; it is called {ALIASES[word]}"
         return Refused("INVALID", said, f"mosaic-queue {ALIASES[word].partition(' --')[0]} --help")
-    close = difflib.get_close_matches(word, command_names(), 1)
-    meant = f"; did you mean {close[0]}?" if close else ""
-    return Refused("INVALID", f"there is no command {word!r}{meant}", "mosaic-queue --help")
-
-
-def no_such_argument(of: Operation, word: str, flags: Sequence[str]) -> Refused:
-    """The refusal of a flag, or of one word too many, with the flag that may be meant."""
-    close = difflib.get_close_matches(word.partition("=")[0], flags, 1)
-    meant = f"; did you mean {close[0]}?" if close and word.startswith("-") else ""
-    return Refused("INVALID", f"{of.command} takes no {word}{meant}")
+    said = f"there is no command {word!r}{nearest(word, command_names())}"
+    return Refused("INVALID", said, "mosaic-queue --help")
 
 
 def variants(of: Operation) -> dict[str, Operation]:
@@ -13988,8 +13976,10 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
         def error(self, message: str) -> NoReturn:
             kind, _, words = message.partition(": ")
             if kind == "unrecognized arguments":
+                word = words.split()[0].partition("=")[0]
                 flags = [name for one in self._actions for name in one.option_strings]
-                raise no_such_argument(of, words.split()[0], flags)
+                meant = nearest(word, flags) if word.startswith("-") else ""
+                message = f"{of.command} takes no {word}{meant}"
             raise Refused("INVALID", message)
 
     about, _, example = of.doc.partition("Example: ")
@@ -14661,7 +14651,7 @@ def show(of: Operation, result: Any, in_json: bool) -> int:
     """Print a result, for programs or for people; the exit status that it stands for."""
     if result is None or of.result is int:
         return result or 0
-    rendering = RENDERINGS.get(of.result, Rendering(facts_text))
+    rendering = rendering_of(of.result)
     if in_json:
         say_json(envelope(of, result))
     else:

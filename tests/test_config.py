@@ -223,10 +223,10 @@ def test_a_variable_takes_the_type_of_its_key(files: Files) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("projekt: web", ("projekt", "did you mean 'project'?")),
-        ("defaults:\n  claimTtl: 60", ("defaults.claimTtl", "did you mean 'defaults.claimTTL'?")),
-        ("redis:\n  uri: redis://h", ("redis.uri", "did you mean 'redis.url'?")),
-        ("openbrain:\n  tokn: x", ("openbrain.tokn", "did you mean 'openbrain.token'?")),
+        ("projekt: web", ("projekt", "did you mean project?")),
+        ("defaults:\n  claimTtl: 60", ("defaults.claimTtl", "did you mean defaults.claimTTL?")),
+        ("redis:\n  uri: redis://h", ("redis.uri", "did you mean redis.url?")),
+        ("openbrain:\n  tokn: x", ("openbrain.tokn", "did you mean openbrain.token?")),
         ("lanes:\n  coding:\n    maxConcurent: 3", ("lanes.coding", "maxConcurrent")),
         ("lanes:\n  'a b':\n    maxConcurrent: 3", ("lanes.a b",)),
         ("defaults:\n  claimTTL: soon", ("defaults.claimTTL", "'soon'", "accepted")),

@@ -378,11 +378,11 @@ async def test_status_says_that_nobody_captures(
     await create(queue, "A")
     found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is False
-    assert "no monitor runs that captures" in mq.for_people(mq.QueueStatus, found)
+    assert "no monitor runs that captures" in mq.status_text(found)
     async with in_step(queue, db):
         found = await mq.status(queue, project="p")
     assert found["projects"][0]["captures"] is True
-    assert "captures" not in mq.for_people(mq.QueueStatus, found)
+    assert "captures" not in mq.status_text(found)
     capturing.values.pop("openbrain.autoCapture")
     assert "captures" not in (await mq.status(queue, project="p"))["projects"][0]
 

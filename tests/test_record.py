@@ -1531,7 +1531,7 @@ async def test_lag_is_shown(
     status = await mq.status(queue, project="p")
     (lag,) = status["projects"][0]["followers"]
     assert (lag["follower"], lag["lag"]) == ("postgres", 1)
-    shown = mq.for_people(mq.QueueStatus, status)
+    shown = mq.status_text(status)
     assert "  follower postgres: 1 changes behind, last heard of 0 s ago" in shown
     monkeypatch.setattr(mq, "SILENT", -1)
     findings = (await mq.doctor(queue))["findings"]
