@@ -136,6 +136,7 @@ if TYPE_CHECKING:
     import getpass
     import graphlib
     import hmac
+    import html
     import ipaddress
     import plistlib
     import shlex
@@ -172,7 +173,7 @@ else:
 
     for _name in (
         *("argparse", "asyncio", "binascii", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
-        *("graphlib", "hmac", "ipaddress", "plistlib", "shlex", "shutil", "signal", "ssl"),
+        *("graphlib", "hmac", "html", "ipaddress", "plistlib", "shlex", "shutil", "signal", "ssl"),
         *("subprocess", "tempfile", "termios", "textwrap", "threading", "traceback", "tty"),
         *("unicodedata", "anyio", "asyncpg", "hiredis", "httpx2", "tomlkit", "yaml"),
     ):
@@ -12524,6 +12525,7 @@ PLACES = {  # of operations whose place is not their name
 OVERVIEWS = {"status": "/api/projects", "list": "/api/tasks"}  # over all projects
 BODY = 4 * KIB * KIB  # bytes of a request at most
 BODY_WITHIN = 30.0  # s
+READ_WITHIN = 30.0  # s in which a client reads a part of an answer, or is dropped
 BEAT = 15.0  # s between two signs of life in a stream of events
 STOP_WITHIN = 10  # s
 RENEW_EVERY = 10.0  # s between two renewals of what an agent holds
@@ -12741,7 +12743,8 @@ class HttpServer:
         core = mcp_server(self.queue, self.tools, lambda context: self.mcp_queue(context.request))
         manager = StreamableHTTPSessionManager(core, json_response=True, stateless=True)
         fixed = {"/healthz": self.health, "/readyz": self.ready, "/metrics": self.metrics}
-        fixed |= {"/openapi.json": self.openapi, "/": self.board, "/api": self.offers}
+        fixed |= {"/openapi.json": self.openapi, "/openapi": self.reference}
+        fixed |= {"/": self.board, "/api": self.offers}
         routes: list[Any] = [Route(path, answer) for path, answer in fixed.items()]
         by_path: dict[str, dict[str, Any]] = {API + "/tasks/{task}": {"PATCH": self.patch}}
         for of in served_operations():
@@ -12770,7 +12773,7 @@ class HttpServer:
         if scope["type"] != "http":
             await app(scope, receive, send)
             return
-        from starlette.requests import Request
+        from starlette.requests import ClientDisconnect, Request
 
         async def send_safely(message: Any) -> None:
             if message["type"] == "http.response.start":
@@ -12779,7 +12782,11 @@ class HttpServer:
                     (name.encode(), value.encode()) for name, value in SAFE.items()
                     if name.encode() not in given
                 )]  # fmt: skip
-            await send(message)
+            try:
+                async with asyncio.timeout(READ_WITHIN):
+                    await send(message)
+            except TimeoutError:
+                raise OSError("the client does not read") from None
 
         request = Request(scope, receive, send_safely)
         try:
@@ -12792,7 +12799,8 @@ class HttpServer:
                 scope, receive, send_safely
             )
             return
-        await app(scope, receive, send_safely)
+        with contextlib.suppress(ClientDisconnect):
+            await app(scope, receive, send_safely)
 
     def require_place(self, request: Any) -> None:
         """Refuse a host that is not ours, which is how a page of another site would reach us by a
@@ -13071,6 +13079,12 @@ class HttpServer:
         """All this for programs that write clients."""
         return json_response(openapi_document())
 
+    async def reference(self, _request: Any) -> Any:
+        """The same for people."""
+        from starlette.responses import HTMLResponse
+
+        return HTMLResponse(openapi_page(openapi_document()))
+
 
 async def nowhere(request: Any, _problem: Exception) -> Any:
     """The answer at a path at which there is nothing."""
@@ -13101,6 +13115,11 @@ class MethodsOf:
         if method not in self.methods:
             allow = {"allow": ", ".join(sorted(self.methods))}
             response = problem_document(Refused("INVALID", f"no {request.method} here"), 405, allow)
+        elif not takes_json(request.headers.get("accept", "")) and not route_of(scope).endswith(
+            "/events"
+        ):
+            said = "this is told as application/json alone"
+            response = problem_document(Refused("INVALID", said), 406)
         else:
             try:
                 response = await self.methods[method](request)
@@ -13109,6 +13128,12 @@ class MethodsOf:
         if not isinstance(response, Response):
             response = json_response(response)
         await response(scope, receive, send)
+
+
+def takes_json(accept: str) -> bool:
+    """Whether a client's Accept has a place for JSON; without one all will do."""
+    kinds = {one.partition(";")[0].strip().lower() for one in accept.split(",")}
+    return bool(kinds & {"", "*/*", "application/*", "application/json"})
 
 
 def route_of(scope: Mapping[str, Any]) -> str:
@@ -13293,11 +13318,36 @@ def openapi_document() -> dict[str, Any]:
     return {"openapi": "3.1.0", "info": info, "paths": paths}
 
 
+def openapi_page(document: Mapping[str, Any]) -> str:
+    """An OpenAPI document as a page, without script or style."""
+    rows = []
+    for path, methods in sorted(document["paths"].items()):
+        for method, call in methods.items():
+            names = [one["name"] + "*" * one["required"] for one in call["parameters"]]
+            body = call.get("requestBody", {}).get("content", {}).get("application/json", {})
+            takes = body.get("schema", {"properties": {}, "required": []})
+            names += [name + "*" * (name in takes["required"]) for name in takes["properties"]]
+            cells = (method.upper(), path, call["summary"], ", ".join(names))
+            rows.append("".join(f"<td>{html.escape(cell)}</td>" for cell in cells))
+    heads = "".join(f"<th>{head}</th>" for head in ("Method", "Path", "What it does", "Takes"))
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>mosaic-queue: REST</title>'
+        '<meta name="viewport" content="width=device-width"><meta name="color-scheme" '
+        f'content="light dark"><h1>mosaic-queue: REST</h1><p>{document["info"]["description"]} '
+        "An asterisk marks what is needed. For programs: <a href=openapi.json>openapi.json</a></p>"
+        f"<table><tr>{heads}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table></html>"
+    )
+
+
 def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens at an address; port 0 is one that is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        made = socket.create_server((host, port), family=family, backlog=2048)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # whoever does not read keeps no connection
+            patience = round(READ_WITHIN * 1000)
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
+        return made
     except OSError as failure:
         said = f"{host} port {port} cannot be listened on: {failure.strerror}"
         raise Refused("INVALID", said, "name another: --port N") from None

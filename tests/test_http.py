@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -179,6 +180,58 @@ async def test_events_as_a_stream_go_on_where_they_were(serve: Serve) -> None:
                 break
 
 
+async def test_events_of_all_projects_go_on_from_a_moment(serve: Serve) -> None:
+    async def read(since: str, most: int) -> tuple[list[str], str]:
+        seen: list[str] = []
+        headers = {"accept": "text/event-stream", "last-event-id": since}
+        async with one.stream("GET", "/api/events", headers=headers) as stream:
+            async for line in stream.aiter_lines():
+                if line.startswith("data:"):
+                    event = json.loads(line[5:])
+                    seen.append(f"{event['project']}/{event['task']}")
+                if line.startswith("id:") and len(seen) >= most:
+                    return seen, line[4:]
+        raise AssertionError("it ended")
+
+    async with client(serve()) as one:
+        await create(one, "T1")
+        new = {"taskId": "Q1", "mission": "m", "title": "t"}
+        await one.post("/api/projects/q/tasks", json=new)
+        seen, moment = await read("0", 2)
+        assert sorted(seen) == ["p/T1", "q/Q1"]
+        await create(one, "T2")
+        assert (await read(moment, 1))[0] == ["p/T2"]
+
+
+async def test_who_does_not_read_is_dropped(
+    config: mq.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mq, "READ_WITHIN", 0.2)
+    async with mq.Queue(config) as queue:
+        await queue.create("p", "m", "T1", title="t")
+        app = mq.HttpServer(queue, "127.0.0.1").app()
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        headers = [(b"host", b"127.0.0.1"), (b"accept", b"text/event-stream")]
+        path = "/api/projects/p/events"
+        scope = {"type": "http", "method": "GET", "path": path, "raw_path": path.encode(),
+                 "query_string": b"since=0", "headers": headers, "client": ("127.0.0.1", 1),
+                 "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1",
+                 "root_path": "", "scheme": "http", "server": ("127.0.0.1", 1)}  # fmt: skip
+        async with asyncio.timeout(20):
+            await app(scope, receive, send)
+        assert [message["type"] for message in sent] == [
+            "http.response.start", "http.response.body"]  # fmt: skip
+
+
 # ---- who may do what ----
 
 
@@ -287,6 +340,8 @@ BAD: list[tuple[str, str, dict[str, Any], int]] = [
     ("GET", f"{TASKS}/..%2f..%2fetc", {}, 404),
     ("GET", f"{TASKS}/a b", {}, 400),
     ("GET", f"{TASKS}?limit=x", {}, 400),
+    ("GET", TASKS, {"headers": {"accept": "text/html, image/png"}}, 406),
+    ("DELETE", f"{TASKS}/T1", {"headers": {"if-match": "yes"}}, 400),
     ("GET", f"{TASKS}?nosuch=1", {}, 400),
     ("POST", TASKS, {"content": b"{", "headers": {"content-type": "application/json"}}, 400),
     ("POST", TASKS, {"content": b"\xff", "headers": {"content-type": "application/json"}}, 400),
@@ -330,6 +385,27 @@ async def test_metrics_ready_and_the_document(serve: Serve, server: Server) -> N
         for of in mq.served_operations():
             for method, path in mq.places_of(of):
                 assert method.lower() in document["paths"][path], (of.name, method, path)
+
+
+async def test_the_page_of_the_document_names_every_place(serve: Serve) -> None:
+    async with client(serve()) as one:
+        page = await one.get("/openapi")
+        assert page.headers["content-type"].startswith("text/html")
+        for path in (await one.get("/openapi.json")).json()["paths"]:
+            assert f"<td>{path}</td>" in page.text
+
+
+def test_over_tls(serve: Serve, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = "openssl req -x509 -newkey ed25519 -nodes -days 2 -subj /CN=localhost"
+    more = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*words.split(), *more], check=True, capture_output=True)
+    process = serve("--tls-cert", str(cert), "--tls-key", str(key))
+    assert process.url.startswith("https://")
+    trusts = ssl.create_default_context(cafile=str(cert))
+    assert httpx2.get(process.url + "/healthz", verify=trusts).json() == {"ok": True}
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(process.url + "/healthz")
 
 
 # ---- MCP ----
