@@ -5321,6 +5321,19 @@ async def catch_up(
     return since
 
 
+async def set_when_changed(queue: Queue, project: str, changed: asyncio.Event) -> None:
+    """Set an event at every change of a project, or of any (`*`), until cancelled."""
+    async for _ in queue.link.told(f"mosaic:queue:project:{{{project}}}:events"):
+        changed.set()
+
+
+async def next_change(changed: asyncio.Event) -> None:
+    """Wait until something has changed, or may have without a word of it."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(FOLLOW_EVERY):  # wait_for may swallow a cancellation
+            await changed.wait()
+
+
 async def follow(queue: Queue, follower: Follower) -> None:
     """Keep a follower in step with all projects, until cancelled.  A project that cannot be
     followed is tried again after a pause that doubles, up to a minute, and holds up no other."""
@@ -5330,10 +5343,6 @@ async def follow(queue: Queue, follower: Follower) -> None:
     every, wanted = getattr(follower, "every", 0.0), getattr(follower, "wanted", None)
     most = FOLLOW * (20 if every else 1)
     only = getattr(follower, "project", None)
-
-    async def wake() -> None:
-        async for _ in queue.link.told("mosaic:queue:project:*:events"):
-            changed.set()
 
     async def step(project: str) -> bool:
         """Whether the follower has come further in a project."""
@@ -5350,7 +5359,7 @@ async def follow(queue: Queue, follower: Follower) -> None:
             return False
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(wake())
+        group.create_task(set_when_changed(queue, "*", changed))
         if hasattr(follower, "wake"):
             group.create_task(follower.wake(changed))
         while True:
@@ -5366,9 +5375,7 @@ async def follow(queue: Queue, follower: Follower) -> None:
             if behind:
                 await asyncio.sleep(every)
             else:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(FOLLOW_EVERY):  # wait_for may swallow a cancellation
-                        await changed.wait()
+                await next_change(changed)
 
 
 async def projects_of(queue: Queue) -> Sequence[str]:
@@ -10534,7 +10541,7 @@ def facts_text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def of_which(answer: Overview) -> str:
+def scope_text(answer: Overview) -> str:
     """Which projects an overview is of, and which of them cannot be read."""
     if "project" in answer:
         return f"of project {answer['project']}"
@@ -10558,7 +10565,7 @@ def task_table(page: TaskList) -> str:
         for task in page["tasks"]
     ]
     total = f" of {page['total']}" if "total" in page else ""
-    shown = f"{len(rows)}{total} tasks {of_which(page)}"
+    shown = f"{len(rows)}{total} tasks {scope_text(page)}"
     if "cursor" in page:
         shown += f"; more: --cursor {page['cursor']}"
     head = ("ID", "STATUS", "PRIORITY", "LANE", "HOLDER", "AGE", "TITLE")
@@ -10583,7 +10590,7 @@ def offer_text(offer: Offer) -> str:
 @renders(EventList)
 def events_text(answer: EventList) -> str:
     """A line for each change."""
-    nothing = f"nothing has happened: no events {of_which(answer)}"
+    nothing = f"nothing has happened: no events {scope_text(answer)}"
     return lines_of([*map(event_line, answer["events"])] or [nothing])
 
 
@@ -10619,7 +10626,7 @@ def findings_text(answer: Findings) -> str:
     """What does not hold, and what to do about it."""
     fixed = f", {answer['repaired']} repaired" if "repaired" in answer else ""
     faults = f"findings: {len(answer['findings'])}, tasks: {answer['checked']}{fixed}"
-    faults += f", {of_which(answer)}"
+    faults += f", {scope_text(answer)}"
     todo = ["-> mosaic-queue repair"] if answer.get("repairable") else []
     return lines_of([*answer["findings"], *leader_lines(answer), faults, *todo])
 
@@ -10628,7 +10635,9 @@ def findings_text(answer: Findings) -> str:
 def reaped_text(answer: Reaped) -> str:
     """Which leases were ended, and what else was done."""
     ended = ", ".join(answer["reaped"])
-    lines = [f"reaped {len(answer['reaped'])} leases {of_which(answer)}{': ' * bool(ended)}{ended}"]
+    lines = [
+        f"reaped {len(answer['reaped'])} leases {scope_text(answer)}{': ' * bool(ended)}{ended}"
+    ]
     if answer["settled"]:
         lines.append(f"finished {answer['settled']} changes that were cut off")
     if answer["grace"]:
@@ -10664,7 +10673,7 @@ def agents_text(answer: AgentList) -> str:
         for one in answer["agents"]
     ]
     columns = ("AGENT", "HOLDS", "FOR", "LAST HEARD", "LAST NOTE")
-    nobody = f"nobody holds a task {of_which(answer)}"
+    nobody = f"nobody holds a task {scope_text(answer)}"
     projects = itertools.groupby(answer["waiting"], lambda one: one["project"])
     waiting = [f"{waiting_line([*those])} of project {name}" for name, those in projects]
     return "\n".join([table(columns, holders) if holders else nobody, lines_of(waiting)]).rstrip()
@@ -14011,7 +14020,7 @@ def variants(of: Operation) -> dict[str, Operation]:
     }
 
 
-def by_place(name: str, parameter: Any) -> bool:
+def is_positional(name: str, parameter: Any) -> bool:
     """Whether an argument is given without a flag."""
     return parameter.kind is not parameter.KEYWORD_ONLY and name != "agent"
 
@@ -14042,7 +14051,7 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
         description=about,
         epilog="example: " + example.replace("mosaic-queue", prog),
     )
-    places = [name for name, one in of.parameters.items() if by_place(name, one)]
+    places = [name for name, one in of.parameters.items() if is_positional(name, one)]
     for name, parameter in of.parameters.items():
         add_argument(parser, name, parameter, of.reads and places == ["task"])
     for action in cast(Any, parser)._actions:
@@ -14067,7 +14076,7 @@ def add_argument(parser: Any, name: str, parameter: Any, in_two: bool = False) -
     """Add what a parameter of an operation is on the command line; a task may come `in_two` words,
     its project and its taskId."""
     argument, default = ARGUMENTS[name], parameter.default
-    if argument.kind == "bool" or not by_place(name, parameter):
+    if argument.kind == "bool" or not is_positional(name, parameter):
         if name not in EVERYWHERE:
             add_flag(parser, name, argument, default)
         return
@@ -14192,7 +14201,7 @@ def read_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
 
     def spell(name: str) -> str:
         shown = METAVARS.get(ARGUMENTS[name].kind, name)
-        return shown if by_place(name, of.parameters[name]) else flag(name)
+        return shown if is_positional(name, of.parameters[name]) else flag(name)
 
     return fill_in(of, read, config, of.command.partition(" --")[0], spell)
 
@@ -14260,13 +14269,13 @@ async def create_groups(
     for project, rows in groups.items():
         own = {str(task["taskId"]) for _, task in rows if "taskId" in task}
         others = {one for _, task in rows for one in task.get("dependencies", ())} - own
-        known = own | await existing(queue, project, others)
+        known = own | await known_ids(queue, project, others)
         for number, task in rows:
             missing = sorted({*task.get("dependencies", ())} - known)
             if missing:
                 said = f"line {number} of {source}: there is no task {project}/{missing[0]}"
                 raise Refused("NOT_FOUND", said, case="dependency")
-        there = await existing(queue, project, own) if skip_existing else set()
+        there = await known_ids(queue, project, own) if skip_existing else set()
         left = [row for row in rows if row[1].get("taskId") not in there]
         wanted += [(project, left[at : at + BATCH]) for at in range(0, len(left), BATCH)]
     answer, total = Batch(tasks=[]), sum(len(rows) for _, rows in wanted)
@@ -14294,7 +14303,7 @@ async def create_groups(
     return answer
 
 
-async def existing(queue: Queue, project: str, ids: Iterable[str]) -> set[str]:
+async def known_ids(queue: Queue, project: str, ids: Iterable[str]) -> set[str]:
     """Those of the ids that a project has."""
     asked, found = sorted(ids), cast(set[str], set())
     try:
@@ -14338,17 +14347,9 @@ async def follow_events(
                 cursors[one] = page["since"]
                 if page["events"]:
                     yield page
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FOLLOW_EVERY):
-                    await changed.wait()
+            await next_change(changed)
     finally:
         waking.cancel()
-
-
-async def set_when_changed(queue: Queue, project: str, changed: asyncio.Event) -> None:
-    """Set an event at every change of a project, or of any (`*`), until cancelled."""
-    async for _ in queue.link.told(f"mosaic:queue:project:{{{project}}}:events"):
-        changed.set()
 
 
 async def events_after(queue: Queue, project: str, task: str | None, rev: int) -> EventList:
