@@ -1574,6 +1574,7 @@ class NewTask(TypedDict, total=False):
     metadata: dict[str, Any]
     delay: int
     maxRuntime: int
+    blockedReason: str  # it is blocked by hand from the first
 
 
 class Note(TypedDict):
@@ -4645,6 +4646,7 @@ def new_task_row(task: NewTask, project: str | None) -> dict[str, Any]:
         ("taskId", "task"),
         *((camel(name), name) for name in ("mission", "title", "description", "priority", "lane")),
         *((camel(name), name) for name in ("dependencies", "metadata", "delay", "max_runtime")),
+        ("blockedReason", "reason"),
     ):
         value = rest.pop(json_name, None)
         if value is None and json_name == "title":
@@ -8155,7 +8157,8 @@ class Pair(NamedTuple):
         return gone or self.task in sync.reopen
 
     def new_task(self, needs: Iterable[str]) -> NewTask:
-        """The task that the row stands for.  It may not be claimed before its status is entered."""
+        """The task that the row stands for.  What is not open is blocked from the first, whatever
+        becomes of it then: nobody may be given it in between."""
         cells, mission = self.row.cells, self.sync.mission_in(self.table, self.row)
         new: dict[str, Any] = {"taskId": self.task, "mission": mission}
         new |= parts_of(cells.get("text", cells.get("title", self.task)))
@@ -8163,9 +8166,15 @@ class Pair(NamedTuple):
         new["dependencies"] = sorted(needs)
         if cells.get("priority") in PRIORITIES:
             new["priority"] = cells["priority"]
-        if cells["status"] not in ("", "not-started"):
-            new["delay"] = 60
+        if cells["status"] == "failed":
+            new["delay"] = 60  # for the failing; a reason would block it again when it is redriven
+        elif cells["status"] not in ("", "not-started"):
+            new["blockedReason"] = self.reason(cells["status"])
         return cast(NewTask, new)
+
+    def reason(self, word: str) -> str:
+        """What the queue is told of a status that the file asks for."""
+        return f"{self.own_words(STATUS, word)} in {self.sync.file.name}"
 
     async def apply(self, last: bool) -> bool:
         """Make the row's edits operations; whether one closes a circle and is not the last."""
@@ -8191,7 +8200,7 @@ class Pair(NamedTuple):
     async def act(self, kind: Cell, value: str) -> None:
         """Carry out the edit of a cell, on the task as it was read."""
         sync, now = self.sync, cast(Task, self.now)
-        reason = f"{self.own_words(kind, value)} in {sync.file.name}"
+        reason = self.reason(value)
         fields = kind.wanted(now, value, reason)
         if kind is STATUS:
             name, given = transition(now["status"], fields.pop("status"), reason)
@@ -8600,7 +8609,8 @@ class Sync:
         first = {"status": "pending", "priority": "medium", "lane": "any", "rev": NEW}
         made: list[Any] = [{"createdAt": 0}] * len(new)
         for task in batch:
-            self.base[task] = Base({"status": "not-started"}, rev=NEW)
+            was = {"status": "blocked"} if "blockedReason" in new[task] else {}
+            self.base[task] = Base({"status": "not-started"}, was, NEW)
         try:
             if not self.dry:
                 await self.store({task: vars(self.base[task]) for task in batch})
@@ -8620,7 +8630,11 @@ class Sync:
             self.tasks[task] = cast(Task, first | new[task] | times | given)
             if EDGES in self.rows[task].kinds():  # without what was done long ago
                 self.rows[task].remember(EDGES)
-            self.tell("created", task)
+            word, facts = self.rows[task].row.cells["status"], {}
+            if word in ("blocked", "in-progress"):
+                own = self.rows[task].own_words(STATUS, word)
+                facts = {"field": "status", "file": own, "queue": "blocked"}
+            self.tell("created", task, **facts)
 
     def mission_in(self, table: TaskTable, row: Row | None = None) -> str:
         """The mission of a row, or of a table's new rows."""

@@ -1206,6 +1206,36 @@ async def test_a_sync_that_is_cut_off_is_finished_by_the_next(
     assert ops.count("update") == 1
 
 
+async def test_what_is_not_open_is_not_claimable_for_a_moment(
+    queue: mq.Queue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync that ends after the rows were entered leaves nothing that is handed out."""
+    words = ["Todo", "Done", "Deferred", "WIP", "what?"]
+    text = HEAD + "".join(row(f"T{at}", word) for at, word in enumerate(words))
+    path = written(tmp_path / "TASKS.md", text + row("T5", "Todo", needs="after lunch"))
+    shipped = mq.Queue.create_all
+
+    class CutError(Exception):
+        pass
+
+    async def cut(self: mq.Queue, *args: Any, **given: Any) -> Any:
+        await shipped(self, *args, **given)
+        raise CutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mq.Queue, "create_all", cut)
+        with pytest.raises(CutError):
+            await sync(queue, path)
+    tasks = await queue.tasks_of("p")
+    assert {name for name, task in tasks.items() if task["status"] == "pending"} == {"T0"}
+    assert "notBefore" not in tasks["T2"]
+    assert kinds(await sync(queue, path)) == [("changed", "T1"), ("kept", "T5"), ("words", "")]
+    assert (await shown(queue))["T1"] == "done"
+    await in_step(queue, path)
+    await queue.unblock("T2", project="p")
+    assert (await queue.get("T2", project="p"))["status"] == "pending"
+
+
 # -- following --
 
 

@@ -1,16 +1,18 @@
 -- create.lua -- Enter new tasks, all of them or none.
 --
--- State    - -> pending, or blocked while a dependency is not completed
+-- State    - -> pending, or blocked: by a reason, or while a dependency is not completed
 -- Args     op actor epoch policy lanes
 -- Each     task mission title description priority lane dependencies metadata delay maxRuntime
+--          reason
 -- Returns  taskId, status, rev, order of each, in the order of the call
 -- Rejects  SCHEMA INVALID TOO_LARGE EXISTS NOT_FOUND CYCLE OP_REUSED
 -- Emits    create, for each
 --
 -- `dependencies` are ids between spaces and may name tasks of the same call, in any order; EDGES of
--- them at most in one call.  `delay` counts in seconds.  `policy` and `lanes` are what the first
--- create of a project stores.  A task without an id gets the initials of its mission and a number;
--- one without a mission belongs to the project's only one.
+-- them at most in one call.  `delay` counts in seconds; with a `reason` a task is blocked by hand
+-- from the first.  `policy` and `lanes` are what the first create of a project stores.  A task
+-- without an id gets the initials of its mission and a number; one without a mission belongs to
+-- the project's only one.
 
 meta = project(true)
 local limits, lanes = meta.limits, meta.lanes
@@ -31,6 +33,7 @@ for new in each_task() do
   if new.title == '' then reject('INVALID', 'title is empty; accepted: 1 to 500 bytes') end
   require_text(new.description, 'description', 65536)
   require_text(new.metadata, 'metadata', 65536)
+  require_text(new.reason, 'blockedReason', 4096)
   require_priority(new.priority)
   require_lane(new.lane)
   if new.delay ~= '' then require_integer(new.delay, 'delay', 0, WEEK) end
@@ -86,9 +89,11 @@ for _, new in ipairs(sorted) do
     if new.delay ~= '' and new.delay ~= '0' then
       task.notBefore = string.format('%d', now + new.delay * 1000)
     end
-    local status = new.waits and 'blocked' or 'pending'
+    local by_hand = new.reason ~= ''
+    local status = (by_hand or new.waits) and 'blocked' or 'pending'
     emit(task, 'create', status)
     write('SET', key('text', task.id), text_of(new, table.concat(new.edges, ' ')))
+    if by_hand then write_work(task, {blockedReason = new.reason}) end
     if #new.edges > 0 then
       wait_for(task, new.scores)
       depend_on(task, new.scores)
@@ -99,6 +104,7 @@ for _, new in ipairs(sorted) do
     if task.notBefore ~= '' then append(rare, 'notBefore', task.notBefore) end
     if new.maxRuntime ~= '' then append(rare, 'maxRuntime', new.maxRuntime) end
     if #new.edges > 0 then append(rare, 'edges', #new.edges) end
+    if by_hand then append(rare, 'blocked', '1') end
     change(task, 'status', status, 'priority', new.priority, 'lane', new.lane,
            'mission', new.mission, 'order', task.order, unpack(rare))
     task.status = status
