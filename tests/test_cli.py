@@ -1161,3 +1161,13 @@ def test_a_long_sync_says_how_far_it_is(run: Run, tmp_path: Path) -> None:
         done = run([*PYTHON, "sync", str(board), "--project", f"p{rows}"])
         assert done.stderr.splitlines() == told
         assert f"{rows} created" in done.stdout
+
+
+def test_a_system_without_services_is_told_so(tell: Tell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written there; a unit of a system that is named is printed anywhere."""
+    monkeypatch.setattr(sys, "platform", "freebsd14")
+    status, out, err = tell("service --write")
+    assert (status, out) == (2, "")
+    assert err.startswith("INVALID: this host runs neither systemd nor launchd\nhint: name one")
+    assert "ExecStart=" in tell("service systemd")[1]
+    assert tell("service upstart")[0] == 2
