@@ -10894,7 +10894,7 @@ meter::-webkit-meter-even-less-good-value { background: var(--failed); border-ra
 .filter input { width: 128px; } .filter input[type=search] { width: 190px; }
 .check { grid-auto-flow: column; justify-content: start; }
 .filter label.check { display: flex; align-items: center; gap: 6px; padding-bottom: 6px; }
-input[type=checkbox] { width: auto !important; }
+input[type=checkbox] { width: auto !important; height: auto; }
 .split { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); align-items: start; }
 @media (min-width: 1000px) {
   .split.with { grid-template-columns: minmax(0, 1fr) minmax(380px, 36%); }
