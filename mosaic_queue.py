@@ -2132,6 +2132,38 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {}
 
 
+def by_name(
+    function: Callable[..., Any], parameters: Mapping[str, Any]
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """What gives the arguments of a call their names.  Made once: binding a signature at every call
+    took a tenth of a client's time."""
+    kinds = [parameter.kind for parameter in parameters.values()]
+    places = list(parameters)[: kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+
+    def named(queue: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if len(args) > len(places) or kwargs.keys() & set(places[: len(args)]):
+            inspect.signature(function).bind(queue, *args, **kwargs)  # says what is wrong
+        return queue, dict(zip(places, args, strict=False)) | kwargs
+
+    return named
+
+
+@contextlib.contextmanager
+def checking(
+    queue: Any, name: str, checks: Mapping[str, tuple[str, Argument]], given: dict[str, Any]
+) -> Iterator[None]:
+    """Check the arguments of a call; what is refused, here or by the call, says of which call."""
+    try:
+        for key, value in given.items():
+            if key in checks and value is not None:
+                json_name, argument = checks[key]
+                given[key] = argument.check(json_name, value)
+        yield
+    except Refused as refused:
+        refused.about(name, given, queue.reader)
+        raise
+
+
 def operation(
     command: str = "",
     *,
@@ -2145,41 +2177,20 @@ def operation(
     tool = "" if local else tool
 
     def enter(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-        name, parameters = function.__name__, dict(list(signature.parameters.items())[1:])
-
-        # Made once: binding a signature at every call took a tenth of a client's time.
+        parameters = dict(list(inspect.signature(function).parameters.items())[1:])
+        name, named = function.__name__, by_name(function, parameters)
         checks = {key: (camel(key), ARGUMENTS[key]) for key in parameters if key in ARGUMENTS}
-        kinds = [parameter.kind for parameter in parameters.values()]
-        places = list(parameters)[: kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)]
-
-        def by_name(queue: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-            if len(args) > len(places) or kwargs.keys() & set(places[: len(args)]):
-                signature.bind(queue, *args, **kwargs)  # says what is wrong
-            return queue, dict(zip(places, args, strict=False)) | kwargs
-
-        @contextlib.contextmanager
-        def checked(queue: Any, given: dict[str, Any]) -> Iterator[None]:
-            try:
-                for key, value in given.items():
-                    if key in checks and value is not None:
-                        json_name, argument = checks[key]
-                        given[key] = argument.check(json_name, value)
-                yield
-            except Refused as refused:
-                refused.about(name, given, queue.reader)
-                raise
 
         @functools.wraps(function)
         def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
-            queue, given = by_name(*args, **kwargs)
-            with checked(queue, given):
+            queue, given = named(*args, **kwargs)
+            with checking(queue, name, checks, given):
                 return cast(Any, function)(queue, **given)
 
         @functools.wraps(function)
         async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
-            queue, given = by_name(*args, **kwargs)
-            with checked(queue, given):
+            queue, given = named(*args, **kwargs)
+            with checking(queue, name, checks, given):
                 return await cast(Any, function)(queue, **given)
 
         call = cast(Callable[P, R], awaited if inspect.iscoroutinefunction(function) else direct)
@@ -3889,34 +3900,35 @@ class Queue:
 
         Example: mosaic-queue list --project web --status pending --lane coding
         """
+        own = self.scope(project)
         agent = (self.agent or self.actor) if agent == "me" else agent
-        named, project = project, self.scope(project)
-        if project:
-            asked = locals() | {"full": int(full), "agent": agent or ""}
-            try:
-                return await self.page(project, asked) | {"project": project}
-            except Refused as problem:
-                if named or problem.code != "NOT_FOUND":
-                    raise
-                return {"tasks": [], "total": 0, "project": project}
+        asked = locals() | {"full": int(full), "agent": agent or ""}
+        if not own:
+            return await self._list_all(asked)
+        try:
+            return await self.page(own, asked) | {"project": own}
+        except Refused as problem:
+            if project or problem.code != "NOT_FOUND":
+                raise
+            return {"tasks": [], "total": 0, "project": own}
+
+    async def _list_all(self, asked: Mapping[str, Any]) -> TaskList:
+        """A page over all projects, one after the other; its cursor begins with the project."""
         projects = await self.projects()
-        at, _, cursor = (cursor or "").partition("/")
-        if at:
-            if at not in projects:
-                invalid("cursor", at, "the cursor of the last answer to the same question")
-            projects = projects[projects.index(at) :]
+        at, _, cursor = (asked["cursor"] or "").partition("/")
+        if at and at not in projects:
+            invalid("cursor", at, "the cursor of the last answer to the same question")
         refusal: Refused | None = None
         answered = False
         answer: TaskList = {"tasks": []}
-        total: int | None = 0 if not at else None
-        for one in projects:
-            if len(answer["tasks"]) >= limit:
+        total: int | None = None if at else 0
+        for one in projects[projects.index(at) if at else 0 :]:
+            left = asked["limit"] - len(answer["tasks"])
+            if left <= 0:
                 answer["cursor"], total = f"{one}/", None
                 break
-            asked = locals() | {"full": int(full), "agent": agent or "", "lane": lane}
-            asked |= {"limit": limit - len(answer["tasks"]), "cursor": cursor or None}
             try:
-                page = await self.page(one, asked)
+                page = await self.page(one, {**asked, "limit": left, "cursor": cursor or None})
             except Refused as problem:
                 # Named in the registry, but never created; or without a lane of that name.
                 refusal = refusal or (problem if problem.code == "INVALID" else None)
@@ -3931,13 +3943,10 @@ class Queue:
             total = total + page["total"] if total is not None and "total" in page else None
             if "cursor" in page:
                 answer["cursor"] = f"{one}/{page['cursor']}"
-                total = total if one == projects[-1] else None
                 break
         if refusal and not answered:
             raise refusal
-        if total is not None:
-            answer["total"] = total
-        return answer
+        return answer if total is None else answer | {"total": total}
 
     async def page(self, project: str, asked: Mapping[str, Any]) -> TaskList:
         """A page of one project.  A script gives PAGE tasks at most; where few are as asked it
@@ -4033,48 +4042,60 @@ class Queue:
         give_up = time.monotonic() + wait
         waiter = f"{agent} {lane or ''} {os.urandom(4).hex()}"
         given = {"agent": agent, "session": session, "ttl": ttl or self.ttl, "lane": lane}
-        given |= {"mission": mission, "op": op, "waiter": waiter, "count": count}
-        asked = False  # once in a call, whether a session of this agent is dead
+        given |= {"mission": mission, "waiter": waiter, "count": count}
+        first = True
         while True:
             left = give_up - time.monotonic()
-            # A look at all that is held, for what an earlier session left behind, is not cheap.
-            now = time.monotonic()
-            looks = now >= self._looked_back.get((project, agent), -LOOK_BACK) + LOOK_BACK
-            orphans = "orphans" if looks else ""
-            if looks and not asked:
-                await self._disown(project, agent)
-            asked = True
             # In ms, and never 0 for who waits: the last look waits too, as the policy may say.
-            waits = max(1, round(left * 1000)) if wait else 0
-            given |= {"resume": "1" if resume else orphans, "wait": waits}
-            reply = await self._claimed("next", project, given)
-            if looks:
-                self._looked_back[project, agent] = now
+            given |= {"op": op if first else None}
+            given |= {"wait": max(1, round(left * 1000)) if wait else 0}
+            reply = await self._ask_for_work(project, given, resume, first)
+            first = False
             if reply[0] != "NOTHING":
                 tasks = [task_from(project, one) for one in (reply, *reply[TASK_REPLY:])]
                 # A claim that ended before its answer came is no work, unless it is asked about.
                 tasks = [task for task in tasks if op or "superseded" not in task]
                 if tasks:
                     return {"tasks": [self.hold(task, agent) for task in tasks]}
-                given["op"] = None
                 continue
-            _, why, _, due, lanes, assign, missing = reply
             left = give_up - time.monotonic()
             if left <= 0:
-                like = await self._like(project) if missing else ""
-                return {"tasks": [], "why": with_moments(why) + like}
-            given["op"] = None
-            root = f"mosaic:queue:project:{{{project}}}"
-            bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
-            block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
-            try:
-                if mission:
-                    await asyncio.sleep(min(left, 1))
-                else:
-                    await self.link.listen([f"{root}:inbox:{agent}", *bells], block)
-            except asyncio.CancelledError:
-                await self._left(project, f"{waiter} {mission or ''}".rstrip())
-                raise
+                like = await self._like(project) if reply[6] else ""
+                return {"tasks": [], "why": with_moments(reply[1]) + like}
+            await self._wait_for_work(project, given, left, reply)
+
+    async def _ask_for_work(
+        self, project: str, given: Mapping[str, Any], resume: bool, first: bool
+    ) -> Sequence[Any]:
+        """The reply of one round of `next`.  Not each of them looks for what an earlier session of
+        the agent left behind, since that is a look at all that is held."""
+        agent, now = given["agent"], time.monotonic()
+        looks = now >= self._looked_back.get((project, agent), -LOOK_BACK) + LOOK_BACK
+        if looks and first:
+            await self._disown(project, agent)
+        orphans = "orphans" if looks else ""
+        asked = {**given, "resume": "1" if resume else orphans}
+        reply = await self._claimed("next", project, asked)
+        if looks:
+            self._looked_back[project, agent] = now
+        return reply
+
+    async def _wait_for_work(
+        self, project: str, given: Mapping[str, Any], left: float, reply: Sequence[Any]
+    ) -> None:
+        """Wait until a bell says that there may be work, or it is time to look again."""
+        _, _, _, due, lanes, assign, _ = reply
+        root = f"mosaic:queue:project:{{{project}}}"
+        bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
+        block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
+        try:
+            if given["mission"]:
+                await asyncio.sleep(min(left, 1))
+            else:
+                await self.link.listen([f"{root}:inbox:{given['agent']}", *bells], block)
+        except asyncio.CancelledError:
+            await self._left(project, f"{given['waiter']} {given['mission'] or ''}".rstrip())
+            raise
 
     @operation(tool="orchestrator", group="operators")
     async def assign(
