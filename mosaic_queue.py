@@ -304,11 +304,16 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def stamp(at: float | None = None) -> str:
+    """A time (s), by default now, as programs have it: 2026-01-31T12:00:00Z."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
 def moment(ms: int) -> str:
     """A time that a person and a program can read: 2026-01-31T12:00:00Z (3 min ago)."""
     at, now = ms / 1000, time.time()
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
-    return f"{stamp} ({duration_text(round(abs(now - at)))} {'ago' if at <= now else 'from now'})"
+    distance = duration_text(round(abs(now - at)))
+    return f"{stamp(at)} ({distance} {'ago' if at <= now else 'from now'})"
 
 
 def with_moments(sentence: str) -> str:
@@ -419,8 +424,7 @@ class Progress:
 
 def log(event: str, **facts: Any) -> None:
     """One JSON line for whoever keeps the logs."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    say_json({"at": at, "event": event, **facts}, sys.stderr)
+    say_json({"at": stamp(), "event": event, **facts}, sys.stderr)
 
 
 # ==== REFUSALS ===============================================================================
@@ -1162,7 +1166,7 @@ class Config:
         """Where the value came from: a flag, $VARIABLE, a file's path, or default."""
         return self.values.get(key, (None, "default"))[1]
 
-    def left_out(self) -> str:
+    def omission(self) -> str:
         """What a project's file would set if it was trusted, as a sentence; "" for nothing."""
         missing = [key for key, value in self.unsaid.items() if self[key] != value]
         if self.unread:
@@ -2873,17 +2877,13 @@ class Wire:
             self.close(answer)  # of a subscription that is not allowed
 
     def eof_received(self) -> None:
-        pass
+        """Nothing has to be done here, nor where a buffer is full."""
+
+    pause_writing = resume_writing = eof_received
 
     def connection_lost(self, problem: Exception | None) -> None:
         self.close(problem)
         self.closed.set()
-
-    def pause_writing(self) -> None:
-        pass
-
-    def resume_writing(self) -> None:
-        pass
 
 
 async def open_wire(
@@ -3293,7 +3293,7 @@ class Link:
         found = await self.wait(seconds, "BLPOP", *bells, f"{seconds:.3f}")
         return str(found[0]) if isinstance(found, list) else ""
 
-    async def told(self, pattern: str) -> AsyncIterator[str]:
+    async def messages(self, pattern: str) -> AsyncIterator[str]:
         """What is published on the channels that match a pattern, and "" when the listening begins
         anew: what was published meanwhile is never told."""
         while True:
@@ -3460,7 +3460,7 @@ class Lease:
     ends: float
     due: float
 
-    def renewed(self, ttl: int) -> None:
+    def renew(self, ttl: int) -> None:
         """Count anew from now on; whatever sets the lease's length sets its renewal."""
         now = time.monotonic()
         self.ttl, self.ends, self.due = ttl, now + ttl, now + ttl / 3
@@ -3678,7 +3678,7 @@ class Queue:
         """Remember a claim, for `renew_leases`."""
         if not task.get("superseded"):
             lease = Lease(task["project"], task["taskId"], agent, task["fence"], 0, 0, 0)
-            lease.renewed(task["claimTTL"])
+            lease.renew(task["claimTTL"])
             self.leases[task["id"]] = lease
         return task
 
@@ -3746,7 +3746,7 @@ class Queue:
         """The project that is meant; refused when none is."""
         project = project or self.config["project"]
         if not project:
-            why = "; ".join(filter(None, ("no project is named", self.config.left_out())))
+            why = "; ".join(filter(None, ("no project is named", self.config.omission())))
             raise Refused("INVALID", why, case="no project")
         return project
 
@@ -4720,7 +4720,7 @@ async def renew(queue: Queue, name: str) -> None:
     given = {"task": lease.task, "agent": lease.agent, "fence": lease.fence}
     try:
         reply = await queue.call("heartbeat", lease.project, given)
-        lease.renewed(task_from(lease.project, reply)["claimTTL"])
+        lease.renew(task_from(lease.project, reply)["claimTTL"])
     except Refused as problem:
         now = time.monotonic()
         lease.due = now + min(1, lease.ttl / 10)
@@ -4733,7 +4733,7 @@ async def renew(queue: Queue, name: str) -> None:
 async def look_at_changes(queue: Queue, project: str) -> None:
     """Have `renew_leases` look at once after a task that is held, when anybody has changed it,
     until cancelled."""
-    async for event in queue.link.told(f"mosaic:queue:project:{{{project}}}:events"):
+    async for event in queue.link.messages(f"mosaic:queue:project:{{{project}}}:events"):
         lease = queue.leases.get(f"{project}/{event.partition(chr(9))[0]}")
         if lease:
             lease.due = 0
@@ -5346,7 +5346,7 @@ async def catch_up(
 
 async def set_when_changed(queue: Queue, project: str, changed: asyncio.Event) -> None:
     """Set an event at every change of a project, or of any (`*`), until cancelled."""
-    async for _ in queue.link.told(f"mosaic:queue:project:{{{project}}}:events"):
+    async for _ in queue.link.messages(f"mosaic:queue:project:{{{project}}}:events"):
         changed.set()
 
 
@@ -9448,7 +9448,7 @@ class Runner:
     failures: int = 0  # in a row
     lost: int = 0
 
-    def signalled(self, number: int) -> None:
+    def take_signal(self, number: int) -> None:
         """Hand a signal to the child, or end what waits for the next."""
         self.received.append(number)
         if self.child:
@@ -9724,7 +9724,7 @@ async def run_commands(
         queue.agent, queue.patience = runner_name(config), math.inf
         runner = Runner(queue, command, child_environ(config, secrets), around)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            asyncio.get_running_loop().add_signal_handler(number, runner.signalled, number)
+            asyncio.get_running_loop().add_signal_handler(number, runner.take_signal, number)
         work = (renew_leases(queue), look_at_changes(queue, queue.own(None)))
         background = [asyncio.create_task(one) for one in work]
         try:
@@ -9964,15 +9964,6 @@ async def begin_session(file: Path, facts: Mapping[str, Any], **private: str) ->
     return own
 
 
-async def end_session(file: Path, own: Entry, **facts: Any) -> None:
-    """Say how a session ended, and let its lock go, if that is still its own."""
-    facts |= {"ended_at": stamp()}
-    async with write_lock(file.parent):
-        if session_lock(file) == own:
-            (file.parent / "session.lock").unlink()
-        change(file, lambda mission: mission.note_session(own["session_id"], facts))
-
-
 async def bury_sessions(file: Path, lock: Entry | None) -> list[str]:
     """Remove the lock of a session that has ended, if it is still there, and say of all sessions
     that died that they crashed; their names."""
@@ -9992,11 +9983,6 @@ async def bury_sessions(file: Path, lock: Entry | None) -> list[str]:
             (file.parent / "session.lock").unlink()
         change(file, edit)
     return names
-
-
-def stamp() -> str:
-    """Now, as these files have it."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 # ==== MISSIONS ===============================================================================
@@ -10474,7 +10460,8 @@ async def session_at_work(
     queue: Queue, now: Standing, runtime: str, session: str
 ) -> AsyncIterator[Entry]:
     """Be the one session that works on a mission; how it ended is written into what this gives."""
-    file, began, ended = now.mission.file, time.monotonic(), {"ended_reason": "error"}
+    file, began = now.mission.file, time.monotonic()
+    ended: Entry = {"ended_reason": "error"}
     facts: Entry = {"runtime": runtime, "agent": queue.agent, "started_at": stamp()}
     facts |= {"pid": os.getpid(), "host": socket.gethostname()}
     facts["process_began"] = process_began(os.getpid())
@@ -10484,7 +10471,11 @@ async def session_at_work(
     try:
         yield ended
     finally:
-        await end_session(file, own, **ended, duration=round(time.monotonic() - began))
+        ended |= {"duration": round(time.monotonic() - began), "ended_at": stamp()}
+        async with write_lock(file.parent):
+            if session_lock(file) == own:
+                (file.parent / "session.lock").unlink()
+            change(file, lambda mission: mission.note_session(own["session_id"], ended))
 
 
 @operation("mission run", local=True)
@@ -10537,7 +10528,7 @@ async def mission_run(
 
 def event_line(event: Event) -> str:
     """An event for a person."""
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event["at"] / 1000))
+    at = stamp(event["at"] / 1000)
     moved = f"{event.get('from', '-')} -> {paint(event.get('to', '-'))}"
     text = event.get("text", "").replace("\n", " ")
     who = f"{event['project']}/{event['task']} {event['op']}"
@@ -13601,18 +13592,7 @@ def file_of_client(client: str, named: str | None, scope: str = "user") -> Path:
     return Path(os.path.realpath(own.expanduser()))
 
 
-def merged(client: str, path: Path, entry: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """The text of a client's file before and with the entry; all else in it stays as it is."""
-    key = "servers" if path.parent.name == ".vscode" else CLIENTS[client].key
-
-    def enter(tree: Any) -> None:
-        tree.setdefault(key, {})[name] = dict(entry)
-
-    hint = f"mosaic-queue mcp-config {client} prints what to enter by hand"
-    return changed_tree(path, key, enter, hint)
-
-
-def changed_tree(path: Path, key: str, enter: Callable[[Any], None], hint: str) -> tuple[str, str]:
+def tree_with(path: Path, key: str, enter: Callable[[Any], None], hint: str) -> tuple[str, str]:
     """The text of a file of JSON or TOML before and after a change under a key; the rest stays."""
     before = read_text(path, DOCUMENT) if os.path.lexists(path) else ""
     try:
@@ -13632,7 +13612,7 @@ def changed_tree(path: Path, key: str, enter: Callable[[Any], None], hint: str) 
     return before, json.dumps(tree, indent=indent[1] if indent else 2, ensure_ascii=False) + "\n"
 
 
-def replaced(path: Path, before: str, text: str) -> Path | None:
+def replace_file(path: Path, before: str, text: str) -> Path | None:
     """Write a client's file anew; the path of the backup of what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     backup = None
@@ -13655,7 +13635,7 @@ class ClientEntry(TypedDict, total=False):
     backup: str
 
 
-def entered(path: Path, before: str, text: str, dry_run: bool) -> ClientEntry:
+def entry_in(path: Path, before: str, text: str, dry_run: bool) -> ClientEntry:
     """How a file changes; it is written unless that is only to be shown."""
     lines = (before.splitlines(keepends=True), text.splitlines(keepends=True))
     change = "".join(difflib.unified_diff(*lines, "before", str(path)))
@@ -13663,7 +13643,7 @@ def entered(path: Path, before: str, text: str, dry_run: bool) -> ClientEntry:
     if dry_run or not change:
         return answer
     with writing(path):
-        backup = replaced(path, before, text)
+        backup = replace_file(path, before, text)
     return answer | {"written": True} | ({"backup": str(backup)} if backup else {})
 
 
@@ -13689,12 +13669,17 @@ def mcp_config(
     entry = mcp_entry(client, queue.config, tools, queue.config.file)
     if http:
         entry = http_entry(client, http)
+    place = Path("/nowhere") / Path(client_file or CLIENTS[client].file or "mcp.json").name
+    path = file_of_client(client, client_file, scope) if write or dry_run else place
+    key = "servers" if path.parent.name == ".vscode" else CLIENTS[client].key
+
+    def enter(tree: Any) -> None:
+        tree.setdefault(key, {})[server_name] = dict(entry)
+
+    hint = f"mosaic-queue mcp-config {client} prints what to enter by hand"
+    before, text = tree_with(path, key, enter, hint)
     answer: ClientEntry = {"client": client, "entry": entry}
-    if write or dry_run:
-        path = file_of_client(client, client_file, scope)
-        return answer | entered(path, *merged(client, path, entry, server_name), dry_run)
-    name = Path(client_file or CLIENTS[client].file or "mcp.json").name
-    return answer | {"text": merged(client, Path("/nowhere") / name, entry, server_name)[1]}
+    return answer | ({"text": text} if path == place else entry_in(path, before, text, dry_run))
 
 
 @operation("mcp-config --hook", local=True, group="operators")
@@ -13727,9 +13712,9 @@ def session_hook(
     folder = ".claude" if scope == "project" else os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
     path = real_path(Path(client_file or f"{folder}/settings.json").expanduser())
     shown = path if write or dry_run else Path("/nowhere/settings.json")
-    before, text = changed_tree(shown, "hooks", enter, "enter it by hand: mcp-config claude --hook")
+    before, text = tree_with(shown, "hooks", enter, "enter it by hand: mcp-config claude --hook")
     answer: ClientEntry = {"client": client, "entry": own}
-    return answer | (entered(path, before, text, dry_run) if shown == path else {"text": text})
+    return answer | (entry_in(path, before, text, dry_run) if shown == path else {"text": text})
 
 
 @operation("mcp-config --agents-md", local=True, group="operators")
@@ -13749,7 +13734,7 @@ def agents_text_entry(
     if mark and not end:
         raise Refused("INVALID", f"{path} has {AGENTS_MD[0]} without {AGENTS_MD[-1]}", "mend that")
     gap = "" if mark or not before else "\n" if before.endswith("\n") else "\n\n"
-    return entered(path, before, f"{head}{gap}{own}{tail if mark else chr(10)}", dry_run)
+    return entry_in(path, before, f"{head}{gap}{own}{tail if mark else chr(10)}", dry_run)
 
 
 @renders(ClientEntry)
@@ -13929,7 +13914,7 @@ def service(
     if not (write or dry_run):
         return {"text": text}
     before = read_text(path, DOCUMENT) if os.path.lexists(path) else ""
-    change = entered(path, before, text, dry_run)
+    change = entry_in(path, before, text, dry_run)
     return {
         "file": change["file"],
         "text": change["text"],
@@ -14707,7 +14692,7 @@ def run_operation(of: Operation, arguments: dict[str, Any]) -> int:
     }
     start = Path(arguments["path"]) if "path" in arguments else None
     config = load_config(file, flags, start=start)
-    if of.name != "trust" and not in_json and (left_out := config.left_out()):
+    if of.name != "trust" and not in_json and (left_out := config.omission()):
         say(f"mosaic-queue: {left_out}", sys.stderr)
     for name in ("project", "agent"):
         if config[name] is not None:

@@ -128,7 +128,7 @@ async def test_what_a_queue_has_begun_ends_with_it(server: Server, db: redis.Red
     queue.link.ears = mq.Ears(queue.link)
     await queue.create("p", "m", "T1", title="t", delay=3600)
     waiting = asyncio.create_task(queue.next("a", wait=30))
-    told = asyncio.create_task(anext(aiter(queue.link.told("mosaic:*"))))
+    told = asyncio.create_task(anext(aiter(queue.link.messages("mosaic:*"))))
     assert await told == ""
     while not db.info("clients")["blocked_clients"]:
         await asyncio.sleep(0.01)
