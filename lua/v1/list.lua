@@ -96,25 +96,33 @@ if arg.cursor ~= '' then
   for _, set in ipairs(sets_of(index)) do starts[set] = passed(set, score, id) end
 end
 
+local ahead = {}               -- by set, what was read of it; `at` is the next to look at
+
+local function head_of_set(set, chunk)
+  local head = ahead[set]
+  if not head or (head.at > #head and #head > 0) then
+    local start = head and head.start + #head / 2 or starts[set] or 0
+    head = read(latest_first(set) and 'ZREVRANGE' or 'ZRANGE', root .. ':' .. set,
+                start, start + chunk - 1, 'WITHSCORES')
+    head.at, head.start, ahead[set] = 1, start, head
+  end
+  return head
+end
+
 -- The next of an index with their scores, the best of all its sets first; one more than the limit.
 local function following(index)
-  local sets, heads, found = sets_of(index), {}, {}
-  for i, set in ipairs(sets) do
-    starts[set] = starts[set] or 0
-    heads[i] = read(latest_first(set) and 'ZREVRANGE' or 'ZRANGE', root .. ':' .. set,
-                    starts[set], starts[set] + limit, 'WITHSCORES')
-    heads[i].at = 1
-  end
+  local sets, found = sets_of(index), {}
+  local chunk = math.max(10, math.ceil((limit + 1) / #sets))
   while #found < 2 * (limit + 1) do
     local best, score
-    for i, head in ipairs(heads) do
+    for _, set in ipairs(sets) do
+      local head = head_of_set(set, chunk)
       local its = tonumber(head[head.at + 1])
-      if its and (not score or its < score) then best, score = i, its end
+      if its and (not score or its < score) then best, score = head, its end
     end
     if not best then break end
-    local head = heads[best]
-    append(found, head[head.at], head[head.at + 1])
-    head.at, starts[sets[best]] = head.at + 2, starts[sets[best]] + 1
+    append(found, best[best.at], best[best.at + 1])
+    best.at = best.at + 2
   end
   return found
 end
