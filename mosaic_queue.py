@@ -3943,6 +3943,7 @@ class Queue:
             total = total + page["total"] if total is not None and "total" in page else None
             if "cursor" in page:
                 answer["cursor"] = f"{one}/{page['cursor']}"
+                total = total if one == projects[-1] else None
                 break
         if refusal and not answered:
             raise refusal
