@@ -9726,7 +9726,8 @@ async def run_commands(
         runner = Runner(queue, command, child_environ(config, secrets), around)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, runner.take_signal, number)
-        work = (renew_leases(queue), look_at_changes(queue, queue.own(None)))
+        own = queue.own(None)
+        work = (renew_leases(queue), look_at_changes(queue, own))
         background = [asyncio.create_task(one) for one in work]
         try:
             await queue.link.check()  # a server that is unfit, or away from the start, ends a loop
@@ -14182,10 +14183,12 @@ def overview_row(of: Operation) -> str:
 
 
 def seconds_of(text: str, name: str) -> int:
-    """A length of time as seconds."""
+    """A length of time, of the argument of this name, as seconds."""
+    argument = ARGUMENTS[name]
     found = re.fullmatch(r"(\d{1,15})([a-z]*)", text)
     if not found or found[2] not in UNITS:
-        invalid(name, text, "seconds, as 90, or with a unit, as 30m, 1h, 7d")
+        taken = f"{argument.low} to {argument.high} seconds, as 90, or with a unit, as 30m, 1h, 7d"
+        invalid(camel(name), text, taken)
     return int(found[1]) * UNITS[found[2]]
 
 
@@ -14214,7 +14217,7 @@ def read_arguments(of: Operation, given: Mapping[str, Any], config: Config) -> d
             said = f"{flag(name)[2:]} does not go with {of.command}"
             raise Refused("INVALID", said, "leave one out")
     read = {
-        name: seconds_of(value, camel(name))
+        name: seconds_of(value, name)
         if (kind := ARGUMENTS[name].kind) == "duration"
         else READERS.get(kind, lambda value: value)(value)
         for name, value in given.items()

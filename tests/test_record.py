@@ -1325,8 +1325,9 @@ async def test_missing_rights(
 # ---- the schema ----
 
 # What versions 2 and 3 made besides, and the next migration takes away.
-EDITS, VIEWS = Path(__file__).with_name("record_before.sql").read_text().split("-- version 3\n")
-OLDER = (mq.MIGRATIONS[0], mq.MIGRATIONS[1] + EDITS, VIEWS)
+FORMER = Path(__file__).with_name("record_before.sql").read_text()
+TRIGGERS, VIEWS = FORMER.split("-- version 3\n")
+OLDER = (mq.MIGRATIONS[0], mq.MIGRATIONS[1] + TRIGGERS, VIEWS)
 
 
 async def make_older(config: mq.Config, version: int, monkeypatch: pytest.MonkeyPatch) -> None:
