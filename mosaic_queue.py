@@ -1952,7 +1952,7 @@ def cells(row: str) -> dict[str, str]:
     return dict(zip(values[::2], values[1::2], strict=True))
 
 
-def paired(row: str | Mapping[str, str]) -> dict[str, Any]:
+def row_values(row: str | Mapping[str, str]) -> dict[str, Any]:
     """The names that have a value, with numbers as numbers."""
     pairs = cells(row) if isinstance(row, str) else row
     given = {name: value for name, value in pairs.items() if value}
@@ -2028,7 +2028,7 @@ def values_of(reply: Sequence[Any]) -> dict[str, Any]:
     pairs |= dict(zip(("summary", "notes"), reply[5:], strict=False))
     for row in reversed(reply[1:3]):
         pairs |= cells(row)
-    return paired(pairs)
+    return row_values(pairs)
 
 
 NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "updatedAt")
@@ -3701,7 +3701,7 @@ class Queue:
                 await self.call("heartbeat", project, given)
         return bool(left)
 
-    async def _undone(self, name: str, project: str, arguments: Mapping[str, Any]) -> None:
+    async def _undo(self, name: str, project: str, arguments: Mapping[str, Any]) -> None:
         """Take back a claim whose answer nobody waits for any more: the same op id tells what was
         claimed, and that is released."""
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
@@ -3713,12 +3713,12 @@ class Queue:
                     given |= {"task": task["taskId"], "fence": task["fence"]}
                     await self.call("release", project, given)
 
-    async def _left(self, project: str, waiter: str) -> None:
+    async def _stop_waiting(self, project: str, waiter: str) -> None:
         """Take a waiter out of those that are noted."""
         with anyio.CancelScope(shield=True), contextlib.suppress(Refused):
             await self.call("waiting", project, {"left": waiter})
 
-    async def _claimed(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
+    async def _claim(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
         """The reply of a script that claims; when leases that ran out are in the way, they are
         reaped and it is asked again.  A call that is cancelled leaves nothing claimed."""
         for again in (True, False):
@@ -3734,7 +3734,7 @@ class Queue:
                 if reply[0] != "NOTHING" or not (again and reply[2]):
                     return reply
             except asyncio.CancelledError:
-                await self._undone(name, project, arguments)
+                await self._undo(name, project, arguments)
                 raise
             except Refused as problem:
                 if not (again and problem.due):
@@ -4009,11 +4009,11 @@ class Queue:
         agent = agent or self.agent or self.actor
         given = {"task": task, "agent": agent, "session": session, "ttl": ttl or self.ttl, "op": op}
         try:
-            reply = await self._claimed("claim", project, given | {"resume": int(resume)})
+            reply = await self._claim("claim", project, given | {"resume": int(resume)})
         except Refused as problem:
             if problem.case != "session" or not await self._disown(project, agent):
                 raise
-            reply = await self._claimed("claim", project, given | {"resume": int(resume)})
+            reply = await self._claim("claim", project, given | {"resume": int(resume)})
         return self.hold(task_from(project, reply), agent)
 
     @operation()
@@ -4076,7 +4076,7 @@ class Queue:
             await self._disown(project, agent)
         orphans = "orphans" if looks else ""
         asked = {**given, "resume": "1" if resume else orphans}
-        reply = await self._claimed("next", project, asked)
+        reply = await self._claim("next", project, asked)
         if looks:
             self._looked_back[project, agent] = now
         return reply
@@ -4095,7 +4095,9 @@ class Queue:
             else:
                 await self.link.listen([f"{root}:inbox:{given['agent']}", *bells], block)
         except asyncio.CancelledError:
-            await self._left(project, f"{given['waiter']} {given['mission'] or ''}".rstrip())
+            await self._stop_waiting(
+                project, f"{given['waiter']} {given['mission'] or ''}".rstrip()
+            )
             raise
 
     @operation(tool="orchestrator", group="operators")
@@ -4120,7 +4122,7 @@ class Queue:
 
     async def _assign(self, project: str, given: dict[str, Any]) -> Offer:
         # The claim is the agent's, and no session's.
-        reply = await self._claimed("assign", project, given)
+        reply = await self._claim("assign", project, given)
         if reply[0] == "NOTHING":
             like = await self._like(project) if reply[6] else ""
             return {"tasks": [], "why": with_moments(reply[1]) + like}
@@ -4375,7 +4377,7 @@ class Queue:
         async def reap_one(one: str) -> dict[str, Any]:
             reply = await self.call("reap", one, {})
             with reading(one):
-                return {"settled": 0, "grace": 0, **paired(reply[1])}
+                return {"settled": 0, "grace": 0, **row_values(reply[1])}
 
         async for one, values in self.everywhere(project, reap_one, answer):
             answer["reaped"] += [f"{one}/{task}" for task in values.get("reaped", "").split()]
@@ -4509,10 +4511,10 @@ class Queue:
         given = {"name": name, "cursor": rev, "keep": keep, "of": epoch}
         reply = await self.call("follow", project, given)
         with reading(project):
-            facts = paired(reply[1])
+            facts = row_values(reply[1])
             return str(facts.get("epoch", "")), facts["rev"]
 
-    async def followed(self, project: str, name: str) -> tuple[str, int, int | None]:
+    async def position_of(self, project: str, name: str) -> tuple[str, int, int | None]:
         """Epoch and rev of a project, and what a follower has said last of how far it has come."""
         await self.link.check()
         root = f"mosaic:queue:project:{{{project}}}"
@@ -4532,7 +4534,7 @@ class Queue:
             _, facts, rows, count = await self.call("records", project, {"ids": part})
             at += count
             with reading(project):
-                meta = meta or {"epoch": "", **paired(facts)}
+                meta = meta or {"epoch": "", **row_values(facts)}
             found |= {one["taskId"]: one for one in (record_from(project, row) for row in rows)}
         return cast(Meta, meta), found
 
@@ -4625,7 +4627,7 @@ class Queue:
 
     def policy_from(self, project: str, row: str) -> Policy:
         with reading(project):
-            stored = paired(row)
+            stored = row_values(row)
             lanes = [lane.partition("=") for lane in stored["lanes"].split()]
             stored["lanes"] = {name: int(most) if most else None for name, _, most in lanes}
         numbers, caps = self.config.policy()
@@ -4902,16 +4904,16 @@ async def explain_task(queue: Queue, project: str, name: str) -> Explanation:
     reply = await queue.call("explain", project, {"task": name})
     with reading(project):
         shown = task_from(project, reply[1])
-        waits = [paired(one) for one in reply[2]]
-        holders = [paired(one) for one in reply[4]]
+        waits = [row_values(one) for one in reply[2]]
+        holders = [row_values(one) for one in reply[4]]
         claimers = claimers_from(project, reply[6] + reply[7])
-        facts = paired(reply[5])
+        facts = row_values(reply[5])
         why, todo = why_it_stands(shown, waits, reply[3], holders, claimers, facts)
     events = await queue.events(project=project, task=name, limit=5)
     steps = queue.steps(todo, task=shown["id"], project=project)
     told: Explanation = {"task": shown, "why": why, "todo": steps, "events": events["events"]}
     near = {"dependencies": reply[8], "dependents": reply[9]}
-    return told | cast(Explanation, {name: [*map(paired, rows)] for name, rows in near.items()})
+    return told | cast(Explanation, {name: [*map(row_values, rows)] for name, rows in near.items()})
 
 
 async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanation:
@@ -4968,7 +4970,7 @@ async def held_in(queue: Queue, project: str, lane: str | None = None) -> Sequen
     return [task for page in pages for task in page["tasks"]]
 
 
-def unfollowed(project: ProjectStatus, config: Config) -> list[str]:
+def what_lags(project: ProjectStatus, config: Config) -> list[str]:
     """What followers have not seen of a project, as sentences."""
     name, found, known = project["project"], [], set()
     for one in project["followers"]:
@@ -5000,7 +5002,7 @@ def alerts_of(project: ProjectStatus, config: Config) -> list[str]:
         found.append(f"{project['due']} leases have ended or transitions were cut off")
     if not project.get("captures", True):
         found.append("openbrain.autoCapture is on, and no monitor runs that captures")
-    return found + unfollowed(project, config)
+    return found + what_lags(project, config)
 
 
 async def setting_of(queue: Queue, name: str) -> str:
@@ -5037,7 +5039,7 @@ async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, An
         at += count
 
 
-async def unregistered(queue: Queue, project: str | None) -> list[str]:
+async def missing_names(queue: Queue, project: str | None) -> list[str]:
     """The projects, or this one, that are there and missing in the registry; a failover may have
     lost their names, and nobody sees a project that nobody names."""
     await queue.link.check()
@@ -5054,7 +5056,7 @@ async def examine(queue: Queue, project: str | None, answer: Findings) -> Findin
     repairs = "repaired" in answer
     project = queue.scope(project)
     try:
-        unlisted = await unregistered(queue, project)
+        unlisted = await missing_names(queue, project)
     except Refused as problem:
         if problem.code == "UNREACHABLE":
             raise
@@ -5149,11 +5151,11 @@ async def project_status(queue: Queue, project: str) -> ProjectStatus:
 def _project_status(queue: Queue, project: str, reply: Sequence[Any]) -> ProjectStatus:
     counts, facts, lanes, expiring, policy, followers, hour, *waiting = reply[1:]
     tasks = {name: int(count) for name, count in cells(counts).items()}
-    status: dict[str, Any] = {"project": project, "tasks": tasks, **paired(facts)}
-    status["lanes"] = [paired(lane) for lane in lanes]
+    status: dict[str, Any] = {"project": project, "tasks": tasks, **row_values(facts)}
+    status["lanes"] = [row_values(lane) for lane in lanes]
     status["expiring"] = [task_from(project, ["OK", task]) for task in expiring]
     status["policy"] = queue.policy_from(project, policy)
-    status["followers"] = [{"lag": 0} | paired(one) for one in followers]
+    status["followers"] = [{"lag": 0} | row_values(one) for one in followers]
     status["waiting"] = claimers_from(project, itertools.chain(*waiting))
     if queue.config["openbrain.autoCapture"]:
         heard = {one["follower"]: one["lastHeard"] for one in status["followers"]}
@@ -5229,7 +5231,7 @@ async def doctor(queue: Queue, *, project: str | None = None) -> Findings:
         found = await status(queue, project=project)
         answer["leaders"] = found.get("leaders", [])
         for one in found["projects"]:
-            answer["findings"] += unfollowed(one, queue.config)
+            answer["findings"] += what_lags(one, queue.config)
     return await examine(queue, project, answer)
 
 
@@ -5314,7 +5316,7 @@ async def catch_up(
     """
     own, before = since or ("", None)
     if follower.keep is None:
-        epoch, rev, _ = await queue.followed(project, follower.name)
+        epoch, rev, _ = await queue.position_of(project, follower.name)
     else:
         epoch, rev = await queue.follow(project, follower.name, before or 0, follower.keep, own)
     if since and own != epoch:
@@ -5926,7 +5928,7 @@ class OpenBrain:
         for a project that is new."""
         if self.there is None:
             self.there = await self.queue.projects()
-        epoch, rev, stored = await self.queue.followed(project, self.name)
+        epoch, rev, stored = await self.queue.position_of(project, self.name)
         if stored is None:
             stored = rev if project in self.there else 0
         return epoch, stored
@@ -9068,7 +9070,7 @@ class TaskFile:
         if since < 0 or not rev:
             await self.sync(None)
             since, _, _ = await self.queue.file_facts(project, self.mark)
-        epoch, _, _ = await self.queue.followed(project, self.name)
+        epoch, _, _ = await self.queue.position_of(project, self.name)
         return (epoch, since) if since >= 0 else None
 
     async def apply(self, changes: Changes) -> None:

@@ -83,7 +83,7 @@ def test_key_dictionary_is_complete() -> None:
 def test_every_script_is_an_operation() -> None:
     module = Path(mq.__file__).read_text()
     for path in SCRIPTS:
-        assert re.search(rf'\b(?:call|_change|_claimed)[(,]\s*"{path.stem}"', module), path.stem
+        assert re.search(rf'\b(?:call|_change|_claim)[(,]\s*"{path.stem}"', module), path.stem
 
 
 def test_import_brings_no_third_party_package() -> None:
