@@ -166,8 +166,8 @@ local function take(task, op, agent, ttl, session, earlier)
   displace(task)
   if task.assigned == '1' then write('SREM', key('assigned', agent), task.id) end
   local past = {}
-  if task.notBefore .. task.reaped .. task.orphaned .. task.assigned ~= '' then
-    past = {'notBefore', '', 'reaped', '', 'orphaned', '', 'assigned', ''}
+  for _, name in ipairs({'notBefore', 'reaped', 'orphaned', 'assigned'}) do
+    if task[name] ~= '' then append(past, name, '') end
   end
   if op == 'assign' then append(past, 'assigned', '1') end
   -- The last receipt in the hash stays: whoever sent that call may be about to repeat it.
