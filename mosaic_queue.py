@@ -13487,10 +13487,9 @@ AGENTS_MD = (
     "<!-- mosaic-queue -->",
     "## Tasks",
     "Task state lives in the queue (MCP server `mosaic`, or `mosaic-queue`), never in a file.",
-    "- Take work with `queue_next`; it is yours alone. Never work on a task that you do not hold.",
-    "- End it with `queue_complete` and a summary, or with `queue_fail` and the reason.",
-    "- What others should know goes to `queue_note`. If something does not move: `queue_explain`.",
-    '- After a compaction, `queue_list` with agent "me" shows what you hold.',
+    LOOP,
+    "If a task does not move: `queue_explain`. After a compaction, `queue_list` with agent `me`",
+    "shows what you hold.",
     "<!-- /mosaic-queue -->",
 )
 SHELLS = ("bash", "zsh", "fish")
