@@ -6932,6 +6932,86 @@ def restored_text(answer: Restored) -> str:
     return f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
 
 
+class Day(TypedDict):
+    """What ended on a day (UTC): completed, as dead letters, and failures that were tried again."""
+
+    day: str
+    completed: int
+    failed: int
+    retried: int
+
+
+class LaneHistory(TypedDict):
+    """How long the completed tasks of a lane were held, by their last claim (s)."""
+
+    lane: str
+    completed: int
+    median: float
+    p90: float
+    retries: int
+
+
+class History(TypedDict):
+    """What the record knows of the last 30 days of a project."""
+
+    project: str
+    days: list[Day]
+    lanes: list[LaneHistory]
+
+
+DAYS_SQL = """
+select to_char(at at time zone 'utc', 'YYYY-MM-DD') as day,
+       count(*) filter (where op = 'complete') as completed,
+       count(*) filter (where to_status = 'failed' and from_status <> 'failed') as failed,
+       count(*) filter (where op = 'fail' and to_status <> 'failed') as retried
+from task_events where project = $1 and at > now() - interval '30 days' group by 1 order by 1"""
+LANES_SQL = """
+select lane, count(*) as completed, sum((record->>'retryCount')::integer) as retries,
+       percentile_cont(0.5) within group (order by length) as median,
+       percentile_cont(0.9) within group (order by length) as p90
+from (select *, round(extract(epoch from completed_at - claimed_at), 1) as length from records) it
+where project = $1 and status = 'completed' and length is not null
+      and completed_at > now() - interval '30 days' group by 1 order by 1"""
+
+
+@operation(tool="", reads=True, group="operators")
+async def history(queue: Queue, *, project: str | None = None) -> History:
+    """Show the last 30 days from the record: what ended by day, how long by lane, retries.
+
+    Example: mosaic-queue history --project web
+    """
+    project = queue.own(project)
+    queue.require_reach(project)
+    if not queue.config["postgres.url"]:
+        said = "there is no record in Postgres: postgres.url is not set"
+        raise Refused("INVALID", said, "set it in queue.yaml, and run mosaic-queue monitor")
+    postgres = Postgres(queue.config)
+    try:
+        async with postgres.session() as db:
+            days = [dict(row) for row in await db.fetch(DAYS_SQL, project)]
+            lanes = [dict(row) for row in await db.fetch(LANES_SQL, project)]
+    finally:
+        await postgres.close()
+    return cast(History, {"project": project, "days": days, "lanes": lanes})
+
+
+@renders(History)
+def history_text(answer: History) -> str:
+    """A table of the days, and one of the lanes."""
+    days = [(one["day"], *map(str, (one["completed"], one["failed"], one["retried"])))
+            for one in answer["days"]]  # fmt: skip
+    lanes = [
+        (one["lane"], str(one["completed"]), duration_text(one["median"]),
+         duration_text(one["p90"]), str(one["retries"]))
+        for one in answer["lanes"]
+    ]  # fmt: skip
+    if not days:
+        return f"the record has no change of project {answer['project']} in the last 30 days"
+    by_day = table(("DAY", "COMPLETED", "DEAD LETTERS", "RETRIED"), days)
+    by_lane = table(("LANE", "COMPLETED", "MEDIAN", "P90", "RETRIES"), lanes)
+    return f"{by_day}\n\n{by_lane}" if lanes else by_day
+
+
 # ==== BOARD WORDS ============================================================================
 #
 # What the words of a board mean.  They are read without case, emphasis, emoji and punctuation, and
@@ -11231,6 +11311,7 @@ const VIEWS = {
     .filter((name) => name !== "blocked" || !at.hide).map(loadColumn))},
   graph: {title: "Graph", draw: drawGraph, load: loadGraph},
   dead: {title: "Dead letters", draw: drawDead, load: loadDead},
+  history: {title: "History", draw: drawHistory, load: loadHistory},
 };
 const view = () => Object.hasOwn(VIEWS, at.view) ? VIEWS[at.view] : VIEWS.board;
 
@@ -11779,6 +11860,28 @@ function drawTable(title, heads, rows) {
   return h("div.scroll", {tabindex: 0, role: "group", "aria-label": title}, h("table", {},
     h("thead", {}, h("tr", {}, heads.map((one) => h(one === " " ? "td" : "th", {}, one)))),
     h("tbody", {}, rows.map((row) => h("tr", {}, row.map((cell) => h("td.wrap", {}, cell)))))));
+}
+
+// ---- what the record knows ----
+
+async function loadHistory() {
+  data.history = await get(inProject("/history"));
+}
+
+function drawHistory() {
+  const {days, lanes} = data.history ?? {days: [], lanes: []};
+  const most = Math.max(1, ...days.map((one) => one.completed));
+  const bar = (one) => h("meter", {max: most, value: one.completed, "aria-label": one.day});
+  return [
+    days.length === 0 && h("p.sheet.quiet", {}, "The record has nothing of the last 30 days."),
+    days.length > 0 && h("section.sheet", {}, h("h2", {}, "By day (UTC)"), drawTable("by day",
+      ["Day", "Completed", "In bars", "Dead letters", "Tried again"], days.map((one) =>
+        [one.day, one.completed, bar(one), one.failed, one.retried]))),
+    lanes.length > 0 && h("section.sheet", {}, h("h2", {}, "By lane"), drawTable("by lane",
+      ["Lane", "Completed", "Median", "9 of 10 within", "Retries"], lanes.map((one) =>
+        [one.lane, one.completed, lasting(1000 * one.median), lasting(1000 * one.p90),
+          one.retries]))),
+  ];
 }
 
 // ---- what an operator does ----

@@ -1516,6 +1516,26 @@ async def test_views(queue: mq.Queue, postgres: mq.Postgres, person: Any) -> Non
     assert [tuple(row) for row in missions] == [("m", 5), ("n", 1)]
 
 
+async def test_history_is_what_the_record_has(
+    queue: mq.Queue, config: mq.Config, postgres: mq.Postgres
+) -> None:
+    await create(queue, "done", "dead", "again", "open")
+    for name in ("done", "dead", "again"):
+        await queue.claim(name, "bob")
+    await queue.complete("done", agent="bob")
+    await queue.fail("dead", agent="bob", reason="r", retry=False)
+    await queue.fail("again", agent="bob", reason="r")
+    await follow(queue, postgres)
+    found = await mq.history(queue, project="p")
+    ((day,), (lane,)) = found["days"], found["lanes"]
+    assert (day["completed"], day["failed"], day["retried"]) == (1, 1, 1)
+    assert (lane["lane"], lane["completed"], lane["retries"]) == ("any", 1, 0)
+    assert 0 <= lane["median"] <= lane["p90"] < 60
+    assert "MEDIAN" in mq.history_text(found)
+    with pytest.raises(mq.Refused, match="no record in Postgres"):
+        await mq.history(mq.Queue(mq.Config(environ={})), project="p")
+
+
 # ---- how far it is ----
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import urllib.request
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,6 +313,19 @@ def test_the_smoke_test_passes(pyz: Path) -> None:
 
 
 # ---- how it unpacks ----
+
+
+def test_it_serves_the_board(pyz: Path, tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/nobody"  # the page needs no queue
+    process = start(pyz, "serve", "--port", "0", XDG_DATA_HOME=tmp_path, MOSAIC_VALKEY_URL=url)
+    try:
+        assert process.stderr
+        line = next(line for line in process.stderr if "http://" in line)
+        with urllib.request.urlopen(line.split()[-1] + "/") as page:
+            assert page.read().startswith(b"<!doctype html>")
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_20_first_runs_at_once_unpack_once(pyz: Path, tmp_path: Path) -> None:
