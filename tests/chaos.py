@@ -264,9 +264,11 @@ def result_of(said: dict[str, Any]) -> dict[str, Any]:
     if said["result"].get("isError"):
         code, _, sentence = text.partition(": ")
         raise mq.Refused(code, sentence)
-    # What is no task is said in words, and so is a lost lease, behind the answer.
+    # What is no task is said in words, and so is a lost lease, beside the answer.
     found = text.find("{")
-    return task_in(json.JSONDecoder().raw_decode(text[found:])[0]) if found == 0 else {}
+    if found < 0:
+        return {}
+    return task_in(json.JSONDecoder().raw_decode(text[found:])[0])
 
 
 class Rest:
