@@ -1205,7 +1205,7 @@ class Config:
 HOST = r"(?:[\w.%-]*|\[[\w.:%]+\])(?::\d{0,5})?"
 URL = re.compile(
     rf"(?P<scheme>[a-z][a-z0-9+.-]*://)?(?:(?P<user>[\w.%+-]*)(?P<password>:.*)?@)?"
-    rf"(?P<place>{HOST}(?:,{HOST})*(?:/[\w./%~@:+-]*)?)(?:\?(?P<options>.*))?",
+    rf"(?P<place>{HOST}(?:,{HOST})*(?:/[\w./%~:+-]*)?)(?:\?(?P<options>.*))?",
     re.ASCII | re.DOTALL | re.IGNORECASE,
 )
 SHOWN_OPTIONS = {
@@ -3586,11 +3586,18 @@ class Queue:
         reply = await self.link.send(
             "EVALSHA", lua.sha, 1, root, *argv, lua=lua.text, writes=lua.writes
         )
-        if reply[0] in CODES:
-            code, sentence, due, case = reply
-            refused = Refused(code, with_moments(sentence), due=due, case=case)
-            raise refused.about(name, {**arguments, "project": project}, self.reader)
-        return cast(list[Any], reply)
+        with reading(project):
+            if reply[0] in CODES:
+                code, sentence, due, case = reply
+                refused = Refused(code, with_moments(sentence), due=int(due), case=str(case))
+                raise refused.about(name, {**arguments, "project": project}, self.reader)
+            if reply[0] == "NOTHING":
+                _, why, due, wake, lanes, assign, missing = reply
+                why, lanes = with_moments(why), lanes.split()
+                return [reply[0], why, int(due), wake and int(wake), lanes, assign, missing]
+            if not isinstance(reply, list):
+                raise TypeError(f"{name} was answered with a {type(reply).__name__}")
+        return reply
 
     def steps(self, todo: Iterable[tuple[Step, ...]], **facts: Any) -> list[str]:
         """What the reader can do, a sentence for each of the choices that it has."""
@@ -3653,7 +3660,9 @@ class Queue:
         if "claimTTL" in task and name in ("start", "heartbeat") and not arguments["force"]:
             self.hold(task, arguments["agent"] or self.agent or self.actor)
         if name == "complete":
-            await self._register_again(project, task["rev"])
+            with reading(project):
+                rev = task["rev"]
+            await self._register_again(project, rev)
         return task
 
     async def _insist(self, name: str, project: str, arguments: dict[str, Any]) -> list[Any]:
@@ -3677,8 +3686,9 @@ class Queue:
     def hold(self, task: Task, agent: str) -> Task:
         """Remember a claim, for `renew_leases`."""
         if not task.get("superseded"):
-            lease = Lease(task["project"], task["taskId"], agent, task["fence"], 0, 0, 0)
-            lease.renew(task["claimTTL"])
+            with reading(task["project"]):
+                lease = Lease(task["project"], task["taskId"], agent, task["fence"], 0, 0, 0)
+                lease.renew(task["claimTTL"])
             self.leases[task["id"]] = lease
         return task
 
@@ -3726,7 +3736,9 @@ class Queue:
             try:
                 reply = await self.call(name, project, arguments)
                 if reply[0] != "NOTHING":
-                    await self._register_again(project, task_from(project, reply)["rev"])
+                    with reading(project):
+                        rev = task_from(project, reply)["rev"]
+                    await self._register_again(project, rev)
                 # A cancellation that came together with the reply is delivered here: anyio, which
                 # saw that the reply was there, tries again one turn of the loop later.
                 await asyncio.sleep(0)
@@ -3859,7 +3871,9 @@ class Queue:
         given = {"policy": policy, "lanes": lanes, "op": op}
         reply = await self.call("create", project, given, rows)
         self._registered[project] = time.monotonic()
-        return [task_from(project, ["OK", row]) for row in reply[1:]]
+        with reading(project):
+            found = zip(tasks, reply[1:], strict=True)
+            return [task_from(project, ["OK", row]) for _, row in found]
 
     async def _register_again(self, project: str, rev: int) -> None:
         """Enter a project's name after each REGISTER changes, since Valkey may have lost it."""
@@ -3960,7 +3974,10 @@ class Queue:
         left = asked["limit"]
         while True:
             given["limit"] = most = min(left, PAGE)
-            _, count, given["cursor"], rows = await self.call("list", project, given)
+            reply = await self.call("list", project, given)
+            with reading(project):
+                _, count, given["cursor"], rows = reply
+                count, rows = count if count == "" else int(count), list(rows)
             total = count if total is None else total
             answer["tasks"] += [task_from(project, row) for row in rows]
             left = asked["limit"] - len(answer["tasks"])
@@ -3973,7 +3990,7 @@ class Queue:
         elif total == "" and not asked["cursor"]:
             total = len(answer["tasks"])
         if total != "":
-            answer["total"] = int(total)
+            answer["total"] = total
         answer["tasks"] = in_claim_order(answer["tasks"])
         return answer
 
@@ -4062,7 +4079,7 @@ class Queue:
             left = give_up - time.monotonic()
             if left <= 0:
                 like = await self._like(project) if reply[6] else ""
-                return {"tasks": [], "why": with_moments(reply[1]) + like}
+                return {"tasks": [], "why": reply[1] + like}
             await self._wait_for_work(project, given, left, reply)
 
     async def _ask_for_work(
@@ -4087,7 +4104,7 @@ class Queue:
         """Wait until a bell says that there may be work, or it is time to look again."""
         _, _, _, due, lanes, assign, _ = reply
         root = f"mosaic:queue:project:{{{project}}}"
-        bells = [] if assign else [f"{root}:bell:{one}" for one in lanes.split()]
+        bells = [] if assign else [f"{root}:bell:{one}" for one in lanes]
         block = max(0.01, min(left, 10, due / 1000 if due != "" else 10))
         try:
             if given["mission"]:
@@ -4125,7 +4142,7 @@ class Queue:
         reply = await self._claim("assign", project, given)
         if reply[0] == "NOTHING":
             like = await self._like(project) if reply[6] else ""
-            return {"tasks": [], "why": with_moments(reply[1]) + like}
+            return {"tasks": [], "why": reply[1] + like}
         return {"tasks": [task_from(project, reply)]}
 
     @operation()
@@ -4494,7 +4511,8 @@ class Queue:
         found, _ = events_from(project, reversed(rows), task)
         if not rows:
             await self.call("records", project, {"ids": ""})  # refuses one that is not there
-        return {"events": found[-limit:], "since": last_rev(rows[:1]), "project": project}
+        with reading(project):
+            return {"events": found[-limit:], "since": last_rev(rows[:1]), "project": project}
 
     async def lead(self, token: str, ttl: int, part: str = "watchdog") -> bool:
         """Be the one monitor that leads in a part of its work, for `ttl` seconds; 0 steps down."""

@@ -118,6 +118,9 @@ class Answers:
                     target=self.serve, args=(self.listener.accept()[0],), daemon=True
                 ).start()
 
+    def answer(self) -> bytes:
+        return b"-" + self.line.encode() + b"\r\n"
+
     def serve(self, client: socket.socket) -> None:
         info = b"valkey_version:9.0.0\r\nmaxmemory_policy:noeviction\r\n"
         with contextlib.suppress(OSError), client, client.makefile("rb") as lines:
@@ -128,7 +131,7 @@ class Answers:
                 if words[0] == b"INFO":
                     client.sendall(b"$%d\r\n%s\r\n" % (len(info), info))
                 elif words[0] in (b"EVALSHA", b"EVAL"):
-                    client.sendall(b"-" + self.line.encode() + b"\r\n")
+                    client.sendall(self.answer())
                 else:
                     client.sendall(b"+OK\r\n")
 
