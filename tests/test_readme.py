@@ -103,3 +103,14 @@ def test_its_contents_list_names_every_chapter() -> None:
         assert anchor == re.sub(r"[^a-z0-9 _-]", "", name.lower()).replace(" ", "-")
     for anchor in re.findall(r"\]\(#([^)]+)\)", body):
         assert anchor in links.values(), anchor
+
+
+def test_every_guarantee_names_its_test() -> None:
+    """Where a cell of the table of guarantees says yes, a test of that name stands behind it."""
+    part = README.read_text().partition("## What it guarantees")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"`(test_\w+)`", part))
+    code = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert named - set(re.findall(r"^(?:async )?def (test_\w+)", code, re.MULTILINE)) == set()
+    bare = [cell for row in rows[1:] for cell in row[1:] if "yes" in cell and "`test_" not in cell]
+    assert (len(rows) > 5, bare) == (True, [])
