@@ -179,7 +179,7 @@ def test_urls(scheme: str, user: str, rest: str) -> None:
     url = f"{scheme}{user}:hunter2@{rest}"
     with contextlib.suppress(mq.Refused):
         mq.parse_url(url)
-    assert "hunter2" not in mq.masked(url)
+    assert "hunter2" not in mq.mask_url(url)
 
 
 # ---- servers of ours ----
