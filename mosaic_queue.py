@@ -11887,7 +11887,8 @@ async function loadHistory() {
 }
 
 function drawHistory() {
-  const {days, lanes} = data.history ?? {days: [], lanes: []};
+  if (!data.history) return [];
+  const {days, lanes} = data.history;
   const most = Math.max(1, ...days.map((one) => one.completed));
   const bar = (one) => h("meter", {max: most, value: one.completed, "aria-label": one.day});
   return [

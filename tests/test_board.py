@@ -289,3 +289,15 @@ async def test_axe_finds_nothing(open_board: Open, queue: mq.Queue, scheme: str)
         found = await Axe().run(page)
         assert found.violations_count == 0, f"{place}\n{found.generate_report()}"
         assert await page.evaluate("document.documentElement.scrollWidth") <= width, place
+
+
+async def test_the_graph_of_a_mission_that_is_worked_on(board: Board, queue: mq.Queue) -> None:
+    await create(queue, "T1", "T2")
+    await create(queue, "T3", dependencies=["T1"])
+    await create(queue, "T4", dependencies=["T3"])
+    await queue.claim("T1", "a1")
+    page = await board.go("#project=p&view=graph&mission=m", "The longest way left")
+    assert "T1 → T3 → T4" in await page.inner_text("main")
+    assert await page.locator("svg a.claimed.critical, svg a.blocked.critical").count() == 3
+    tasks = (await queue.list(project="p", mission="m"))["tasks"]
+    assert [one["taskId"] for one in tasks if "leaseExpiresAt" in one] == ["T1"]

@@ -151,13 +151,14 @@ local function has_words(task)
   return true
 end
 
-local function line(task, ends)
+local function line(task)
   if arg.full == '1' then
     local reply = whole(task)
     read_so_far = read_so_far + #reply[4] + #reply[5] + #reply[6] + #reply[7]
     return reply
   end
   local title, dependencies, size = head_of(task)
+  local ends = held(task) and read('ZSCORE', key('running', task.lane), task.id) or ''
   read_so_far = read_so_far + size
   local brief = row('taskId', task.id, 'status', task.status, 'lane', task.lane,
                     'mission', task.mission, 'priority', task.priority,
@@ -186,7 +187,7 @@ while at <= #indexes and cursor == '' do
         cursor = last
         break
       end
-      rows[#rows + 1] = line(task, index:find('^running') and found[i + 1] or '')
+      rows[#rows + 1] = line(task)
     end
     looked = looked + 1
     last = index .. ',' .. found[i + 1] .. ',' .. found[i]
