@@ -289,10 +289,13 @@ def picture(found: Mapping[Key, list[dict[str, float]]]) -> str:
             for values in [[one[name] for one in rounds]]
         ]
         rows.sort(key=lambda row: row[1], reverse=name == "tasks/s")
-        drawn, height = panel(title, rows, 430 * number)
+        drawn, height = panel(title, rows, 8 + 430 * number)
         parts += drawn
         heights.append(height)
-    size = f'width="860" height="{max(heights)}" viewBox="0 0 860 {max(heights)}"'
+    said = "The best of 1, 2 and 4 processes with 1, 10 and 50 tasks at once; medians and ranges."
+    height = max(heights) + 24
+    parts.append(f'<text x="8" y="{height - 12}" fill="{MUTED}">{said}</text>')
+    size = f'width="860" height="{height}" viewBox="0 0 860 {height}"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">\n'
         f'<rect width="100%" height="100%" fill="#ffffff"/>\n' + "\n".join(parts) + "\n</svg>\n"
