@@ -11734,7 +11734,7 @@ function drawTimeline(task, events) {
 
 // ---- the dependencies of a mission, in layers ----
 
-const NODE = {width: 172, height: 40, across: 232, down: 54};
+const NODE = {width: 196, height: 40, across: 250, down: 54};
 
 async function loadGraph() {
   const pages = await get(inProject("/tasks"), {mission: at.mission, limit: 1000});
