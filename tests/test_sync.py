@@ -1344,7 +1344,7 @@ edits = st.one_of(
 
 
 # What git does with a board, and with what comes first.
-MOVES = {
+GIT_MOVES = {
     "commit": ("add -A", "commit -q --allow-empty -m x"),
     "back": ("checkout -qf HEAD~1",),
     "front": ("checkout -qf main",),
@@ -1355,12 +1355,12 @@ MOVES = {
     "branch": ("branch -f other", "checkout -qf other"),
     "rebase": ("rebase -q main", "rebase --abort"),
 }
-moves = st.tuples(st.just("git"), st.just(""), st.sampled_from([*MOVES]), st.just(""))
+moves = st.tuples(st.just("git"), st.just(""), st.sampled_from([*GIT_MOVES]), st.just(""))
 
 
 def move_file(folder: Path, what: str) -> None:
     """What git can do of it; what it refuses is nothing."""
-    for words in MOVES[what]:
+    for words in GIT_MOVES[what]:
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@example.com", *words.split()]
         subprocess.run(command, cwd=folder, capture_output=True, check=False)
     (folder / ".git/index.lock").unlink(missing_ok=True)
