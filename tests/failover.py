@@ -284,6 +284,7 @@ async def play(
             doctor = (await mq.doctor(queue, project="p"))["findings"]
     db = stage.primary().client()
     calls, events = read_history(folder / "history"), read_events(db, "p")
+    shutil.rmtree(folder)
     lost = {op: count for op, count in lost_changes(calls, events).items() if count}
     wrong = [*fallen_fences(calls), *problems(db, "p"), *[one for one in doctor if "/" in one]]
     if not lost:
