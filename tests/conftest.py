@@ -42,6 +42,12 @@ FOLDER = str(Path(mq.__file__).parent)  # from where a program of a test imports
 # An operation of this process has a minute: a machine that is busy elsewhere is no dead server.
 mq.Queue.__init__.__kwdefaults__["deadline"] = 60
 
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two a core: many tests wait for a lease to end, or for a process that was killed."""
+    return 2 * (os.cpu_count() or 1)
+
+
 READS = """
 TIME GET HGET HMGET HGETALL EXISTS ZCARD ZSCORE ZRANGE ZREVRANGE ZRANGEBYSCORE ZRANK ZREVRANK ZCOUNT
 SCARD SMEMBERS SRANDMEMBER SISMEMBER LLEN MGET GETRANGE INFO XRANGE XREVRANGE XLEN PTTL TYPE

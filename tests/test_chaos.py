@@ -8,4 +8,4 @@ from chaos import chaos
 
 
 def test_a_short_chaos() -> None:
-    assert chaos(secrets.randbelow(10**6), seconds=30) == []
+    assert chaos(secrets.randbelow(10**6), seconds=15) == []

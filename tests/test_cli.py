@@ -1134,7 +1134,9 @@ def test_what_is_missing_or_too_much_is_named(run: Run) -> None:
         "claim": "claim needs taskId",
         "list --limt 5": "list takes no --limt; did you mean --limit?",
         "list here": "list takes no here",
-        "next --wait 5x": "wait is '5x'; accepted: seconds, as 90, or with a unit, as 30m, 1h, 7d",
+        "next --wait 5x": (
+            "wait is '5x'; accepted: 0 to 3600 seconds, as 90, or with a unit, as 30m, 1h, 7d"
+        ),
     }.items():
         done = run([*PYTHON, *words.split()])
         assert (done.returncode, done.stderr.splitlines()[0]) == (2, f"INVALID: {said}")

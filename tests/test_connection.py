@@ -297,7 +297,8 @@ def liar(tmp_path: Path) -> Iterator[Liar]:
 LIES = {
     "another protocol": (b"HTTP/1.1 400 Bad Request\r\n\r\n", b""),
     "an endless bulk": (b"$2147483647\r\n", b"x" * (1 << 20)),
-    "an endless array": (b"*2147483647\r\n", b"*1\r\n" * 65536),
+    # hiredis makes room for all that are announced: ten times as many take it 17 s of one core.
+    "an endless array": (b"*214748364\r\n", b"*1\r\n" * 65536),
     "brackets": (b"*1\r\n" * 200_000, b""),
     "a push that nobody asked for": (b">2\r\n+message\r\n+x\r\n", b""),
     "half an answer": (b"$100\r\nabc", b""),

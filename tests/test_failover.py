@@ -11,7 +11,7 @@ def test_what_enough_replicas_have_is_kept(name: str) -> None:
     found = outcome(name, CASES[name][2], seconds=0.5)
     assert found.wrong == []
     assert (found.lost, found.twice, found.done) == ({}, 0, 0)
-    assert found.told > 100
+    assert found.told > 20, "hardly anything was tried"
 
 
 def test_a_failover_without_waiting_grants_no_fence_twice() -> None:

@@ -76,7 +76,7 @@ async def by_command(server: Server, _process: Process | None) -> AsyncIterator[
         of, places, flags = mq.OPERATIONS[name], [], []
         for key, value in given.items():
             text = mq.compact(value) if isinstance(value, dict) else str(value)
-            if mq.by_place(key, of.parameters[key]):
+            if mq.is_positional(key, of.parameters[key]):
                 places.append(text)
             elif value is False:
                 flags.append("--no" + mq.flag(key)[1:])
