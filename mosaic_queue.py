@@ -12112,6 +12112,15 @@ keepFresh();
 
 
 @functools.cache
+def board_bytes() -> tuple[bytes, bytes, str]:
+    """The page as it is sent, plain and by gzip, and its ETag."""
+    import gzip
+
+    plain = BOARD_PAGE.encode()
+    return plain, gzip.compress(plain), f'W/"{hashlib.sha256(plain).hexdigest()[:32]}"'
+
+
+@functools.cache
 def board_policy() -> str:
     """The content security policy of the page: its own script and style, and nothing else."""
 
@@ -12919,6 +12928,7 @@ class HttpServer:
         @contextlib.asynccontextmanager
         async def lifespan(_app: Any) -> AsyncIterator[None]:
             async with manager.run():
+                await self.warm()
                 yield
 
         app = Starlette(
@@ -12926,6 +12936,17 @@ class HttpServer:
         )
         app.add_middleware(GZipMiddleware, minimum_size=1000)
         return functools.partial(self.guard, app)
+
+    async def warm(self) -> None:
+        """Make what the first requests would wait for: the scripts, the page, a connection."""
+        for path in lua_folder().glob("*.lua"):
+            if path.stem not in PRELUDE:
+                script(path.stem)
+        board_bytes()
+        board_policy()
+        with contextlib.suppress(Refused, TimeoutError):
+            async with asyncio.timeout(1):
+                await self.queue.link.check()
 
     # ---- before a request is answered ----
 
@@ -13221,12 +13242,18 @@ class HttpServer:
         lines += ["# TYPE mosaic_queue_waiting gauge", f"mosaic_queue_waiting {self.waiting}"]
         return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
-    async def board(self, _request: Any) -> Any:
+    async def board(self, request: Any) -> Any:
         """The page for people; what it shows it asks for, with its user's token."""
-        from starlette.responses import HTMLResponse
+        from starlette.responses import HTMLResponse, Response
 
+        plain, packed, etag = board_bytes()
         headers = {"content-security-policy": board_policy(), "cache-control": "no-cache"}
-        return HTMLResponse(BOARD_PAGE, headers=headers)
+        headers |= {"etag": etag, "vary": "accept-encoding"}
+        if request.headers.get("if-none-match") == etag:
+            return Response(status_code=304, headers=headers)
+        if "gzip" not in request.headers.get("accept-encoding", ""):
+            return HTMLResponse(plain, headers=headers)
+        return HTMLResponse(packed, headers={**headers, "content-encoding": "gzip"})
 
     async def offers(self, request: Any) -> Any:
         """Who the caller is, and which operations it may call, with their arguments."""
@@ -13505,6 +13532,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         made = socket.create_server((host, port), family=family, backlog=2048)
+        # asyncio sets it only where a socket names its protocol, and this one does not: a client
+        # that keeps its connection would wait 40 ms for the body of each answer.
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # whoever does not read keeps no connection
             patience = round(READ_WITHIN * 1000)
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience)
@@ -13545,7 +13575,18 @@ async def serve(
         timeout_graceful_shutdown=STOP_WITHIN, timeout_keep_alive=30, ws="none",
         interface="asgi3", proxy_headers=False,
     )  # fmt: skip
-    server = uvicorn.Server(settings)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if tls_cert else "http"
+    place = f"{scheme}://{shown}:{listening.getsockname()[1]}"
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            """Begin to answer, and say where."""
+            await super().startup(sockets)
+            if self.started:
+                say(f"mosaic-queue: {place}", sys.stderr)
+
+    server = Announced(settings)
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
 
     def stop() -> None:
@@ -13554,9 +13595,6 @@ async def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop)
-    shown = f"[{host}]" if ":" in host else host
-    scheme = "https" if tls_cert else "http"
-    say(f"mosaic-queue: {scheme}://{shown}:{listening.getsockname()[1]}", sys.stderr)
     watching = asyncio.create_task(watch_all(queue)) if monitor else None
     try:
         await server.serve([listening])

@@ -44,6 +44,44 @@ async def create(one: httpx2.AsyncClient, *names: str, **more: Any) -> None:
         assert made.status_code == 201, made.text
 
 
+# ---- how soon it answers ----
+
+
+async def test_a_kept_connection_does_not_wait_for_the_second_part(serve: Serve) -> None:
+    times = []
+    async with client(serve()) as one:
+        for _ in range(30):
+            began = time.perf_counter()
+            assert (await one.get("/healthz")).is_success
+            times.append(time.perf_counter() - began)
+    # Where the body waits for the acknowledgement of the head, each takes 40 ms and more.
+    assert min(times[10:]) < 0.03
+
+
+async def test_the_page_is_sent_packed_and_once(serve: Serve) -> None:
+    async with client(serve()) as one:
+        plain = await one.get("/", headers={"accept-encoding": "identity"})
+        packed = await one.get("/", headers={"accept-encoding": "gzip"})
+        assert plain.text == packed.text == mq.BOARD_PAGE
+        assert "content-encoding" not in plain.headers
+        assert packed.headers["content-encoding"] == "gzip"
+        assert int(packed.headers["content-length"]) < len(mq.BOARD_PAGE) / 2
+        again = await one.get("/", headers={"if-none-match": packed.headers["etag"]})
+        assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_server_that_cannot_start_says_no_address(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "no.pem").write_text("no certificate")
+    words = [sys.executable, str(PROGRAM), "serve", "--port", "0", "--tls-cert", "no.pem"]
+    done = subprocess.run(
+        words, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode
+    assert "https://127.0.0.1:" not in done.stderr
+
+
 # ---- the life of a task ----
 
 
