@@ -12861,27 +12861,47 @@ def read_query(of: Operation, given: Mapping[str, str]) -> dict[str, Any]:
     return read
 
 
-async def require_rev(queue: Queue, request: Any, given: Mapping[str, Any]) -> None:
-    """Refuse a call whose If-Match names another state of the task than the present one."""
+def wanted_rev(request: Any) -> int | None:
+    """The rev that a call's If-Match names."""
     match = request.headers.get("if-match", "*").strip('W/"')
-    if match != "*" and not ANY_NUMBER.fullmatch(match):
+    if match == "*":
+        return None
+    if not ANY_NUMBER.fullmatch(match):
         invalid("If-Match", match, "a task's ETag, which is its rev")
-    if match != "*" and "task" in given:
+    return int(match)
+
+
+async def require_rev(queue: Queue, rev: int | None, given: Mapping[str, Any]) -> None:
+    """Refuse a call that names another rev of the task than the present one."""
+    if rev is not None and "task" in given:
         task = await queue.get(given["task"], project=given.get("project"))
-        if task["rev"] != int(match):
-            said = f"task {task['id']} has rev {task['rev']}, not {match}"
+        if task["rev"] != rev:
+            said = f"task {task['id']} has rev {task['rev']}, not {rev}"
             raise Refused("STALE_REV", said).about("update", {"task": task["id"]}, queue.reader)
 
 
 async def patch_task(
-    queue: Queue, *, project: str, task: str, changes: Mapping[str, Any], op: str | None = None
+    queue: Queue,
+    *,
+    project: str,
+    task: str,
+    changes: Mapping[str, Any],
+    rev: int | None = None,
+    op: str | None = None,
 ) -> Task:
     """Change a task by a merge patch: fields by `update`, a wanted status by the operation that
-    files and the record use for it, too."""
-    theirs: Any = await queue.get(task, project=project)
+    files and the record use for it, too.  A `rev` with fields alone is looked at by `update`, so
+    that nothing comes between, and a call that is sent again finds that it has acted."""
+    where: dict[str, Any] = {"project": project, "task": task}
+    if rev is not None and changes and changes.keys() <= EDITABLE:
+        once = f"{op}-update" if op else None
+        await queue.update(**where, **fields_as_arguments(changes), if_rev=rev, op=once)
+        return await queue.get(**where)
+    await require_rev(queue, rev, where)
+    theirs: Any = await queue.get(**where)
     ours = {**theirs, **changes}
     await apply_edit(queue, project, task, theirs, ours, "changed over HTTP", op)
-    return await queue.get(task, project=project)
+    return await queue.get(**where)
 
 
 # ---- the server ----
@@ -13059,7 +13079,10 @@ class HttpServer:
             given = await self.arguments_of(request, of)
             many = given.pop("tasks", None)
             queue.guard(of, given)
-            await require_rev(queue, request, given)
+            if of.name == "update" and (rev := wanted_rev(request)) is not None:
+                given["if_rev"] = rev
+            else:
+                await require_rev(queue, wanted_rev(request), given)
             self.renew(caller, queue, given.get("agent") or queue.agent)
             if many is not None:
                 work: Any = self.create_many(queue, given, many)
@@ -13134,9 +13157,9 @@ class HttpServer:
             changes = await body_of(request)
             if not isinstance(changes, dict):
                 invalid("body", type(changes).__name__, "a JSON object")
-            await require_rev(queue, request, request.path_params)
-            op = request.headers.get("idempotency-key")
-            result = await patch_task(queue, **request.path_params, changes=changes, op=op)
+            rev, op = wanted_rev(request), request.headers.get("idempotency-key")
+            where = request.path_params
+            result = await patch_task(queue, **where, changes=changes, rev=rev, op=op)
         except Refused as refusal:
             self.count(of.name, refusal.code, began)
             refusal.reader = queue.reader

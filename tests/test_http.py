@@ -131,6 +131,26 @@ async def test_a_change_by_patch_names_what_it_saw(serve: Serve) -> None:
         assert (wrong.status_code, wrong.json()["code"]) == (400, "INVALID")
 
 
+@pytest.mark.parametrize(("method", "path"), [("PATCH", "T1"), ("POST", "T1/update")])
+async def test_what_has_acted_is_not_stale_when_it_is_sent_again(
+    serve: Serve, method: str, path: str
+) -> None:
+    async with client(serve()) as one:
+        await create(one, "T1")
+        tag = (await one.get(f"{TASKS}/T1")).headers["etag"]
+        headers = {"if-match": tag, "idempotency-key": "abc"}
+        for _ in range(2):
+            done = await one.request(
+                method, f"{TASKS}/{path}", json={"title": "new"}, headers=headers
+            )
+            assert done.is_success, done.text
+        page = (await one.get("/api/projects/p/events")).json()
+        assert [event["op"] for event in page["events"]] == ["create", "update"]
+        headers["idempotency-key"] = "other"
+        stale = await one.request(method, f"{TASKS}/{path}", json={"title": "x"}, headers=headers)
+        assert (stale.status_code, stale.json()["code"]) == (409, "STALE_REV")
+
+
 async def test_a_repeated_call_acts_once(serve: Serve) -> None:
     async with client(serve()) as one:
         await create(one, "T1", "T2")
