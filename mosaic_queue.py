@@ -2032,9 +2032,8 @@ def values_of(reply: Sequence[Any]) -> dict[str, Any]:
 
 
 NEEDED = ("taskId", "mission", "title", "status", "priority", "lane", "updatedAt")
-NEEDED_IN = {  # and in a status, of a task that is shown whole or as a line of a list
-    **dict.fromkeys(HELD, ("claimedBy", "claimedAt", "claimTTL", "leaseExpiresAt")),
-}
+# And in a status, of a task that is shown whole or as a line of a list.
+NEEDED_IN = dict.fromkeys(HELD, ("claimedBy", "claimedAt", "claimTTL", "leaseExpiresAt"))
 
 
 def task_from(project: str, reply: Sequence[Any]) -> Task:
@@ -2144,12 +2143,12 @@ def by_name(
     kinds = [parameter.kind for parameter in parameters.values()]
     places = list(parameters)[: kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD)]
 
-    def named(queue: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    def bind(queue: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         if len(args) > len(places) or kwargs.keys() & set(places[: len(args)]):
             inspect.signature(function).bind(queue, *args, **kwargs)  # says what is wrong
         return queue, dict(zip(places, args, strict=False)) | kwargs
 
-    return named
+    return bind
 
 
 @contextlib.contextmanager
@@ -2182,18 +2181,18 @@ def operation(
 
     def enter(function: Callable[P, R]) -> Callable[P, R]:
         parameters = dict(list(inspect.signature(function).parameters.items())[1:])
-        name, named = function.__name__, by_name(function, parameters)
+        name, bind = function.__name__, by_name(function, parameters)
         checks = {key: (camel(key), ARGUMENTS[key]) for key in parameters if key in ARGUMENTS}
 
         @functools.wraps(function)
         def direct(*args: P.args, **kwargs: P.kwargs) -> Any:
-            queue, given = named(*args, **kwargs)
+            queue, given = bind(*args, **kwargs)
             with checking(queue, name, checks, given):
                 return cast(Any, function)(queue, **given)
 
         @functools.wraps(function)
         async def awaited(*args: P.args, **kwargs: P.kwargs) -> Any:
-            queue, given = named(*args, **kwargs)
+            queue, given = bind(*args, **kwargs)
             with checking(queue, name, checks, given):
                 return await cast(Any, function)(queue, **given)
 
