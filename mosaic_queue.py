@@ -2490,13 +2490,23 @@ class PrivateServer:
                 f"the private server does not answer on {self.socket}: {said or self.log()}",
                 f"read {self.folder / 'valkey.log'}",
             )
+        raise Refused("UNREACHABLE", *self.silence())
+
+    def silence(self) -> tuple[str, str]:
+        """What is said of a server that has the lock and does not answer, and what helps: another
+        folder only where it lives on another host, since it has the tasks of this one."""
         host, pid = lock_owner(self.lock)
-        raise Refused(
-            "UNREACHABLE",
-            f"{self.folder} belongs to a server that does not answer here: "
-            f"host {host}, process {pid}",
-            "use it from that host, or set XDG_DATA_HOME to another folder",
-        )
+        said = f"{self.folder} belongs to a server that does not answer"
+        if pid == "?":
+            return f"{said}: {host} has its lock", "try again in a minute"
+        if host != socket.gethostname():
+            hint = "use it from that host, or set XDG_DATA_HOME to another folder"
+            return f"{said} here: host {host}, process {pid}", hint
+        said += f": process {pid} of this host ({host}) is stopped or hung"
+        if self._process() is None:
+            return said, f"see what that process is: ps -p {pid}"
+        again = "the next command starts it again with all that it had"
+        return said, f"end it: mosaic-queue server stop --force; {again}"
 
     def free(self) -> bool:
         """Whether no server, and nobody who starts one, has the folder."""
@@ -2512,19 +2522,23 @@ class PrivateServer:
                 self._start(lock)
             return lock is not None
 
-    def _end(self) -> bool:
-        """End the server that has the lock and cannot be asked, as SHUTDOWN does; False where it
-        is not certain which process that is."""
+    def _process(self) -> int | None:
+        """The server of this host that has the lock; None where that is not certain."""
         host, pid = lock_owner(self.lock)
         if host != socket.gethostname() or not pid.isdecimal() or self.free():
-            return False
+            return None
         command = ["ps", "-o", "args=", "-p", pid]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
-        if not re.search(r"(valkey|redis)-server\b", found.stdout):
-            return False
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGTERM)
-        return True
+        return int(pid) if re.search(r"(valkey|redis)-server\b", found.stdout) else None
+
+    def _end(self, number: int = signal.SIGTERM) -> bool:
+        """End the server that has the lock and cannot be asked: SIGTERM is to it what SHUTDOWN is.
+        False where it is not certain which process that is."""
+        pid = self._process()
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return pid is not None
 
     def _require_room(self) -> None:
         """Refuse a start on a disk that is full: the server would end at the first write."""
@@ -2580,13 +2594,16 @@ class PrivateServer:
                 return
             time.sleep(0.01)
 
-    def stop(self) -> bool:
-        """Shut it down and wait until it is gone; False when none was running."""
-        if self.answers() is None:
+    def stop(self, force: bool = False) -> bool:
+        """Shut it down and wait until it is gone; False when none was running.  One that hangs is
+        killed where that is wanted (`force`), else told: what it has acknowledged is on disk."""
+        said = self.answers() or self.answers()  # a long script may be at its end
+        if not said:
             if self.free():
                 return False
-            if not self._end():
-                self._give_up(None)
+            number = signal.SIGKILL if said == "" else signal.SIGTERM
+            if (said == "" and not force) or not self._end(number):
+                self._give_up(said)
         else:
             with contextlib.suppress(OSError), self.connect() as sock:
                 sock.settimeout(LOADING_DEADLINE)
@@ -14714,11 +14731,13 @@ def draw(text: str) -> None:
 
 
 class PrivateState(TypedDict, total=False):
-    """The private Valkey; `stopped` says whether there was one to stop."""
+    """The private Valkey; `problem` says that it does not answer, `stopped` whether there was one
+    to stop."""
 
     folder: str
     socket: str
     running: bool
+    problem: str
     stopped: bool
     pid: int
 
@@ -14733,12 +14752,19 @@ def server_status(queue: Queue) -> PrivateState:
     running, (_, pid) = not server.free(), lock_owner(server.folder / "lock")
     folder, socket = str(server.folder), str(server.socket)
     answer: PrivateState = {"folder": folder, "socket": socket, "running": running}
-    return answer | {"pid": int(pid) if pid.isdigit() else 0} if running else answer
+    if running:
+        answer["pid"] = int(pid) if pid.isdigit() else 0
+        if not server.answers():
+            answer["problem"] = "; ".join(server.silence())
+    return answer
 
 
 @operation("server stop", local=True, group="operators")
-async def server_stop(queue: Queue) -> PrivateState:
+async def server_stop(queue: Queue, *, force: bool = False) -> PrivateState:
     """Stop the private Valkey; the next command starts it again.
+
+    One that does not answer is told; with --force it is killed. All that it has acknowledged is
+    on disk.
 
     Example: mosaic-queue server stop
     """
@@ -14747,7 +14773,7 @@ async def server_stop(queue: Queue) -> PrivateState:
         with contextlib.suppress(Refused):
             leader = next(iter(await leaders(queue)), None)
             await queue.close()
-    answer: PrivateState = {"folder": str(server.folder), "stopped": server.stop()}
+    answer: PrivateState = {"folder": str(server.folder), "stopped": server.stop(force)}
     if leader and answer["stopped"]:
         again = f"the monitor, process {leader['process']} on {leader['host']}, starts it again"
         say(f"{again}: stop that one first", sys.stderr)

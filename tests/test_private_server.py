@@ -342,6 +342,33 @@ def test_a_server_that_somebody_shuts_down_starts_again(home: Home) -> None:
     assert home.task("show", "T1")["status"] == "pending"
 
 
+def test_a_server_that_hangs_is_told_and_killed_on_demand(home: Home) -> None:
+    """Its tasks are in its folder: another folder helps nobody."""
+    home.create()
+    pid = home.pid()
+    os.kill(pid, signal.SIGSTOP)
+    told = f"process {pid} of this host"
+    help = "mosaic-queue server stop --force"
+    waiting = home.spawn("list")
+    status = json.loads(home.run("server", "status", "--json").stdout)
+    assert (status["running"], status["pid"]) == (True, pid)
+    assert told in status["problem"]
+    assert help in status["problem"]
+    began = time.monotonic()
+    done = home.run("server", "stop")
+    assert time.monotonic() - began < 15
+    assert (done.returncode, told in done.stderr, help in done.stderr) == (6, True, True)
+    out, err = waiting.communicate(timeout=60)
+    assert (waiting.returncode, out) == (6, "")
+    assert told in err
+    assert help in err
+    assert "XDG_DATA_HOME" not in err
+    assert alive(pid)
+    assert home.run("server", "stop", "--force").returncode == 0
+    assert home.task("show", "T1")["status"] == "pending"
+    assert home.pid() != pid
+
+
 # ---- two hosts ----
 
 HOLD = """
@@ -362,7 +389,7 @@ def test_a_lock_that_is_held_where_nobody_answers(home: Home) -> None:
     this = socket.gethostname()
     cases = {
         "node-17 4711\n": "host node-17, process 4711",
-        f"{this} 4711\n": f"host {this}, process 4711",
+        f"{this} 4711\n": f"process 4711 of this host ({this})",
         "": "an unknown host",
     }
     waiting = []
@@ -386,6 +413,7 @@ def test_a_lock_that_is_held_where_nobody_answers(home: Home) -> None:
         assert part in err.splitlines()[0]
         assert str(user.folder) in err.splitlines()[0]
         assert "hint: " in err
+        assert ("XDG_DATA_HOME" in err) == (n == 0)  # another folder would have other tasks
         assert not (user.folder / "appendonlydir").exists()
         holder.communicate()
         try:
