@@ -3636,7 +3636,9 @@ class Queue:
                 await self.call("get", one, {"task": name})
                 found.append(one)
         if not found:
-            raise Refused("NOT_FOUND", f"there is no task {name} in any project")
+            said = f"there is no task {name} in any project"
+            hint = f"{name} is a project: write {name}/TASKID" if name in projects else None
+            raise Refused("NOT_FOUND", said, hint)
         if len(found) > 1:
             places = ", ".join(f"{one}/{name}" for one in found)
             said = f"{name} is in several projects: {places}"
@@ -14275,7 +14277,7 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
     )
     places = [name for name, one in of.parameters.items() if is_positional(name, one)]
     for name, parameter in of.parameters.items():
-        add_argument(parser, name, parameter, of.reads and places == ["task"])
+        add_argument(parser, name, parameter, places == ["task"])
     for action in cast(Any, parser)._actions:
         action.required = False  # `fill_in` says what is missing
         if narrow := of.words(action.dest):

@@ -928,6 +928,18 @@ def test_a_task_may_be_named_in_two_words(tell: Tell) -> None:
     tell("create web launch T1 --title t")
     assert "web/T1" in tell("show web T1")[1]
     assert "web/T1 is pending" in tell("explain web T1")[1]
+    words = ["claim", "start", "release", "block", "unblock", "claim", "complete", "reopen"]
+    for line in [*words, "delete"]:
+        reason = " --reason r" if line in ("block", "reopen") else ""
+        assert tell(f"{line} web T1{reason}")[0] == 0, line
+
+
+def test_where_two_words_are_a_task_and_a_text_the_refusal_says_how(tell: Tell) -> None:
+    tell("create web launch T1 --title t")
+    status, _, err = tell("note web T1 hello")
+    assert (status, err.splitlines()[0]) == (3, "NOT_FOUND: there is no task web in any project")
+    assert "web is a project: write web/TASKID" in err
+    assert tell("note web/T1 hello")[0] == 0
 
 
 @pytest.mark.parametrize(
