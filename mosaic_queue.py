@@ -8324,8 +8324,7 @@ class Pair(NamedTuple):
         again = False
         for kind, mine, theirs, _ in edits:
             try:
-                if not self.sync.dry:
-                    await self.act(kind, mine)
+                await self.act(kind, mine)
                 self.tell("changed", field=kind.name, file=self.own_words(kind, mine), queue=theirs)
             except Refused as problem:
                 if problem.passes or problem.code == "STALE_REV":
@@ -8346,6 +8345,11 @@ class Pair(NamedTuple):
             name, given = transition(now["status"], fields.pop("status"), reason)
         else:
             name, given = "update", fields_as_arguments(fields) | {"if_rev": now["rev"]}
+        if sync.dry:
+            for one, said in given.items():
+                if said is not None:
+                    ARGUMENTS[one].check(camel(one), said)
+            return
         operation = getattr(sync.queue, name)
         done = await operation(self.task, project=sync.project, **given)
         done = done["tasks"][0] if name == "redrive" else done
@@ -8393,8 +8397,7 @@ class Pair(NamedTuple):
         if found in ("theirs", "stale"):
             wrote = self.write(kind, mine, theirs)
             if found == "stale" and not sync.whole:
-                why = "an older value; a person changes it with mosaic-queue"
-                tell("stale", queue=theirs, why=why)
+                tell("stale", queue=theirs, why=f"an older value; {self.by_hand(kind, mine)}")
             elif wrote:
                 tell("written", queue=theirs)
             return wrote
@@ -8409,6 +8412,18 @@ class Pair(NamedTuple):
             delete = f"a file deletes no task; mosaic-queue delete {sync.project}/{self.task}"
             tell("kept", why=delete if mine == DELETED else "the queue has no such word")
         return True
+
+    def by_hand(self, kind: Cell, value: str) -> str:
+        """By which command a person makes an edit that a file may not make."""
+        now, call = cast(Task, self.now), ("update", cast(dict[str, Any], {}))
+        if kind is STATUS:
+            try:
+                call = transition(now["status"], kind.wanted(now, value, "")["status"], "-")
+            except Refused:
+                return "a person changes it with mosaic-queue"
+        flags = {"reason": " --reason WHY", "force": " --force"}
+        name = f"{self.sync.project}/{self.task}" + "".join(flags.get(one, "") for one in call[1])
+        return f"a person changes it: mosaic-queue {call[0]} {name}"
 
     def write(self, kind: Cell, mine: str, theirs: str) -> bool:
         """Put the queue's value into a cell; False where the file may not be written."""
@@ -8539,6 +8554,7 @@ class Sync:
             self.rows[task].update_file()
         self.add_rows()
         self.tell_missing()
+        self.tell_not_reopened()
         self.tell_words()
         if self.whole and len(self.findings) == before:
             self.findings.pop()  # what it says is what the queue says
@@ -8755,6 +8771,8 @@ class Sync:
             if not self.dry:
                 await self.store({task: vars(self.base[task]) for task in batch})
                 made = await self.queue.create_all([*new.values()], project=self.project)
+            for one in new.values() if self.dry else ():
+                new_task_row(one, self.project)
         except Refused as problem:
             if problem.passes:
                 raise
@@ -8868,6 +8886,16 @@ class Sync:
                 self.touched.add(task)
                 if task not in self.lines:
                     self.tell("missing", task, why="its row is gone; the task stays as it is")
+
+    def tell_not_reopened(self) -> None:
+        """Say which tasks of `reopen` had nothing to reopen."""
+        told = self.findings
+        found = {one.get("task") for one in told if one.get("field") == "status"}
+        found |= {one.get("task") for one in told if one["kind"] == "created"}
+        for task in {*self.reopen} - found:
+            why = "nothing to reopen: file and queue say the same status"
+            here = task in self.rows
+            self.tell("skipped", task, why=why if here else "no row of the file has this id")
 
     def tell_words(self) -> None:
         """Say once which of the file's own words were taken for what."""
@@ -9071,7 +9099,11 @@ async def sync_once(
         file=str(file), project=sync.project, mission="", wrote=False, rows=sync.findings, ready=[]
     )
     seen, known, rev = await sync.queue.file_facts(sync.project, sync.mark)
-    if seen == rev and known.get("quiet") == quiet(text) and not (sync.dry or sync.findings):
+    if (
+        seen == rev
+        and known.get("quiet") == quiet(text)
+        and not (sync.dry or sync.reopen or sync.findings)
+    ):
         return {**report, "mission": known["mission"]}
     words = words_of(tuple((m, tuple(texts)) for m, texts in more.get("words", {}).items()))
     sync.board, sync.copy, sync.digest = read_board(text, words), copy, digest_of_file(text)

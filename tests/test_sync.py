@@ -882,10 +882,44 @@ async def test_a_dry_run_says_what_a_sync_would_do(
     assert (board.read_bytes(), await queue.revision("p")) == (text, revision)
     assert sorted(db.keys("*")) == keys
     told = kinds(await sync(queue, board))
-    assert kinds(dry) == told
+    assert sorted(kinds(dry)) == sorted(told)  # edits of several rows are under way at a time
     assert set(told) == {
         ("changed", "A"), ("created", "C"), ("changed", "C"), ("written", "B"), ("added", "D")
     }  # fmt: skip
+
+
+async def test_a_dry_run_refuses_what_a_sync_refuses(queue: mq.Queue, board: Path) -> None:
+    """A title that is none, of a new row and of an edit."""
+    await sync(queue, board)
+    replaced(board, "do A", "")
+    written(board, board.read_text() + row("C").replace("do C", ""))
+    dry = await sync(queue, board, dry_run=True)
+    real = await sync(queue, board)
+    assert dry["rows"] == real["rows"]
+    assert [(one["kind"], one["task"]) for one in dry["rows"]] == [
+        ("refused", "C"), ("refused", "A")
+    ]  # fmt: skip
+
+
+async def test_what_there_was_not_to_reopen_is_told(queue: mq.Queue, board: Path) -> None:
+    await sync(queue, board)
+    await queue.complete("A", project="p", force=True)
+    await sync(queue, board)
+    written(board, board.read_text() + "\nmore\n")  # else it is the file of an earlier sync
+    replaced(board, "| A | done ", "| A | not-started ")
+    report = await sync(queue, board)
+    (stale,) = [one for one in report["rows"] if one.get("field") == "status"]
+    assert stale["kind"] == "stale"
+    assert stale["why"].endswith("a person changes it: mosaic-queue reopen p/A --reason WHY")
+    report = await sync(queue, board, reopen=["A", "NOPE"])
+    told = {one["task"]: (one["kind"], one["why"]) for one in report["rows"]}
+    assert told == {
+        "A": ("skipped", "nothing to reopen: file and queue say the same status"),
+        "NOPE": ("skipped", "no row of the file has this id"),
+    }
+    written(board, board.read_text() + "\nand more\n")
+    replaced(board, "| A | done ", "| A | not-started ")
+    assert kinds(await sync(queue, board, reopen=["A"])) == [("changed", "A")]
 
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
