@@ -9573,7 +9573,7 @@ async def serve_all(queue: Queue) -> None:
 
 ARGUMENTS |= {
     "command": Argument("command", "the command, and its arguments"),
-    "loop": Argument("bool", "until nothing comes within --wait"),
+    "loop": Argument("bool", "until nothing comes within --wait; a pause of the project is no end"),
     "max_failures": Argument("int", "failures in a row after which --loop ends", 1, 10**6),
     "secrets": Argument("bool", "hand on the tokens and passwords of this program, too"),
 }
@@ -9598,6 +9598,7 @@ class Runner:
     failed: int = 0
     failures: int = 0  # in a row
     lost: int = 0
+    paused: bool = False  # whether it was said that the project is
 
     def take_signal(self, number: int) -> None:
         """Hand a signal to the child, or end what waits for the next."""
@@ -9617,7 +9618,8 @@ class Runner:
 
     async def work_on(self, wanted: Mapping[str, Any], most: int) -> str:
         """Run the command for the next task that is wanted; where `most` failures in a row are
-        allowed, for one after the other.  Why it ended.  A loop waits for a server that fails."""
+        allowed, for one after the other.  Why it ended.  A loop waits for a server that fails, and
+        while the project is paused."""
         why = ""
         while not self.received and not why:
             pause = 0.0
@@ -9626,6 +9628,8 @@ class Runner:
                 for task in offer["tasks"]:
                     await self.work(task)
                 why = "" if offer["tasks"] and most else offer.get("why", "done")
+                if most and why and await self.is_paused():
+                    why, pause = "", 1.0
                 self.pauses.forget()
             except Refused as problem:
                 if not most or not problem.passes:
@@ -9640,6 +9644,19 @@ class Runner:
             if pause and not why:
                 await self.interruptible(asyncio.sleep(pause))
         return why
+
+    async def is_paused(self) -> bool:
+        """Whether the project is paused, which is said once."""
+        project, was = self.queue.own(None), self.paused
+        try:
+            self.paused = "pausedAt" in await project_status(self.queue, project)
+        except Refused as problem:
+            if problem.code != "NOT_FOUND":
+                raise
+        if self.paused and not was:
+            said = f"project {project} is paused; this goes on after unpause, Ctrl-C ends it"
+            say(f"mosaic-queue: {said}", sys.stderr)
+        return self.paused
 
     async def work(self, task: Task) -> None:
         """Run the command for one task, and tell the queue how it ended.  A task for which it
@@ -9841,7 +9858,9 @@ async def run(
 ) -> int:
     """Run a command for the next task, under a lease that is renewed.
 
-    Exit 0 completes the task, anything else fails it.
+    Exit 0 completes the task, anything else fails it. With --loop it waits, longer than --wait
+    says, while the project is paused and while the server is full or away; Ctrl-C or SIGTERM
+    ends it.
 
     Example: mosaic-queue run --lane coding --wait 60 --loop -- ./work.sh
     """

@@ -663,6 +663,24 @@ def test_a_loop_waits_for_work(start: Start, server: Server, db: redis.Redis) ->
     assert ask(server, "get", "T1")["status"] == "completed"
 
 
+def test_a_loop_outlasts_a_pause(start: Start, server: Server) -> None:
+    """A pause is longer than --wait, and means that the work goes on later."""
+    create(server, "T1")
+    ask(server, "pause", project="p")
+    process = start("run", "--loop", "--wait", "1", "--", "true")
+    assert process.stderr
+    assert "project p is paused" in process.stderr.readline()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4)
+    ask(server, "unpause", project="p")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "is paused" not in err, "it is said once"
+    assert ask(server, "get", "T1")["status"] == "completed"
+    ask(server, "pause", project="p")
+    assert start("run", "--", "true").wait(60) == 5  # no loop, no wait
+
+
 def test_lane_and_mission_are_filters(run: Tell, server: Server) -> None:
     create(server, "P1", lane="planning")
     create(server, "C1", lane="coding")
