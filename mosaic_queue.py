@@ -12211,10 +12211,14 @@ def board_policy() -> str:
 # open.  Tools are made from OPERATIONS; agents pay for every byte, so schemas are short and
 # results are one compact text.
 
+RENEWED_HERE = "While this server runs your lease is renewed: you need no heartbeats, but"
+RENEWED_BY_CALLS = """\
+Every call of yours renews what you hold; in long silent work call queue_heartbeat before
+leaseExpiresAt, or another takes the task. Also,"""
 INSTRUCTIONS = f"""\
 A task queue shared with other agents. {LOOP}
 queue_claim takes the task that you name; queue_start says that you begin; queue_explain says why
-something does not move. While this server runs your lease is renewed: you need no heartbeats, but
+something does not move. {RENEWED_HERE}
 queue_heartbeat can leave progress or a checkpoint for whoever follows you. A refusal says who holds
 the task and what to do next. After a compaction, queue_list with agent "me" shows what you hold."""
 
@@ -12469,6 +12473,9 @@ def mcp_server(
     offered = {"queue_" + of.name: of for of in offered_operations(tool_set)}
     queue.reader = tool_reader(tool_set)
     of_caller = caller or (lambda _context: queue)
+    # Many agents share a server of many callers, so that its running says nothing of any.
+    renewed = RENEWED_BY_CALLS if caller else RENEWED_HERE
+    instructions = INSTRUCTIONS.replace(RENEWED_HERE, renewed)
 
     async def list_tools(_context: Any, _page: Any) -> types.ListToolsResult:
         return types.ListToolsResult(tools=[tool_from(of, queue.config) for of in offered.values()])
@@ -12504,7 +12511,7 @@ def mcp_server(
         "mosaic-queue",
         version=__version__,
         title="Mosaic queue",
-        instructions=INSTRUCTIONS,
+        instructions=instructions,
         cache_hints={"tools/list": CacheHint(ttl_ms=3_600_000, scope="public")},
         on_list_tools=list_tools,
         on_call_tool=call_tool,
@@ -12801,7 +12808,7 @@ class Caller:
 
     def require(self, of: Operation, given: Mapping[str, Any]) -> None:
         """Refuse what this caller may not do, or not in the name of that agent."""
-        agent = None if of.reads else given.get("agent")
+        agent = acting_agent(of, given)
         may = self.role == "operator" or of.reads or (self.role, of.group) == ("agent", "agents")
         if not may or (given.get("force") and self.role != "operator"):
             said = f"token {self.name} has the role {self.role}, which does not {of.name}"
@@ -13123,6 +13130,12 @@ class HttpServer:
         queue = copy.copy(self.queue_of(caller))
         queue.reader = self.queue.reader
         self.renew(caller, queue, queue.agent)
+
+        def guard(of: Operation, given: Mapping[str, Any]) -> None:
+            caller.require(of, given)
+            self.renew(caller, queue, acting_agent(of, given))
+
+        queue.guard = guard
         return queue
 
     def renew(self, caller: Caller, queue: Queue, agent: str | None) -> None:
@@ -13152,7 +13165,7 @@ class HttpServer:
                 given["if_rev"] = rev
             else:
                 await require_rev(queue, wanted_rev(request), given)
-            self.renew(caller, queue, given.get("agent") or queue.agent)
+            self.renew(caller, queue, acting_agent(of, given) or queue.agent)
             if many is not None:
                 work: Any = self.create_many(queue, given, many)
             else:
@@ -13441,6 +13454,11 @@ async def give_back(queue: Queue, result: Any) -> None:
             given = {"task": task["taskId"], "agent": task["claimedBy"], "fence": task["fence"]}
             with contextlib.suppress(Refused):
                 await queue.call("release", task["project"], given)
+
+
+def acting_agent(of: Operation, given: Mapping[str, Any]) -> str | None:
+    """The agent in whose name a call acts; one that reads only asks about an agent."""
+    return None if of.reads else given.get("agent")
 
 
 async def renew_held(queue: Queue, agent: str, first: bool) -> None:

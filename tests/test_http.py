@@ -484,6 +484,23 @@ async def test_an_agent_does_a_task_over_http(serve: Serve, mode: str) -> None:
         assert 'next: it is done: take another: queue_next {"project":"p"' in said
 
 
+async def test_over_http_the_calls_of_a_named_agent_renew(serve: Serve) -> None:
+    process = serve()
+    async with Client(process.url + "/mcp", mode="legacy") as agent, client(process) as one:
+        said = " ".join(str(agent.instructions).split())
+        assert "you need no heartbeats" not in said
+        assert "call queue_heartbeat before leaseExpiresAt" in said
+        await create(one, "T1")
+        await agent.call_tool("queue_claim", {"task": "p/T1", "agent": "a1", "ttl": 100})
+        before = (await one.get(f"{TASKS}/T1")).json()["leaseExpiresAt"]
+        give_up = time.monotonic() + 40
+        while (await one.get(f"{TASKS}/T1")).json()["leaseExpiresAt"] == before:
+            assert time.monotonic() < give_up
+            # One that it does not hold: the call itself renews nothing.
+            await agent.call_tool("queue_start", {"task": "p/T2", "agent": "a1"})
+            await asyncio.sleep(0.5)
+
+
 def test_clients_get_an_entry_without_the_token(environ: dict[str, str], tmp_path: Path) -> None:
     for name in mq.CLIENTS:
         words = [str(PROGRAM), "mcp-config", name, "--http", "http://h:8377", "--json"]
