@@ -9580,6 +9580,9 @@ ARGUMENTS |= {
 Around = Callable[[Task], contextlib.AbstractAsyncContextManager[Sequence[str]]]
 
 
+GIVEN_BACK = 60  # s until a task whose command could not be started is due again
+
+
 @dataclass
 class Runner:
     """A command run for tasks, and what became of them."""
@@ -9677,7 +9680,8 @@ class Runner:
         except Refused as problem:
             if not self.started:
                 why = clip(problem.message, SHORT)
-                await self.queue.release(task["id"], fence=task["fence"], delay=60, reason=why)
+                name, fence = task["id"], task["fence"]
+                await self.queue.release(name, fence=fence, delay=GIVEN_BACK, reason=why)
             raise
 
     async def supervise(self, task: Task, environ: Mapping[str, str]) -> None:
@@ -9693,7 +9697,8 @@ class Runner:
             )
         except OSError as problem:
             reason = f"{self.command[0]} cannot be run: {problem.strerror}"
-            hint = "name a program that is there; the task was released"
+            hint = "name a program that is there; the task was released, "
+            hint += f"and is due again {GIVEN_BACK} s later"
             raise Refused("INVALID", reason, hint) from None
         self.started = True
         for number in self.received:  # what came while it was started
@@ -9736,7 +9741,7 @@ class Runner:
                 await self.queue.release(name, fence=fence, reason=reason)
             else:
                 tail = err.decode(errors="replace").strip()
-                tail = tail or f"{self.command[0]} ended with status {code}"
+                tail = tail or f"{self.command[0]} {ending(code)}"
                 self.failed, self.failures = self.failed + 1, self.failures + 1
                 await self.queue.fail(name, fence=fence, reason=clip(tail, SHORT, tail=True))
         except Refused as problem:
@@ -9756,6 +9761,14 @@ class Runner:
         for number in (signal.SIGTERM, signal.SIGKILL):
             self.send(number)
             await asyncio.sleep(10)
+
+
+def ending(code: int) -> str:
+    """How a command ended, by its exit status; a negative one is a signal."""
+    if code >= 0:
+        return f"ended with status {code}"
+    names = {one.value: f" ({one.name})" for one in signal.Signals}
+    return f"was killed by signal {-code}{names.get(-code, '')}"
 
 
 def child_environ(config: Config, secrets: bool) -> dict[str, str]:

@@ -232,7 +232,8 @@ def test_a_command_that_kills_itself_has_failed(run: Tell, server: Server) -> No
     assert run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")[0] == 7
     task = ask(server, "get", "T1")
     assert (task["status"], task["retryCount"]) == ("pending", 1)
-    assert task["failureReason"]
+    assert task["failureReason"] == f"{sys.executable} was killed by signal 9 (SIGKILL)"
+    assert mq.ending(-63) == "was killed by signal 63"
 
 
 def test_bytes_that_are_no_text_are_passed_on_and_told(
@@ -273,7 +274,7 @@ def test_a_command_that_is_not_there(start: Start, server: Server) -> None:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
     assert "no-such-program" in err
-    assert "hint: " in err
+    assert "the task was released, and is due again 60 s later" in err.split("hint: ")[1]
     assert "Traceback" not in err
     task = ask(server, "get", "T1")
     assert (task["status"], task["retryCount"]) == ("pending", 0)
