@@ -561,7 +561,7 @@ def test_histories(server: Server, shim: Shim, config: mq.Config) -> None:
     run_state_machine_as_test(
         bound,
         settings=settings(
-            max_examples=80,
+            max_examples=40,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
