@@ -14342,10 +14342,17 @@ def make_parser(of: Operation, prog: str, make: Callable[..., Any] | None = None
             kind, _, words = message.partition(": ")
             if kind == "unrecognized arguments":
                 word = words.split()[0].partition("=")[0]
-                flags = [name for one in self._actions for name in one.option_strings]
-                meant = nearest(word, flags) if word.startswith("-") else ""
-                message = f"{of.command} takes no {word}{meant}"
+                message = f"{of.command} takes no {word}{self.meant(word)}"
             raise Refused("INVALID", message)
+
+        def meant(self, word: str) -> str:
+            """The flag that is close to a word, else those that the command itself has."""
+            flags = [name for one in self._actions for name in one.option_strings]
+            shared = {"-h", "--help", *map(flag, EVERYWHERE)}
+            own = [name for name in flags if name not in shared]
+            if not word.startswith("-"):
+                return ""
+            return nearest(word, flags, 0.75) or f"; its flags: {', '.join(own or flags)}"
 
     about, _, example = of.doc.partition("Example: ")
     kinds = {ARGUMENTS[name].kind for name in of.parameters}
@@ -14529,7 +14536,7 @@ def create_from(
     *,
     lines: str,
     skip_existing: bool = False,
-) -> Awaitable[Batch]:
+) -> Awaitable[Entered]:
     """Enter the tasks of a file, 200 at a time.
 
     Example: mosaic-queue create web launch --from tasks.jsonl
@@ -14540,6 +14547,20 @@ def create_from(
     # Before the event loop runs: it would keep Ctrl-C from a read that blocks.
     groups = tasks_of(lines, defaults)
     return create_groups(queue, lines, groups, skip_existing)
+
+
+class Entered(Batch):
+    """What became of the tasks of a file; `existed` counts those that were there already."""
+
+    existed: int
+
+
+@renders(Entered)
+def entered_text(answer: Entered) -> str:
+    """The tasks that were made, or that there was none to make."""
+    if answer["existed"] and not answer["tasks"]:
+        return f"all {answer['existed']} tasks existed before"
+    return batch_text(answer)
 
 
 Numbered = tuple[int, NewTask]  # a task, and its line
@@ -14570,7 +14591,7 @@ def tasks_of(source: str, defaults: NewTask) -> dict[str, list[Numbered]]:
 
 async def create_groups(
     queue: Queue, source: str, groups: Mapping[str, Sequence[Numbered]], skip_existing: bool
-) -> Batch:
+) -> Entered:
     """Create tasks in groups of one project and BATCH tasks at most, each all or none; before the
     first a dependency that nobody knows is refused with its line."""
     wanted: list[tuple[str, list[Numbered]]] = []
@@ -14586,7 +14607,8 @@ async def create_groups(
         there = await known_ids(queue, project, own) if skip_existing else set()
         left = [row for row in rows if row[1].get("taskId") not in there]
         wanted += [(project, left[at : at + BATCH]) for at in range(0, len(left), BATCH)]
-    answer, total = Batch(tasks=[]), sum(len(rows) for _, rows in wanted)
+    total = sum(len(rows) for _, rows in wanted)
+    answer = Entered(tasks=[], existed=sum(map(len, groups.values())) - total)
     with Progress("created", total, silent=total <= BATCH) as progress:
         for project, rows in wanted:
             done = f"{len(answer['tasks'])} of {total} were created before"
