@@ -503,6 +503,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
         Step("name one: --project P, $MOSAIC_PROJECT, or project: in a file", at_shell=True),
         Step("name one with the argument project"),
     ),
+    "INVALID no agent": (Step("name yourself with the argument agent"),),
     "INVALID several": (Step("name it in full, as project/taskId"),),
     "TOO_LARGE": (Step("take less at once"),),
     "TOO_LARGE text": (Step("put the text in a file and name its path"),),
@@ -12830,6 +12831,11 @@ class Caller:
             invalid("project", None, ", ".join(self.projects))
         if self.agent.endswith("*") and not of.reads and "agent" in of.parameters and not agent:
             invalid("agent", agent, f"a name that begins with {self.agent[:-1]}")
+        acts = of.group == "agents" and not of.reads and "agent" in of.parameters
+        if acts and not (self.name or agent or given.get("force")):
+            # Nobody has a token here, so that all who name nobody would be one agent.
+            said = f"{of.name} acts as an agent, and this call names none"
+            raise Refused("INVALID", said, case="no agent")
         if agent and self.agent and not fnmatch.fnmatchcase(agent, self.agent):
             said = f"token {self.name} acts as {self.agent}, not as {agent}"
             raise Refused("NOT_OWNER", said, case="role")
@@ -12930,7 +12936,8 @@ def http_reader(caller: Caller) -> Reader:
     offers = {}
     for of in served_operations():
         with contextlib.suppress(Refused):
-            caller.require(of, {"agent": caller.agent.replace("*", "x"), "project": "p"})
+            agent = caller.agent.replace("*", "x") or "x"
+            caller.require(of, {"agent": agent, "project": "p"})
             hidden = ("session", "op", *(["force"] if caller.role != "operator" else []))
             offers[of.name] = [name for name in of.parameters if name not in hidden]
     return Reader(http_call, offers)

@@ -484,6 +484,21 @@ async def test_an_agent_does_a_task_over_http(serve: Serve, mode: str) -> None:
         assert 'next: it is done: take another: queue_next {"project":"p"' in said
 
 
+async def test_without_tokens_who_acts_as_an_agent_names_it(serve: Serve) -> None:
+    process = serve()
+    async with Client(process.url + "/mcp", mode="legacy") as agent, client(process) as one:
+        await create(one, "T1")
+        refused = await agent.call_tool("queue_claim", {"task": "p/T1"})
+        assert refused.is_error
+        assert "INVALID: claim acts as an agent, and this call names none" in str(refused.content)
+        assert "name yourself with the argument agent" in str(refused.content)
+        await one.post(f"{TASKS}/T1/claim", json={"agent": "a1"})
+        told = await one.post(f"{TASKS}/T1/complete", json={})
+        assert (told.status_code, told.json()["code"]) == (400, "INVALID")
+        freed = await one.post(f"{TASKS}/T1/release", json={"force": True})
+        assert freed.json()["status"] == "pending"
+
+
 async def test_over_http_the_calls_of_a_named_agent_renew(serve: Serve) -> None:
     process = serve()
     async with Client(process.url + "/mcp", mode="legacy") as agent, client(process) as one:
