@@ -12601,7 +12601,8 @@ def markdown_task(told: Explanation) -> str:
     for name in ("description", "progress", "checkpoint", "summary", "failureReason"):
         if name in task:
             lines += ["", f"## {name}", "", str(task[name])]
-    lines += ["", "## events", "", *(f"- {printable(event_line(one))}" for one in told["events"])]
+    events = (MARK.sub("", printable(event_line(one))) for one in told["events"])
+    lines += ["", "## events", "", *(f"- {line}" for line in events)]
     return "\n".join(lines)
 
 

@@ -737,6 +737,7 @@ async def test_boards_and_tasks_are_resources(connect: Connect, mode: str) -> No
         assert "| T1 | Write \\| page | medium | any | alice |" in board.text
         assert "| T2 | Link it | medium | any |  |" in board.text
         (task,) = (await alice.read_resource("mosaic://p/tasks/T2")).contents
+        assert "\0" not in task.text, "the marks of colours are for terminals"
         assert task.text.startswith("# p/T2: Link it\n")
         assert "it waits for T1, which is claimed by alice" in task.text
         assert "## description\n\nall of it\n" in task.text
