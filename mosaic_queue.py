@@ -12249,6 +12249,7 @@ ARGUMENTS["tools"] = Argument("word", "default or orchestrator", words=TOOL_SETS
 SAID_TO_MODELS = {  # where the words for a command line are no help, or too long for each tool
     "task": "taskId or project/taskId",
     "agent": "default: you",
+    "list agent": "me, or a name; default: everybody's",
     "lane": "planning, coding, any, or the policy's",
     "mission": "name of a mission",
     "cursor": "from the last answer",
@@ -12270,8 +12271,9 @@ def input_schema(of: Operation, config: Config) -> dict[str, Any]:
             schema.get("items", schema)["enum"] = list(argument.words)
         if name == "wait":
             schema["maximum"] = MCP_WAIT
-        if name in SAID_TO_MODELS or argument.kind in ("int", "duration", "bool", "ids"):
-            schema["description"] = SAID_TO_MODELS.get(name, argument.help)
+        said = SAID_TO_MODELS.get(f"{of.name} {name}", SAID_TO_MODELS.get(name))
+        if said or argument.kind in ("int", "duration", "bool", "ids"):
+            schema["description"] = said or argument.help
         properties[camel(name)] = schema
         optional = name in ("project", "mission") and config[name]
         if parameter.default is parameter.empty and not optional:

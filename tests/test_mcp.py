@@ -784,3 +784,11 @@ async def test_a_wait_tells_that_it_goes_on(connect: Connect, mode: str) -> None
         said = await client.call_tool("queue_next", asked, progress_callback=hear)
         assert not said.is_error
     assert heard == [(5, 6, "nothing ready after 5 s")]
+
+
+def test_the_schema_of_list_says_whose_tasks_it_shows() -> None:
+    schemas = {
+        name: mq.input_schema(mq.OPERATIONS[name], mq.Config({})) for name in ("list", "claim")
+    }
+    said = {name: schema["properties"]["agent"]["description"] for name, schema in schemas.items()}
+    assert said == {"list": "me, or a name; default: everybody's", "claim": "default: you"}
