@@ -551,6 +551,7 @@ STEPS: dict[str, tuple[Step, ...]] = {
     "NOT_DUE": (ANOTHER,),
     "NOT_DUE assign": (Step("assign another", "assign agent project?"),),
     "NOT_OWNER": (STOP,),
+    "NOT_OWNER host": (Step("whoever runs this server can name the host under http.hosts"),),
     "NOT_OWNER block": (Step("let its holder block it, or wait until the claim ends"),),
     "STALE_SESSION": (
         Step(
@@ -13110,10 +13111,10 @@ class HttpServer:
         name = re.sub(r":\d+$", "", host).strip("[]")
         if name not in self.names and not is_address(name):
             said = f"host {printable(name[:60])!r} is not served here"
-            raise Refused("NOT_OWNER", said, case="role")
+            raise Refused("NOT_OWNER", said, case="host")
         foreign = origin is not None and origin.partition("://")[2] != host
         if foreign or request.headers.get("sec-fetch-site") == "cross-site":
-            raise Refused("NOT_OWNER", "pages of other origins are not served", case="role")
+            raise Refused("NOT_OWNER", "pages of other origins are not served", case="host")
 
     def caller_of(self, request: Any) -> Caller:
         """Who sends a request; refuses one without a token that is known."""

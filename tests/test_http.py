@@ -484,6 +484,14 @@ async def test_an_agent_does_a_task_over_http(serve: Serve, mode: str) -> None:
         assert 'next: it is done: take another: queue_next {"project":"p"' in said
 
 
+async def test_another_host_is_told_where_to_name_it(serve: Serve) -> None:
+    async with client(serve()) as one:
+        for header in ({"host": "evil.example"}, {"origin": "http://evil.example"}):
+            told = (await one.get(TASKS, headers=header)).json()
+            hint = "whoever runs this server can name the host under http.hosts"
+            assert (told["code"], told["hint"]) == ("NOT_OWNER", hint)
+
+
 async def test_without_tokens_who_acts_as_an_agent_names_it(serve: Serve) -> None:
     process = serve()
     async with Client(process.url + "/mcp", mode="legacy") as agent, client(process) as one:
