@@ -13204,6 +13204,8 @@ class HttpServer:
 
     async def create_many(self, queue: Queue, given: Mapping[str, Any], tasks: Any) -> Batch:
         """Enter several tasks, all or none."""
+        if not tasks:
+            invalid("tasks", tasks, "1 to 200 of them")
         made = await queue.create_all(tasks, project=given["project"], op=given.get("op"))
         return {"tasks": made}
 

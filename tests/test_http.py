@@ -111,6 +111,7 @@ async def test_many_at_once_all_or_none(serve: Serve) -> None:
         rows = [{"taskId": f"T{i}", "mission": "m", "title": "t"} for i in range(3)]
         assert len((await one.post(TASKS, json=rows)).json()["tasks"]) == 3
         assert (await one.post(TASKS, json=[rows[0]])).status_code == 409
+        assert (await one.post(TASKS, json=[])).json()["code"] == "INVALID"
         listed = await one.get(TASKS, params={"status": "pending", "limit": "2"})
         assert (len(listed.json()["tasks"]), listed.json()["total"]) == (2, 3)
 
