@@ -3059,7 +3059,9 @@ FAULTS = {  # by how a line begins after its ERR, the first that fits
     ),
     "NOPERM ": Fault("UNFIT", False, "extend the user's ACL"),
     "DENIED ": Fault("UNFIT", False, "give it a password, or set protected-mode no there"),
-    "OOM ": Fault("UNFIT", False, "make room: mosaic-queue purge, or raise its maxmemory"),
+    "OOM ": Fault(
+        "UNFIT", False, "make room: mosaic-queue purge --project NAME, or raise its maxmemory"
+    ),
     "MISCONF ": Fault("UNFIT", False, "look at the server's log and at its disk"),
     "WRONGTYPE ": Fault(
         "UNFIT", False, "another program has written there: rename that key, or delete it"
@@ -5052,6 +5054,16 @@ async def setting_of(queue: Queue, name: str) -> str:
     return str(found.get(name, "unknown")) if isinstance(found, dict) else "unknown"
 
 
+async def full_memory(queue: Queue) -> str:
+    """That the server takes no new task, as a sentence; "" where it does, or does not say."""
+    try:
+        facts = dict(re.findall(r"(\w+):(\d+)", str(await queue.link.send("INFO", "memory"))))
+    except Refused:
+        return ""
+    used, most = int(facts.get("used_memory", 0)), int(facts.get("maxmemory", 0))
+    return f"the server's memory is full: {used} of {most} bytes" if 0 < most <= used else ""
+
+
 async def problems_in(queue: Queue, project: str) -> AsyncIterator[tuple[Any, Any]]:
     """All ids that any key of a project knows, 100 at most at a time, with what is wrong with
     them; before them what is wrong with its events, of no id."""
@@ -5265,6 +5277,8 @@ async def doctor(queue: Queue, *, project: str | None = None) -> Findings:
     durable = await setting_of(queue, "appendonly")
     if durable == "no":
         answer["findings"].append("the server keeps no append-only file: appendonly no")
+    if full := await full_memory(queue):
+        answer["findings"].append(full)
     with contextlib.suppress(Refused):  # what is wrong with a project is found below
         found = await status(queue, project=project)
         answer["leaders"] = found.get("leaders", [])
@@ -13051,9 +13065,8 @@ class HttpServer:
                 await self.warm()
                 yield
 
-        app = Starlette(
-            routes=routes, lifespan=lifespan, exception_handlers={404: nowhere, 500: failed}
-        )
+        handlers: Any = {404: nowhere, 500: failed, Refused: tell_refusal}
+        app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
         app.add_middleware(GZipMiddleware, minimum_size=1000)
         return functools.partial(self.guard, app)
 
@@ -13362,6 +13375,8 @@ class HttpServer:
         """That Valkey answers and is fit."""
         fit = await self.queue.link.check()
         await self.queue.link.send("PING")
+        if full := await full_memory(self.queue):
+            raise Refused("UNFIT", full, case="server")
         return json_response({"ok": True, "version": fit["version"]})
 
     async def metrics(self, request: Any) -> Any:
@@ -13409,6 +13424,11 @@ async def nowhere(request: Any, _problem: Exception) -> Any:
     """The answer at a path at which there is nothing."""
     place = printable(request.url.path[:100])
     return problem_document(Refused("NOT_FOUND", f"there is nothing at {place}", case="path"))
+
+
+async def tell_refusal(_request: Any, refusal: Refused) -> Any:
+    """The answer of a place that is no operation, such as /readyz, where the queue says no."""
+    return problem_document(refusal)
 
 
 async def failed(_request: Any, problem: Exception) -> Any:

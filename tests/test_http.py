@@ -433,10 +433,14 @@ async def test_bad_requests_are_problems(serve: Serve, server: Server) -> None:
 # ---- what is told of the server ----
 
 
-async def test_metrics_ready_and_the_document(serve: Serve, server: Server) -> None:
+async def test_metrics_ready_and_the_document(serve: Serve, db: redis.Redis) -> None:
     async with client(serve()) as one:
         await create(one, "T1")
         assert (await one.get("/readyz")).json()["ok"]
+        db.config_set("maxmemory", 1)
+        full = await one.get("/readyz")
+        db.config_set("maxmemory", 0)
+        assert (full.status_code, "memory is full" in full.text) == (503, True)
         text = (await one.get("/metrics")).text
         assert 'mosaic_queue_tasks{project="p",status="pending"} 1' in text
         assert 'mosaic_queue_call_seconds_count{operation="create",outcome="ok"} 1' in text
@@ -444,6 +448,15 @@ async def test_metrics_ready_and_the_document(serve: Serve, server: Server) -> N
         for of in mq.served_operations():
             for method, path in mq.places_of(of):
                 assert method.lower() in document["paths"][path], (of.name, method, path)
+
+
+async def test_a_server_that_is_away_makes_it_not_ready(serve: Serve) -> None:
+    """Whoever watches it is told what is wrong, not that it has a bug."""
+    async with client(serve("--url", "redis://127.0.0.1:1")) as one:
+        for place in ("/readyz", "/metrics"):
+            answer = await one.get(place)
+            assert (answer.status_code, answer.json()["code"]) == (503, "UNREACHABLE"), place
+        assert (await one.get("/healthz")).json() == {"ok": True}
 
 
 async def test_the_page_of_the_document_names_every_place(serve: Serve) -> None:

@@ -91,7 +91,7 @@ def require_request(hint: str, caller: mq.Caller) -> None:
             for of in mq.served_operations()
             for method, path in mq.places_of(of)
         }
-        caller.require(places[found[1], found[2]], {"project": "p"})
+        caller.require(places[found[1], found[2]], {"project": "p", "agent": "alice"})
 
 
 def test_no_hint_names_what_its_reader_cannot_call() -> None:

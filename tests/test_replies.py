@@ -228,6 +228,7 @@ async def test_full_memory(server: Server, db: redis.Redis) -> None:
                 told = await refusal(call)
                 assert (told.code, "maxmemory" in told.hint) == ("UNFIT", True), told
             assert key_space(server) == before
+            assert "the server's memory is full" in str((await mq.doctor(queue))["findings"])
             assert (await queue.get("T0"))["status"] == "claimed"
             assert (await queue.heartbeat("T0", progress="half"))["status"] == "claimed"
             assert (await queue.release("T1"))["status"] == "pending"
