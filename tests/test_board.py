@@ -268,7 +268,7 @@ async def test_a_token_is_asked_for_and_kept_in_the_tab(open_board: Open, queue:
     board.errors[:] = [one for one in board.errors if "401" not in one]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 async def test_axe_finds_nothing(open_board: Open, queue: mq.Queue, scheme: str) -> None:
     from axe_playwright_python.async_playwright import Axe
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import Server, one_engine
 from exhaustive import Exhaustion, report
 
 server = one_engine()
 
 
+@pytest.mark.long
 def test_every_order_to_a_depth_of_seven(server: Server) -> None:
     made = Exhaustion(server)
     assert report(made, seconds=600, depth=7) == 0

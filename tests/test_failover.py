@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from failover import CASES, outcome
 
+pytestmark = pytest.mark.long
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_enough_replicas_have_is_kept(name: str) -> None:

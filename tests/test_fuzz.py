@@ -30,7 +30,7 @@ from test_replies import Answers
 import mosaic_queue as mq
 
 server = one_engine()
-EXAMPLES = int(os.environ.get("FUZZ", "30"))
+EXAMPLES = int(os.environ.get("FUZZ", "20"))
 fuzzed = settings(
     max_examples=EXAMPLES, deadline=None, derandomize="FUZZ" not in os.environ, database=None,
     suppress_health_check=list(HealthCheck),

@@ -154,6 +154,7 @@ def test_fifty_processes(valkey: Server, db: redis.Redis) -> None:
     assert len({agent for _, _, agent in drained}) > 1, "one process took everything: no race"
 
 
+@pytest.mark.long
 def test_fifty_command_lines(valkey: Server, db: redis.Redis, tmp_path: Path) -> None:
     """One exits with 0; 49 exit with 4, and name the one."""
     enter(valkey, ["T0", "T1"])

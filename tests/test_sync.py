@@ -30,7 +30,7 @@ import mosaic_queue as mq
 
 pytestmark = pytest.mark.anyio
 HEAD = "| id | status | description | depends_on |\n|---|---|---|---|\n"
-HISTORIES = int(os.environ.get("MOSAIC_TEST_HISTORIES", "100"))
+HISTORIES = int(os.environ.get("MOSAIC_TEST_HISTORIES", "60"))
 
 
 server = one_engine()

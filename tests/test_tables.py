@@ -304,7 +304,7 @@ documents = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(documents)
 def test_any_document_keeps_its_bytes_and_is_read_as_markdown_it_reads_it(text: str) -> None:
     """Each row that we see is one that markdown-it sees, with the same cells."""
@@ -317,7 +317,7 @@ def test_any_document_keeps_its_bytes_and_is_read_as_markdown_it_reads_it(text: 
         assert at, (cells, seen)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(documents, st.data())
 def test_any_edit_reads_back_and_changes_nothing_else(text: str, data: st.DataObject) -> None:
     prefix = "|id|status|title|\n|---|---|---|\n|x1|done|one|\n"
@@ -335,7 +335,7 @@ def test_any_edit_reads_back_and_changes_nothing_else(text: str, data: st.DataOb
     assert after == before
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text() | words)
 def test_every_value_has_a_cell(value: str) -> None:
     cell = mq.escape_cell(value)

@@ -328,6 +328,7 @@ def test_it_serves_the_board(pyz: Path, tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.long
 def test_20_first_runs_at_once_unpack_once(pyz: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     counting = hook(tmp_path / "hook", f"""
@@ -348,6 +349,7 @@ compileall.compile_dir = counted
     tree_in(tmp_path / "root/mosaic-queue")
 
 
+@pytest.mark.long
 def test_an_unpacking_that_was_killed_is_made_good(pyz: Path, tmp_path: Path) -> None:
     killing = hook(tmp_path / "hook", """
 import os, zipfile
