@@ -502,7 +502,8 @@ def test_a_result_waits_for_a_server_that_is_away(start: Start, tmp_path: Path) 
         assert ask(server, "get", "T1")["summary"] == "the page is live"
 
 
-def test_a_result_that_nobody_took_is_in_a_file(start: Start, tmp_path: Path) -> None:
+def run_that_loses_its_server(start: Start, tmp_path: Path) -> str:
+    """What `run` says whose command ends when its server is dead."""
     with server_of_its_own() as server:
         create(server, "T1")
         words = ["run", "--ttl", "2", "--", sys.executable, "-c", LATE]
@@ -512,27 +513,24 @@ def test_a_result_that_nobody_took_is_in_a_file(start: Start, tmp_path: Path) ->
         (tmp_path / "off").touch()
         _, err = process.communicate(timeout=60)
         assert process.returncode == 6
-        (file,) = (tmp_path / "mosaic-queue" / "unsent").iterdir()
-        assert f"its summary is in {file}" in err
-        kept = json.loads(file.read_text())
-        assert (kept["task"], kept["summary"]) == ("p/T1", "the page is live")
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        return err
+
+
+def test_a_result_that_nobody_took_is_in_a_file(start: Start, tmp_path: Path) -> None:
+    err = run_that_loses_its_server(start, tmp_path)
+    (file,) = (tmp_path / "mosaic-queue" / "unsent").iterdir()
+    assert f"its summary is in {file}" in err
+    kept = json.loads(file.read_text())
+    assert (kept["task"], kept["summary"]) == ("p/T1", "the page is live")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_a_result_that_cannot_be_kept_is_told(start: Start, tmp_path: Path) -> None:
     (tmp_path / "mosaic-queue").mkdir(mode=0o700)
     (tmp_path / "mosaic-queue" / "unsent").touch()
-    with server_of_its_own() as server:
-        create(server, "T1")
-        words = ["run", "--ttl", "2", "--", sys.executable, "-c", LATE]
-        process = start(*words, MOSAIC_VALKEY_URL=server.url)
-        until((tmp_path / "on").exists)
-        server.kill()
-        (tmp_path / "off").touch()
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 6
-        assert "the summary of p/T1 is: the page is live" in err
-        assert "Traceback" not in err
+    err = run_that_loses_its_server(start, tmp_path)
+    assert "the summary of p/T1 is: the page is live" in err
+    assert "Traceback" not in err
 
 
 def test_a_task_whose_file_cannot_be_written_is_given_back(
