@@ -7,7 +7,8 @@
 -- Emits    assign
 --
 -- The best: by priority, then how many tasks wait for it, then age; among the first BATCH of each
--- lane; a project that is not there yet has none.  The claim has no session; the agent's next, claim, start or heartbeat picks it up.
+-- lane; a project that is not there yet has none.  The claim has no session; the agent's next,
+-- claim, start or heartbeat picks it up.
 
 meta = project(false, arg.task == '')
 require_id(arg.agent, 'agent')

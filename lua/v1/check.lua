@@ -101,6 +101,7 @@ for id in arg.ids:gmatch('%S+') do
 end
 local ahead = arg.ids == '' and beyond()
 if ahead then
-  problem('', 'cannot change: its stream of events goes to ' .. decimal(ahead) .. ', beyond its rev ' .. meta.rev)
+  problem('', 'cannot change: its stream of events goes to ' .. decimal(ahead) ..
+          ', beyond its rev ' .. meta.rev)
 end
 return {'OK', found, count}

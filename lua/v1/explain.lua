@@ -3,8 +3,8 @@
 -- State    any -> (unchanged)
 -- Args     task
 -- Returns  the task, its unmet dependencies with their status, tasks that wait for it, its place
---          among the ready tasks of its lane, the lane's cap and holders, pausedAt, now; who waits; the statuses
---          of its dependencies and of what waits for it
+--          among the ready tasks of its lane, the lane's cap and holders, pausedAt, now; who waits; the
+--          statuses of its dependencies and of what waits for it
 -- Rejects  SCHEMA INVALID NOT_FOUND
 -- Emits    nothing
 -- Flags    no-writes
