@@ -135,6 +135,7 @@ if TYPE_CHECKING:
     import fnmatch
     import getpass
     import graphlib
+    import gzip
     import hmac
     import html
     import ipaddress
@@ -173,9 +174,10 @@ else:
 
     for _name in (
         *("argparse", "asyncio", "binascii", "datetime", "difflib", "fcntl", "fnmatch", "getpass"),
-        *("graphlib", "hmac", "html", "ipaddress", "plistlib", "shlex", "shutil", "signal", "ssl"),
-        *("subprocess", "tempfile", "termios", "textwrap", "threading", "traceback", "tty"),
-        *("unicodedata", "anyio", "asyncpg", "hiredis", "httpx2", "tomlkit", "yaml"),
+        *("graphlib", "gzip", "hmac", "html", "ipaddress", "plistlib", "shlex", "shutil"),
+        *("signal", "ssl", "subprocess", "tempfile", "termios", "textwrap", "threading"),
+        *("traceback", "tty", "unicodedata"),
+        *("anyio", "asyncpg", "hiredis", "httpx2", "tomlkit", "yaml"),
     ):
         globals()[_name] = Later(_name)
 
@@ -405,9 +407,9 @@ class Progress:
 
     def tell(self, done: int) -> None:
         """Say how much is done."""
-        line = f"{self.what} {done}" + (f" of {self.total}" if self.total else "")
         if self.silent:
             return
+        line = f"{self.what} {done}" + (f" of {self.total}" if self.total else "")
         if sys.stderr.isatty():
             self.drawn = True
             sys.stderr.write(f"\r\x1b[K{line}")
@@ -3265,18 +3267,22 @@ class Link:
         said = said if len(said) <= 300 else said[:297] + "..."
         return fault, Refused(fault.code, f"{self.address}: {printable(said)}", fault.hint)
 
+    async def info(self, *sections: str) -> dict[str, str]:
+        """What the server says of itself, by name; nothing where its ACL hides it."""
+        try:
+            text = await self.send("INFO", *sections)
+        except Refused as problem:
+            if problem.code != "UNFIT" or not problem.spares:
+                raise
+            text = ""
+        lines = (line.partition(":") for line in str(text).splitlines())
+        return {name: value for name, _, value in lines}
+
     async def check(self) -> dict[str, str]:
         """Version and eviction policy of the server, read once; refuses UNFIT."""
         if self.fit:
             return self.fit
-        try:
-            info = await self.send("INFO", "server", "memory")
-        except Refused as problem:
-            if problem.code != "UNFIT" or not problem.spares:
-                raise
-            info = ""
-        lines = (line.partition(":") for line in str(info).splitlines())
-        info = {name: value for name, _, value in lines}
+        info = await self.info("server", "memory")
         valkey = info.get("valkey_version")
         version = str(valkey or info.get("redis_version") or "unknown")
         policy = str(info.get("maxmemory_policy") or "unknown")
@@ -4830,6 +4836,11 @@ def claimer_names(claimers: Sequence[Claimer]) -> str:
     return ", ".join(names[:10]) + f" and {len(names) - 10} more" * (len(names) > 10)
 
 
+def is_deserted(lane: Lane, claimers: Iterable[Claimer]) -> bool:
+    """Whether a lane has ready tasks, and nobody who holds one or waits for one."""
+    return bool(lane["ready"] and not lane["held"]) and not waiting_in(lane["lane"], claimers)
+
+
 def who_works(lane: str, held: int, claimers: Sequence[Claimer]) -> str:
     """Who waits for tasks of a lane, or that nobody works there, as an end of a sentence."""
     if here := waiting_in(lane, claimers):
@@ -4980,7 +4991,7 @@ async def explain_lane(queue: Queue, project: str, lane: str | None) -> Explanat
             + (f" ({holders})" if holders else "")
             + who_works(name, one["held"], found["waiting"])
         )
-        if one["ready"] and not one["held"] and not waiting_in(name, found["waiting"]):
+        if is_deserted(one, found["waiting"]):
             todo.append((Step(f"take a task of lane {name}", f"next project lane={name}"),))
         if most and one["held"] >= most and one["ready"]:
             todo.append(
@@ -5035,9 +5046,8 @@ def alerts_of(project: ProjectStatus, config: Config) -> list[str]:
         found += [
             f"nobody works on lane {lane['lane']}: {lane['ready']} ready"
             for lane in project["lanes"]
-            if lane["ready"] and not lane["held"] and lane.get("maxConcurrent") != 0
-            and not waiting_in(lane["lane"], project["waiting"])
-        ]  # fmt: skip
+            if lane.get("maxConcurrent") != 0 and is_deserted(lane, project["waiting"])
+        ]
     if project["due"]:
         found.append(f"{project['due']} leases have ended or transitions were cut off")
     if not project.get("captures", True):
@@ -5056,11 +5066,9 @@ async def setting_of(queue: Queue, name: str) -> str:
 
 async def full_memory(queue: Queue) -> str:
     """That the server takes no new task, as a sentence; "" where it does, or does not say."""
-    try:
-        facts = dict(re.findall(r"(\w+):(\d+)", str(await queue.link.send("INFO", "memory"))))
-    except Refused:
-        return ""
-    used, most = int(facts.get("used_memory", 0)), int(facts.get("maxmemory", 0))
+    facts = await queue.link.info("memory")
+    numbers = (facts.get(name, "") for name in ("used_memory", "maxmemory"))
+    used, most = (int(one) if ANY_NUMBER.fullmatch(one) else 0 for one in numbers)
     return f"the server's memory is full: {used} of {most} bytes" if 0 < most <= used else ""
 
 
@@ -6698,6 +6706,86 @@ def as_ascii(text: str) -> str:
     return text.encode("ascii", "backslashreplace").decode()
 
 
+class Day(TypedDict):
+    """What ended on a day (UTC): completed, as dead letters, and failures that were tried again."""
+
+    day: str
+    completed: int
+    failed: int
+    retried: int
+
+
+class LaneHistory(TypedDict):
+    """How long the completed tasks of a lane were held, by their last claim (s)."""
+
+    lane: str
+    completed: int
+    median: float
+    p90: float
+    retries: int
+
+
+class History(TypedDict):
+    """What the record knows of the last 30 days of a project."""
+
+    project: str
+    days: list[Day]
+    lanes: list[LaneHistory]
+
+
+DAYS_SQL = """
+select to_char(at at time zone 'utc', 'YYYY-MM-DD') as day,
+       count(*) filter (where op = 'complete') as completed,
+       count(*) filter (where to_status = 'failed' and from_status <> 'failed') as failed,
+       count(*) filter (where op = 'fail' and to_status <> 'failed') as retried
+from task_events where project = $1 and at > now() - interval '30 days' group by 1 order by 1"""
+LANES_SQL = """
+select lane, count(*) as completed, sum((record->>'retryCount')::integer) as retries,
+       percentile_cont(0.5) within group (order by length) as median,
+       percentile_cont(0.9) within group (order by length) as p90
+from (select *, round(extract(epoch from completed_at - claimed_at), 1) as length from records) it
+where project = $1 and status = 'completed' and length is not null
+      and completed_at > now() - interval '30 days' group by 1 order by 1"""
+
+
+@operation(tool="", reads=True, group="operators")
+async def history(queue: Queue, *, project: str | None = None) -> History:
+    """Show the last 30 days from the record: what ended by day, how long by lane, retries.
+
+    Example: mosaic-queue history --project web
+    """
+    project = queue.own(project)
+    queue.require_reach(project)
+    if not queue.config["postgres.url"]:
+        said = "there is no record in Postgres: postgres.url is not set"
+        raise Refused("INVALID", said, "set it in queue.yaml, and run mosaic-queue monitor")
+    postgres = Postgres(queue.config)
+    try:
+        async with postgres.session() as db:
+            days = [dict(row) for row in await db.fetch(DAYS_SQL, project)]
+            lanes = [dict(row) for row in await db.fetch(LANES_SQL, project)]
+    finally:
+        await postgres.close()
+    return cast(History, {"project": project, "days": days, "lanes": lanes})
+
+
+@renders(History)
+def history_text(answer: History) -> str:
+    """A table of the days, and one of the lanes."""
+    days = [(one["day"], *map(str, (one["completed"], one["failed"], one["retried"])))
+            for one in answer["days"]]  # fmt: skip
+    lanes = [
+        (one["lane"], str(one["completed"]), duration_text(one["median"]),
+         duration_text(one["p90"]), str(one["retries"]))
+        for one in answer["lanes"]
+    ]  # fmt: skip
+    if not days:
+        return f"the record has no change of project {answer['project']} in the last 30 days"
+    by_day = table(("DAY", "COMPLETED", "DEAD LETTERS", "RETRIED"), days)
+    by_lane = table(("LANE", "COMPLETED", "MEDIAN", "P90", "RETRIES"), lanes)
+    return f"{by_day}\n\n{by_lane}" if lanes else by_day
+
+
 # ==== REQUESTS ===============================================================================
 #
 # What other programs change in the view `tasks` is a request: a trigger notes it in `edits`, and
@@ -6982,86 +7070,6 @@ def restored_text(answer: Restored) -> str:
     if "already" in answer:
         return f"project {answer['project']} is there already, at rev {answer['rev']}"
     return f"project {answer['project']}: {answer['restored']} tasks, rev {answer['rev']}"
-
-
-class Day(TypedDict):
-    """What ended on a day (UTC): completed, as dead letters, and failures that were tried again."""
-
-    day: str
-    completed: int
-    failed: int
-    retried: int
-
-
-class LaneHistory(TypedDict):
-    """How long the completed tasks of a lane were held, by their last claim (s)."""
-
-    lane: str
-    completed: int
-    median: float
-    p90: float
-    retries: int
-
-
-class History(TypedDict):
-    """What the record knows of the last 30 days of a project."""
-
-    project: str
-    days: list[Day]
-    lanes: list[LaneHistory]
-
-
-DAYS_SQL = """
-select to_char(at at time zone 'utc', 'YYYY-MM-DD') as day,
-       count(*) filter (where op = 'complete') as completed,
-       count(*) filter (where to_status = 'failed' and from_status <> 'failed') as failed,
-       count(*) filter (where op = 'fail' and to_status <> 'failed') as retried
-from task_events where project = $1 and at > now() - interval '30 days' group by 1 order by 1"""
-LANES_SQL = """
-select lane, count(*) as completed, sum((record->>'retryCount')::integer) as retries,
-       percentile_cont(0.5) within group (order by length) as median,
-       percentile_cont(0.9) within group (order by length) as p90
-from (select *, round(extract(epoch from completed_at - claimed_at), 1) as length from records) it
-where project = $1 and status = 'completed' and length is not null
-      and completed_at > now() - interval '30 days' group by 1 order by 1"""
-
-
-@operation(tool="", reads=True, group="operators")
-async def history(queue: Queue, *, project: str | None = None) -> History:
-    """Show the last 30 days from the record: what ended by day, how long by lane, retries.
-
-    Example: mosaic-queue history --project web
-    """
-    project = queue.own(project)
-    queue.require_reach(project)
-    if not queue.config["postgres.url"]:
-        said = "there is no record in Postgres: postgres.url is not set"
-        raise Refused("INVALID", said, "set it in queue.yaml, and run mosaic-queue monitor")
-    postgres = Postgres(queue.config)
-    try:
-        async with postgres.session() as db:
-            days = [dict(row) for row in await db.fetch(DAYS_SQL, project)]
-            lanes = [dict(row) for row in await db.fetch(LANES_SQL, project)]
-    finally:
-        await postgres.close()
-    return cast(History, {"project": project, "days": days, "lanes": lanes})
-
-
-@renders(History)
-def history_text(answer: History) -> str:
-    """A table of the days, and one of the lanes."""
-    days = [(one["day"], *map(str, (one["completed"], one["failed"], one["retried"])))
-            for one in answer["days"]]  # fmt: skip
-    lanes = [
-        (one["lane"], str(one["completed"]), duration_text(one["median"]),
-         duration_text(one["p90"]), str(one["retries"]))
-        for one in answer["lanes"]
-    ]  # fmt: skip
-    if not days:
-        return f"the record has no change of project {answer['project']} in the last 30 days"
-    by_day = table(("DAY", "COMPLETED", "DEAD LETTERS", "RETRIED"), days)
-    by_lane = table(("LANE", "COMPLETED", "MEDIAN", "P90", "RETRIES"), lanes)
-    return f"{by_day}\n\n{by_lane}" if lanes else by_day
 
 
 # ==== BOARD WORDS ============================================================================
@@ -11292,7 +11300,7 @@ let ahead = 0;  // ms by which the server's clock is ahead of ours
 
 const now = () => Date.now() + ahead;
 
-function lasting(ms) {
+function durationText(ms) {
   const s = Math.max(0, Math.round(ms / 1000));
   const units = [[100, 1, "s"], [6000, 60, "min"], [172_800, 3600, "h"], [Infinity, 86_400, "d"]];
   const [, size, unit] = units.find(([below]) => s < below);
@@ -11305,25 +11313,25 @@ function moment(at) {
 
 // A length of time that goes on: `tick` writes it anew.
 function since(at) {
-  return h("time.number", {"data-since": at, title: moment(at)}, lasting(now() - at));
+  return h("time.number", {"data-since": at, title: moment(at)}, durationText(now() - at));
 }
 
 function until(at) {
-  return h("time.number", {"data-until": at, title: moment(at)}, lasting(at - now()));
+  return h("time.number", {"data-until": at, title: moment(at)}, durationText(at - now()));
 }
 
 function tick() {
   for (const one of document.querySelectorAll("[data-since]")) {
-    one.textContent = lasting(now() - one.dataset.since);
+    one.textContent = durationText(now() - one.dataset.since);
   }
   for (const one of document.querySelectorAll("[data-until]")) {
     if (one.nodeName === "METER") one.value = one.dataset.until - now();
-    else one.textContent = lasting(one.dataset.until - now());
+    else one.textContent = durationText(one.dataset.until - now());
   }
 }
 
 const sum = (numbers) => numbers.reduce((all, one) => all + one, 0);
-const counted = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
+const countOf = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 const mark = (status) => h(`span.${status}`, {"aria-hidden": "true"}, MARKS[status]);
 
 // ---- where we are: all of it is in the address ----
@@ -11402,7 +11410,7 @@ async function page(status, limit, full) {
 async function loadColumn(name) {
   const {statuses, full} = COLUMNS[name];
   const pages = await Promise.all(statuses.map((status) => page(status, shownOf(name), full)));
-  const known = pages.every((one) => "total" in one && !("cursor" in one && filtered()));
+  const known = pages.every((one) => "total" in one && !("cursor" in one && hasFilter()));
   data.columns[name] = {
     tasks: pages.flatMap((one) => one.tasks),
     total: known ? sum(pages.map((one) => one.total)) : undefined,
@@ -11410,7 +11418,7 @@ async function loadColumn(name) {
   };
 }
 
-const filtered = () => FILTERS.some((name) => at[name]);
+const hasFilter = () => FILTERS.some((name) => at[name]);
 
 async function loadTask() {
   const name = at.task;
@@ -11432,9 +11440,12 @@ const VIEWS = {
 const view = () => Object.hasOwn(VIEWS, at.view) ? VIEWS[at.view] : VIEWS.board;
 
 async function load(changed) {
-  if (!Object.keys(me.operations).length) me = await get("");
   const parts = at.project ? [view().load(changed), at.task && loadTask()] : [];
-  await Promise.all([loadStatus(), ...parts]);
+  await Promise.all([loadMe(), loadStatus(), ...parts]);
+}
+
+async function loadMe() {
+  if (!Object.keys(me.operations).length) me = await get("");
 }
 
 async function loadStatus() {
@@ -11593,7 +11604,7 @@ function drawOverview() {
   const worst = (one) => one.alerts.length + one.tasks.failed / 1e6;
   const ordered = [...projects].sort((a, b) => worst(b) - worst(a));
   return [
-    h("h1", {}, counted(projects.length, "project")),
+    h("h1", {}, countOf(projects.length, "project")),
     h("div.alerts", {}, alerts),
     projects.length === 0 && h("p.sheet.quiet", {},
       "There is no project yet. The first task makes one: ",
@@ -11630,7 +11641,7 @@ function sparkline(hour) {
   const most = Math.max(4, ...hour.completed, ...hour.failed);
   const bar = (kind, aside) => hour[kind].map((count, place) => count > 0 && h(`svg:rect.${kind}`,
     {x: place * 25 + aside, width: 10, y: 34 - 32 * count / most, height: 32 * count / most}));
-  const [done, dead] = [sum(hour.completed), counted(sum(hour.failed), "dead letter")];
+  const [done, dead] = [sum(hour.completed), countOf(sum(hour.failed), "dead letter")];
   return h("figure", {},
     h("svg:svg.spark", {viewBox: "0 0 300 36", preserveAspectRatio: "none", "aria-hidden": "true"},
       h("svg:line.base", {x1: 0, x2: 300, y1: 35, y2: 35}), bar("completed", 2), bar("failed", 13)),
@@ -11661,7 +11672,7 @@ function drawProject() {
   return [
     h("div.row", {}, h("h1", {}, at.project), paused && h("span.tag.high", {}, "paused since ",
       since(one.pausedAt)), may(operation) && h("button.right", {"data-do": "project",
-      "data-operation": operation}, `${word}`)),
+      "data-operation": operation}, word)),
     one.alerts.length > 0 && h("div.alerts", {}, one.alerts.map((said) => h("p.alert", {}, said))),
     h(at.task ? "div.split.with" : "div.split", {},
       h("div.view", {"data-key": `view-${at.view}`}, view().draw(one)),
@@ -11687,7 +11698,7 @@ function drawFilter(one) {
     field("agent", "Agent"), field("mission", "Mission"),
     h("label.check", {}, h("input", {type: "checkbox", name: "hide", value: "blocked",
       checked: !!at.hide}), "hide blocked"), h("button.unseen", {tabindex: -1}, "Filter"),
-    (filtered() || at.hide) && h("a", {href: link(Object.fromEntries([...FILTERS, "hide"]
+    (hasFilter() || at.hide) && h("a", {href: link(Object.fromEntries([...FILTERS, "hide"]
       .map((name) => [name, ""])))}, "show all"),
     may("update") && view() === VIEWS.board && h("span.row.right.drag", {},
       h("span.quiet", {}, "drag a card onto a lane, or onto"),
@@ -11755,8 +11766,8 @@ function attempt(task) {
   return place > 1 && h("p.quiet", {}, `attempt ${place} of ${most}`);
 }
 
-const clipped = (text, most) => text.length > most ? `${text.slice(0, most - 1)}…` : text;
-const firstLine = (text) => clipped(text.trim().split("\n")[0], 140);
+const clip = (text, most) => text.length > most ? `${text.slice(0, most - 1)}…` : text;
+const firstLine = (text) => clip(text.trim().split("\n")[0], 140);
 
 // ---- a task ----
 
@@ -11816,12 +11827,12 @@ function drawFacts(task) {
 function drawTimeline(task, events) {
   const lasted = {};
   events.forEach((event, place) => {
-    const end = events[place + 1]?.at ?? (["completed"].includes(event.to) ? event.at : now());
+    const end = events[place + 1]?.at ?? (event.to === "completed" ? event.at : now());
     if (event.to) lasted[event.to] = (lasted[event.to] ?? 0) + end - event.at;
   });
   const lengths = Object.entries(lasted).filter(([, ms]) => ms > 0);
   return [
-    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${lasting(ms)}`).join(", ")),
+    h("p.quiet", {}, lengths.map(([status, ms]) => `${status} for ${durationText(ms)}`).join(", ")),
     h("ol.plain.line", {}, [...events].reverse().map((event) => h(`li.${event.to ?? "gone"}`, {},
       h("p", {}, h("strong", {}, event.op), event.agent && ` by ${event.agent}`, ", ",
         h("time", {title: moment(event.at)}, moment(event.at)),
@@ -11846,7 +11857,7 @@ function drawGraph() {
   const missions = Object.keys(count).sort((a, b) => count[b] - count[a]);
   const mission = at.mission || missions[0];
   const tasks = data.graph.tasks.filter((task) => task.mission === mission);
-  const {nodes, left, width, height} = layered(tasks);
+  const {nodes, left, width, height} = layersOf(tasks);
   const open = tasks.filter((task) => task.status !== "completed").length;
   return [
     h("nav.row", {"aria-label": "Missions"},
@@ -11854,7 +11865,7 @@ function drawGraph() {
         "aria-current": name === mission && "true"}, `${name} (${count[name]})`)),
       at.mission && h("a", {href: link({mission: ""})}, "all missions")),
     data.graph.more && h("p.alert", {}, "These are the first 1,000 tasks."),
-    h("p.quiet", {}, `${counted(tasks.length, "task")} of ${mission ?? "none"}, ${open} left. `,
+    h("p.quiet", {}, `${countOf(tasks.length, "task")} of ${mission ?? "none"}, ${open} left. `,
       left.length > 0 && [h("strong.failed", {}, "The longest way left: "), left.join(" → ")]),
     h("p.row.quiet", {}, STATUSES.filter((one) => one !== "claimed").map((one) => h("span", {},
       mark(one), ` ${one}`))),
@@ -11865,7 +11876,7 @@ function drawGraph() {
 }
 
 // Where each task stands: one layer behind the last of its dependencies, near to them.
-function layered(tasks) {
+function layersOf(tasks) {
   const nodes = new Map(tasks.map((task) => [task.taskId, {task, after: [], before: []}]));
   for (const node of nodes.values()) {
     node.after = node.task.dependencies.map((name) => nodes.get(name)).filter(Boolean);
@@ -11936,8 +11947,8 @@ function drawNode({task, layer, y}, left) {
     h("svg:title", {}, said),
     h("svg:path.shape", {d: SHAPES[task.status](NODE.width, NODE.height)}),
     h("svg:text.mark", {x: 16, y: 25, "aria-hidden": "true"}, MARKS[task.status]),
-    h("svg:text", {x: 34, y: 17}, clipped(task.taskId, 20)),
-    h("svg:text.about", {x: 34, y: 32}, clipped(task.title, 22)));
+    h("svg:text", {x: 34, y: 17}, clip(task.taskId, 20)),
+    h("svg:text.about", {x: 34, y: 32}, clip(task.title, 22)));
 }
 
 // ---- dead letters by their reason ----
@@ -11958,7 +11969,7 @@ function drawDead(one) {
   return [
     drawFilter(one),
     tasks.length === 0 ? h("p.sheet.quiet", {}, "There are no dead letters.")
-      : h("div.row", {}, h("span", {}, counted(tasks.length, "dead letter")),
+      : h("div.row", {}, h("span", {}, countOf(tasks.length, "dead letter")),
         redrive(tasks, `Redrive all ${tasks.length}`)),
     [...groups].sort((a, b) => b[1].length - a[1].length).map(([reason, some]) =>
       h("section.sheet", {"data-key": reason, "aria-label": reason},
@@ -11996,7 +12007,7 @@ function drawHistory() {
         [one.day, one.completed, bar(one), one.failed, one.retried]))),
     lanes.length > 0 && h("section.sheet", {}, h("h2", {}, "By lane"), drawTable("by lane",
       ["Lane", "Completed", "Median", "9 of 10 within", "Retries"], lanes.map((one) =>
-        [one.lane, one.completed, lasting(1000 * one.median), lasting(1000 * one.p90),
+        [one.lane, one.completed, durationText(1000 * one.median), durationText(1000 * one.p90),
           one.retries]))),
   ];
 }
@@ -12120,7 +12131,7 @@ async function redriveAll(names) {
       if (!problem.code) break;
     }
   }
-  say(`${counted(done, "task")} redriven.`);
+  say(`${countOf(done, "task")} redriven.`);
 }
 
 const DEEDS = {  // of a click, by data-do
@@ -12212,8 +12223,6 @@ keepFresh();
 @functools.cache
 def board_bytes() -> tuple[bytes, bytes, str]:
     """The page as it is sent, plain and by gzip, and its ETag."""
-    import gzip
-
     plain = BOARD_PAGE.encode()
     return plain, gzip.compress(plain), f'W/"{hashlib.sha256(plain).hexdigest()[:32]}"'
 
@@ -12222,13 +12231,13 @@ def board_bytes() -> tuple[bytes, bytes, str]:
 def board_policy() -> str:
     """The content security policy of the page: its own script and style, and nothing else."""
 
-    def digest_of(tag: str) -> str:
+    def source_of(tag: str) -> str:
         text = BOARD_PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
         digest = hashlib.sha256(text.encode()).digest()
         return f"'sha256-{binascii.b2a_base64(digest, newline=False).decode()}'"
 
     return (
-        f"default-src 'none'; script-src {digest_of('script')}; style-src {digest_of('style')}; "
+        f"default-src 'none'; script-src {source_of('script')}; style-src {source_of('style')}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
@@ -13374,7 +13383,6 @@ class HttpServer:
     async def ready(self, _request: Any) -> Any:
         """That Valkey answers and is fit."""
         fit = await self.queue.link.check()
-        await self.queue.link.send("PING")
         if full := await full_memory(self.queue):
             raise Refused("UNFIT", full, case="server")
         return json_response({"ok": True, "version": fit["version"]})
@@ -14888,7 +14896,7 @@ def server_status(queue: Queue) -> PrivateState:
     Example: mosaic-queue server status
     """
     server = PrivateServer()
-    running, (_, pid) = not server.free(), lock_owner(server.folder / "lock")
+    running, (_, pid) = not server.free(), lock_owner(server.lock)
     folder, socket = str(server.folder), str(server.socket)
     answer: PrivateState = {"folder": folder, "socket": socket, "running": running}
     if running:
